@@ -1,0 +1,20 @@
+"""Encoders, all made by timm.create_model, and the CLIP models built from them."""
+
+from ssmclip.models import vit, vmamba
+from ssmclip.models.clip import build_preprocess, build_tokenizer, clip_config, create_clip, list_clips, load
+from ssmclip.models.weights import CheckpointError, load_config, load_state, save_model
+
+__all__ = [
+    "CheckpointError",
+    "build_preprocess",
+    "build_tokenizer",
+    "clip_config",
+    "create_clip",
+    "list_clips",
+    "load",
+    "load_config",
+    "load_state",
+    "save_model",
+    "vit",
+    "vmamba",
+]

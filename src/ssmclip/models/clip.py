@@ -1,0 +1,134 @@
+"""CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
+from ssmclip.registry import UnknownName
+
+CONFIGS = Path(__file__).parent / "configs"
+OPEN_CLIP = "open_clip:"
+
+# CLIP-Mamba's evaluation: shorter side to size, bilinear, centre crop, ImageNet statistics (not OpenAI's).
+PREPROCESS = dict(
+    mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), interpolation="bilinear", resize_mode="shortest"
+)
+
+open_clip.add_model_config(CONFIGS)
+
+
+class Loaded(NamedTuple):
+    """What `load` returns. preprocess: PIL image -> (3, H, W); tokenizer: list of n strings -> (n, context_length)."""
+
+    model: nn.Module
+    preprocess: Any
+    tokenizer: Any
+
+
+def list_clips() -> list[str]:
+    """Names of this package's CLIP models; any of open_clip's goes too, as `open_clip:NAME`."""
+    return sorted(path.stem for path in CONFIGS.glob("*.json"))
+
+
+def clip_config(name: str, *, image_size: int | None = None, drop_path_rate: float | None = None) -> dict[str, Any]:
+    """The configuration of a named CLIP: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
+
+    name: one of `list_clips()`, or `open_clip:NAME`; image_size: pixels, in place of the configured one;
+    drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
+    """
+    if name.startswith(OPEN_CLIP):
+        model_cfg, preprocess_cfg = open_clip.get_model_config(name.removeprefix(OPEN_CLIP)), {}
+        if model_cfg is None:
+            raise UnknownName("open_clip model", name.removeprefix(OPEN_CLIP), open_clip.list_models())
+    elif name in list_clips():
+        model_cfg, preprocess_cfg = json.loads((CONFIGS / f"{name}.json").read_text()), dict(PREPROCESS)
+    else:
+        raise UnknownName("model", name, list_clips())
+    model_cfg = copy.deepcopy(model_cfg)
+    if image_size is not None:
+        model_cfg["vision_cfg"]["image_size"] = image_size
+    if drop_path_rate is not None:
+        if "timm_model_name" not in model_cfg["vision_cfg"]:
+            raise ValueError(f"drop_path_rate is a setting of timm image towers; {name} has none")
+        model_cfg["vision_cfg"]["timm_drop_path"] = drop_path_rate
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:
+    """A CLIP with fresh weights. config: a name, or what `clip_config` returned.
+
+    The model's forward returns {"image_features": (B, E), "text_features": (B, E), "logit_scale": (), ...}.
+    """
+    config = clip_config(config) if isinstance(config, str) else config
+    model_cfg = copy.deepcopy(config["model_cfg"])
+    custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg.get("text_cfg", {})
+    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def build_preprocess(config: dict[str, Any], image_size: int | None = None):
+    """Evaluation preprocessing, PIL image -> float (3, H, W). image_size: pixels, in place of the configured one."""
+    size = image_size or config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    return open_clip.image_transform(size, is_train=False, **config.get("preprocess_cfg", {}))
+
+
+def build_tokenizer(config: dict[str, Any]) -> open_clip.SimpleTokenizer:
+    """CLIP's byte-pair tokenizer at the model's context length. A longer caption is cut and keeps its end token."""
+    return open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
+
+
+def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:
+    """A model ready to evaluate, with its preprocessing and tokenizer.
+
+    name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
+    open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
+    or a folder with `open_clip_config.json` and weights. image_size: pixels, in place of the model's own.
+    Raises UnknownName, CheckpointError, FileNotFoundError.
+    """
+    name = str(name)
+    if name.startswith(OPEN_CLIP):
+        return _load_open_clip(name, device, image_size)
+    if Path(name).is_dir():
+        folder = find_checkpoint(Path(name))
+        config = load_config(folder)
+        model = create_clip(config)
+        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    elif "/" in name:
+        raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
+    else:
+        config = clip_config(name)
+        model = create_clip(config)
+    if image_size is not None and hasattr(model.visual, "set_input_size"):
+        model.visual.set_input_size(image_size)
+    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config))
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The model folder in `folder`: itself, or a run's best checkpoint, else its last. Raises CheckpointError."""
+    if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+        return folder
+    for pointer in ("best", "last"):
+        file = folder / "checkpoints" / pointer
+        if file.is_file():
+            return folder / "checkpoints" / file.read_text(encoding="utf-8").strip()
+    raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
+
+
+def _load_open_clip(name: str, device: str, image_size: int | None) -> Loaded:
+    name, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
+    if name not in open_clip.list_models():
+        raise UnknownName("open_clip model", name, open_clip.list_models())
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
+    )
+    return Loaded(model.eval(), preprocess, open_clip.get_tokenizer(name))

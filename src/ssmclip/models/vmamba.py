@@ -1,0 +1,390 @@
+"""VMamba: one implementation of every published version, as a timm model.
+
+Liu et al. 2024, "VMamba: Visual State Space Model". Maps are channels last (B, H, W, C) throughout; what differs between
+the published versions is a field of `VMamba`. Parameter names are those of the published checkpoints.
+
+    image -> patch embedding (1/4) -> 4 stages of blocks, each but the last followed by a halving -> norm -> mean -> head
+    block:  x += SS2D(LN(x));  x += MLP(LN(x))
+    SS2D:   in_proj -> depthwise conv -> SiLU -> selective scan along 4 directions, summed -> LN [-> * SiLU(z)] -> out_proj
+
+There is no positional table: any height and width work.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Literal
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, checkpoint, feature_take_indices, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ssmclip import ops
+
+__all__ = ["SS2D", "VMamba"]
+
+
+class SS2D(nn.Module):
+    """Selective scan over a map in four directions: row by row, column by column, and both backwards.
+
+    dim: channels of the map; ssm_ratio: inner channels D = ssm_ratio * dim; d_state: N, states per channel;
+    gated: multiply the result by SiLU(z), z a second half of the input projection; conv_bias: of the 3x3 depthwise convolution.
+    The four directions share projections and convolution; each has its own A, B, C, D and delta.
+    """
+
+    def __init__(self, dim: int, d_state: int = 1, ssm_ratio: float = 2.0, gated: bool = False, conv_bias: bool = False):
+        super().__init__()
+        inner = int(ssm_ratio * dim)
+        self.inner, self.d_state, self.gated = inner, d_state, gated
+        self.dt_rank = math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
+        self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, self.dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
+        self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
+        self.Ds = nn.Parameter(torch.empty(4 * inner))
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
+        for weight in self.x_proj_weight:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_projs_bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+            self.dt_projs_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_logs.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_logs))
+            self.Ds.fill_(1.0)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        x = self.in_proj(x)
+        if self.gated:
+            x, z = x.chunk(2, dim=-1)
+        x = F.silu(self.conv2d(rearrange(x, "b h w d -> b d h w")))
+        x = rearrange(x, "b d h w -> b h w d").contiguous()
+        y = self.out_norm(self.scan(x).to(self.out_norm.weight.dtype))
+        if self.gated:
+            y = y * F.silu(z)
+        return self.out_proj(y.to(x.dtype))
+
+    def scan(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+        """delta, B and C of each direction from the map itself, then the scan. Positions stay in map order."""
+        b, h, w, _ = x.shape
+        x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
+        dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split([self.dt_rank, self.d_state, self.d_state], -1)
+        delta = torch.bmm(
+            rearrange(dt, "b k h w r -> k (b h w) r"), rearrange(self.dt_projs_weight, "k d r -> k r d").to(dt.dtype)
+        )
+        A = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
+        return ops.cross_selective_scan(
+            x,
+            rearrange(delta, "k (b h w) d -> b k h w d", b=b, h=h, w=w),
+            rearrange(A, "(k d) n -> k d n", k=4),
+            B,
+            C,
+            rearrange(self.Ds, "(k d) -> k d", k=4),
+            self.dt_projs_bias,
+            delta_softplus=True,
+        )
+
+
+class Block(nn.Module):
+    """x += SS2D(LN(x)); x += MLP(LN(x)). mlp_ratio 0 leaves the second half out."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **ss2d):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.op = SS2D(dim, **ss2d)
+        self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if mlp_ratio > 0:
+            self.norm2 = nn.LayerNorm(dim)
+            self.mlp = timm.layers.Mlp(dim, int(mlp_ratio * dim))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        x = x + self.drop_path(self.op(self.norm(x)))
+        if hasattr(self, "mlp"):
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class Permute(nn.Module):
+    """Channels first to last, or back: a view. It has no weights; it keeps the published numbering of a Sequential."""
+
+    def __init__(self, to: Literal["bhwc", "bchw"]):
+        super().__init__()
+        self.order = (0, 2, 3, 1) if to == "bhwc" else (0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+class PatchMerging(nn.Module):
+    """The first version's halving: four neighbours side by side -> LN -> Linear. Odd sizes are padded with zeros."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+        h, w = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2))
+        return self.reduction(self.norm(rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)))
+
+
+def build_patch_embed(in_chans: int, dim: int, version: Literal["v1", "v2"]) -> nn.Sequential:
+    """v1: one 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2."""
+    if version == "v1":
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), Permute("bhwc"), nn.LayerNorm(dim))
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+        Permute("bhwc"),
+        nn.LayerNorm(dim // 2),
+        Permute("bchw"),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        Permute("bhwc"),
+        nn.LayerNorm(dim),
+    )
+
+
+def build_downsample(dim: int, out_dim: int, version: Literal["v1", "v3"]) -> nn.Module:
+    """v1: patch merging. v3: a 3x3 convolution of stride 2."""
+    if version == "v1":
+        return PatchMerging(dim, out_dim)
+    return nn.Sequential(
+        Permute("bchw"), nn.Conv2d(dim, out_dim, 3, stride=2, padding=1), Permute("bhwc"), nn.LayerNorm(out_dim)
+    )
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, then the halving that leads to the next (nothing after the last stage)."""
+
+    def __init__(self, blocks: list[Block], downsample: nn.Module | None):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward_blocks(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 c2"]:
+        return self.downsample(self.forward_blocks(x))
+
+
+class Classifier(nn.Module):
+    """LN at every position, then the mean over positions, then the linear head (none when num_classes is 0)."""
+
+    def __init__(self, dim: int, num_classes: int, global_pool: str = "avg"):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.reset(dim, num_classes, global_pool)
+
+    def reset(self, dim: int, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool not in (None, "", "avg"):
+            raise ValueError(f"global_pool {global_pool!r}: VMamba pools by 'avg', or '' for the map itself")
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b h w c"], pre_logits: bool = False) -> Tensor:
+        """x: normalised map."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(1, 2))
+        return x if pre_logits else self.head(x)
+
+
+class VMamba(nn.Module):
+    """VMamba for images of any size, with timm's interface.
+
+    depths, dims: blocks and channels of the four stages; d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
+    mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
+    drop_path_rate: of the last block, growing linearly from 0.
+
+    forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        d_state: int = 1,
+        ssm_ratio: float = 2.0,
+        gated: bool = False,
+        conv_bias: bool = False,
+        mlp_ratio: float = 4.0,
+        patch_embed: Literal["v1", "v2"] = "v2",
+        downsample: Literal["v1", "v3"] = "v3",
+        drop_path_rate: float = 0.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+    ):
+        super().__init__()
+        if len(depths) != len(dims):
+            raise ValueError(f"depths {depths} and dims {dims} must name the same number of stages")
+        if patch_embed not in ("v1", "v2") or downsample not in ("v1", "v3"):
+            raise ValueError(f"patch_embed is 'v1' or 'v2' and downsample 'v1' or 'v3'; got {patch_embed!r}, {downsample!r}")
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        block = partial(Block, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, mlp_ratio=mlp_ratio)
+        self.layers = nn.ModuleList()
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            blocks = [block(dim, drop_path=next(rates)) for _ in range(depth)]
+            self.layers.append(Stage(blocks, build_downsample(dim, dims[i + 1], downsample) if i + 1 < len(dims) else None))
+        self.classifier = Classifier(dims[-1], num_classes, global_pool)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)
+        ]
+        self.apply(_init_linear)
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
+        """The normalised last map, channels last."""
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.classifier.norm(x)
+
+    def forward_head(self, x: Float[Tensor, "b h w d"], pre_logits: bool = False) -> Tensor:
+        return self.classifier(x, pre_logits)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """timm's: the maps after each chosen stage's blocks (before its halving), and the final one."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
+        take, last = feature_take_indices(len(self.layers), indices)
+        x = self.patch_embed(x)
+        maps = []
+        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = stage.forward_blocks(x)
+            if i in take:
+                y = self.classifier.norm(x) if norm and i == len(self.layers) - 1 else x
+                maps.append(rearrange(y, "b h w c -> b c h w").contiguous() if output_fmt == "NCHW" else y)
+            x = stage.downsample(x)
+        if intermediates_only:
+            return maps
+        return (self.classifier.norm(x) if len(self.layers) == last + 1 or not stop_early else x), maps
+
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """timm's: drop what the chosen stages do not need."""
+        take, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.classifier.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.classifier.reset(self.num_features, num_classes, global_pool)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(("A_logs", "Ds", "dt_projs_bias"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(
+            stem=r"^patch_embed",
+            blocks=r"^layers\.(\d+)"
+            if coarse
+            else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,)), (r"^classifier\.norm", (99999,))],
+        )
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _cfg(**kwargs) -> dict:
+    return dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.0",
+        classifier="classifier.head",
+        license="mit",
+        **kwargs,
+    )
+
+
+TINY, BASE = (96, 192, 384, 768), (128, 256, 512, 1024)
+FIRST_VERSION = dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patch_embed="v1", downsample="v1")
+
+# name: (depths, dims, what else differs from the defaults)
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
+    "vmamba_tiny_s1l8": ((2, 2, 8, 2), TINY, dict(ssm_ratio=1.0)),
+    "vmamba_tiny_s2l5": ((2, 2, 5, 2), TINY, {}),
+    "vmamba_tiny_gated": ((2, 2, 4, 2), TINY, dict(gated=True)),
+    "vmamba_small_s1l20": ((2, 2, 20, 2), TINY, dict(ssm_ratio=1.0)),
+    "vmamba_small_s2l15": ((2, 2, 15, 2), TINY, {}),
+    "vmamba_base_s1l20": ((2, 2, 20, 2), BASE, dict(ssm_ratio=1.0)),
+    "vmamba_base_s2l15": ((2, 2, 15, 2), BASE, {}),
+    "vmamba_tiny_v0": ((2, 2, 9, 2), TINY, FIRST_VERSION),
+    "vmamba_small_v0": ((2, 2, 27, 2), TINY, FIRST_VERSION),
+    "vmamba_base_v0": ((2, 2, 27, 2), BASE, FIRST_VERSION),
+    "vmamba_nano": ((1, 1, 4, 1), (40, 80, 160, 320), dict(ssm_ratio=1.0)),
+    "test_vmamba": ((1, 1, 1, 1), (16, 16, 32, 32), {}),
+}
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _register(name: str) -> None:
+    depths, dims, fields = VARIANTS[name]
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> VMamba:
+        settings = {"depths": depths, "dims": dims, **fields, **kwargs}
+        return build_model_with_cfg(
+            VMamba, name, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **settings
+        )
+
+    entrypoint.__name__ = name
+    entrypoint.__module__ = __name__  # timm reads default_cfgs from the module a model was defined in
+    entrypoint.__doc__ = f"VMamba with depths {depths}, dims {dims}, {fields or 'default fields'}."
+    register_model(entrypoint)
+
+
+for _name in VARIANTS:
+    _register(_name)

@@ -1,0 +1,87 @@
+"""Weights in and out of files: safetensors or a pickle that may hold only tensors and plain containers."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is cut short, belongs to another model, or would run code."""
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else).
+
+    Pickles are read with `weights_only=True`: one that would run code is refused.
+    Raises FileNotFoundError, CheckpointError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is cut short or is no safetensors file ({error}); copy it again") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is no torch checkpoint, or unpickling it would run code ({str(error).splitlines()[0]}). "
+            "Only tensors and plain containers are read; have its author save the state_dict, or a .safetensors file"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:  # torch's zip reader on a cut or foreign file
+        raise CheckpointError(f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into `model`, all of it or none. Raises CheckpointError naming every kind of misfit."""
+    own = model.state_dict()
+    misfits = {
+        "missing": [key for key in own if key not in state],
+        "not in the model": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)}, the model's {tuple(own[key].shape)}"
+            for key in own
+            if key in state and own[key].shape != state[key].shape
+        ],
+    }
+    if any(misfits.values()):
+        told = [f"{len(keys)} {kind}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}" for kind, keys in misfits.items() if keys]
+        raise CheckpointError(f"{source} is a checkpoint of another model; {'; '.join(told)}")
+    model.load_state_dict(state)
+
+
+def save_model(model: nn.Module, config: dict[str, Any], folder: str | Path) -> None:
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`, the folder that open_clip and `ssmclip.load` read.
+
+    config: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / WEIGHTS_NAME)
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration `save_model` wrote. Raises CheckpointError when it is missing or has no model in it."""
+    path = Path(folder) / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no model folder: {CONFIG_NAME} cannot be read ({error})") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise CheckpointError(f"{path} has no 'model_cfg'; it is not an open_clip configuration")
+    return config

@@ -1,0 +1,70 @@
+"""A name and what it stands for. An unknown name is an error that lists the known ones; a second meaning for a name is an error too."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class UnknownName(KeyError):
+    """A name nobody registered. The message lists the names there are and the nearest of them.
+
+    >>> print(UnknownName("task", "cifar", ["cifar10", "digits"]))
+    unknown task 'cifar'; did you mean 'cifar10'? known: cifar10, digits
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]):
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
+        self.message = f"unknown {kind} {name!r};{hint} known: {', '.join(known)}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Registry(Generic[T]):
+    """Names of one kind of thing, in the order they were registered.
+
+    >>> metrics = Registry("metric")
+    >>> @metrics.register("top1")
+    ... def top1(): return "ok"
+    >>> metrics["top1"]()
+    'ok'
+    >>> metrics["top"]
+    Traceback (most recent call last):
+    ssmclip.registry.UnknownName: unknown metric 'top'; did you mean 'top1'? known: top1
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str):
+        """Decorator: give `name` to what it decorates. Raises ValueError when the name is taken."""
+
+        def add(item: T) -> T:
+            if name in self._items:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._items[name] = item
+            return item
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._items:
+            raise UnknownName(self.kind, name, self._items)
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._items
+
+    def items(self):
+        return self._items.items()

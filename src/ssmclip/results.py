@@ -1,0 +1,134 @@
+"""The one contract of everything measured: a row. Everything drawn reads rows. Needs no torch.
+
+A rows file is JSON lines. Its first line says what made it, every further line is one Result:
+
+    {"run": {"commit": "...", "versions": {...}, "seed": 0, "device": "cpu", "created": "..."}}
+    {"model": "CLIP-VMamba-Nano", "task": "digits", "condition": "", "metric": "top1", "value": 0.97, ...}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ssmclip", "torch", "timm", "open_clip_torch", "numba", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number.
+
+    model, task, metric: names; condition: what was varied ("" when nothing was), such as "step=200" or "level=0.3";
+    value: the number, in the unit the metric's name says (fractions for accuracies and recalls);
+    ci_low, ci_high: 95 % interval, None when there is none; n: how many observations stand behind the value;
+    extra: anything else a figure needs, JSON-able (per-class values, names, settings).
+    """
+
+    model: str
+    task: str
+    condition: str
+    metric: str
+    value: float
+    ci_low: float | None = None
+    ci_high: float | None = None
+    n: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def describe_run(seed: int | None = None, device: str = "cpu", **more: Any) -> dict[str, Any]:
+    """The first line of a rows file: commit, versions, seed, device, and `more` (JSON-able)."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "seed": seed,
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+def write_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | None = None) -> None:
+    """Write a rows file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"run": run or describe_run()}), *(_dumps(row) for row in rows)]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def append_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | None = None) -> None:
+    """Add rows to a file; a new file gets its first line."""
+    path = Path(path)
+    if not path.exists():
+        write_rows(path, rows, run)
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(_dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
+    """A rows file as (run, rows). Raises ValueError naming the line that is no row."""
+    run: dict[str, Any] = {}
+    rows = []
+    known = {f.name for f in fields(Result)}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if "run" in record:
+                run = record["run"]
+                continue
+            if extra := set(record) - known:
+                raise ValueError(f"unknown fields {sorted(extra)}")
+            if record.get("value") is None:
+                record["value"] = math.nan
+            rows.append(Result(**record))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a result row ({error})") from error
+    return run, rows
+
+
+def _dumps(row: Result) -> str:
+    record = {key: value for key, value in asdict(row).items() if value is not None and value != {}}
+    if isinstance(row.value, float) and not math.isfinite(row.value):
+        record["value"] = None  # JSON has no NaN
+    return json.dumps(record)
+
+
+def _commit() -> str:
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the platform module's word has to do
+    return platform.processor() or platform.machine()

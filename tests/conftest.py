@@ -1,0 +1,38 @@
+"""What several test files share: a tiny CLIP, and where the shared real data is."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data and original outputs beside the checkout; the test is skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture
+def tiny_config() -> dict:
+    """A CLIP of a few thousand parameters besides its token table: VMamba image tower, one-layer text tower, 32 px."""
+    return {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {"timm_model_name": "test_vmamba", "timm_pool": "", "timm_proj": "linear", "image_size": 32},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "shortest"},
+    }
+
+
+@pytest.fixture
+def tiny_clip(tiny_config):
+    """(model, preprocess, tokenizer) of `tiny_config`, random weights from seed 0."""
+    from ssmclip.models import build_preprocess, build_tokenizer, create_clip
+
+    torch.manual_seed(0)
+    return create_clip(tiny_config).eval(), build_preprocess(tiny_config), build_tokenizer(tiny_config)
