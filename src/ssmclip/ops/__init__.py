@@ -1,0 +1,35 @@
+"""State-space recurrences over sequences and images. `reference` is the definition; every back end agrees with it.
+
+Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded).
+`backend="auto"` takes the fastest that exists for the tensors given; `with using("reference"):` forces one.
+`python -m ssmclip ops` prints which exist on this machine.
+"""
+
+from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
+from ssmclip.ops.dispatch import Backend, using
+from ssmclip.ops.selective_scan import selective_scan
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "available",
+    "cross_merge",
+    "cross_scan",
+    "cross_selective_scan",
+    "selective_scan",
+    "using",
+]
+
+from ssmclip.ops.cross_scan import BACKENDS as _CROSS
+from ssmclip.ops.selective_scan import BACKENDS as _SCAN
+
+BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS}
+
+
+def available(device: str = "cpu") -> list[tuple[str, str, bool, str]]:
+    """What exists here: (operator, back end, exists, why not), best back end first. `why not` is "" where it exists."""
+    return [
+        (op, name, not (reason := backend.why_not(device)), reason)
+        for op, backends in BACKENDS.items()
+        for name, backend in backends.items()
+    ]

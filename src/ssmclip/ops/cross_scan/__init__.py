@@ -1,0 +1,59 @@
+"""VMamba's cross scan (Liu et al., 2024, arXiv:2401.10166): a map read as four sequences, and back.
+
+0 row by row · 1 column by column · 2 and 3 the same two backwards
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ssmclip.ops.cross_scan import plain
+from ssmclip.ops.cross_scan.plain import cross_merge, cross_scan
+from ssmclip.ops.dispatch import Backend, choose
+from ssmclip.ops.selective_scan import check_tensor
+
+__all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan"]
+
+
+BACKENDS = {
+    "chunked": Backend(plain.composed("chunked")),
+    "reference": Backend(plain.composed("reference")),
+}
+
+
+def cross_selective_scan(
+    x: Float[Tensor, "B H W D"],
+    delta: Float[Tensor, "B 4 H W D"],
+    A: Float[Tensor, "4 D N"],
+    B: Float[Tensor, "B 4 H W N"],
+    C: Float[Tensor, "B 4 H W N"],
+    D: Float[Tensor, "4 D"] | None = None,
+    delta_bias: Float[Tensor, "4 D"] | None = None,
+    delta_softplus: bool = True,
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "B H W D"]:
+    """Four selective scans over a map, one per direction, and their sum: cross_merge(selective_scan(cross_scan(x))).
+
+    Everything is in map order, channels last: delta[:, k, i, j] is what direction k uses at row i, column j. Any
+    strides; the last dimension is copied where it is not contiguous. State and result types, derivatives and errors
+    are those of `selective_scan`.
+    """
+    _check(x, delta, A, B, C, D, delta_bias)
+    return choose(BACKENDS, backend, x.device.type)(x, delta, A, B, C, D, delta_bias, delta_softplus)
+
+
+def _check(x, delta, A, B, C, D, delta_bias) -> None:
+    if x.ndim != 4 or A.ndim != 3:
+        raise ValueError(
+            f"x must be (batch, height, width, dim) and A (4, dim, state), got {tuple(x.shape)}, {tuple(A.shape)}"
+        )
+    batch, height, width, dim = x.shape
+    state = A.shape[2]
+    check_tensor("delta", delta, (batch, 4, height, width, dim), x)
+    check_tensor("A", A, (4, dim, state), x)
+    check_tensor("B", B, (batch, 4, height, width, state), x)
+    check_tensor("C", C, (batch, 4, height, width, state), x)
+    check_tensor("D", D, (4, dim), x)
+    check_tensor("delta_bias", delta_bias, (4, dim), x)

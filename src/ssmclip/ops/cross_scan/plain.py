@@ -1,0 +1,68 @@
+"""The definition, in PyTorch: four sequences, scanned, merged. Any device, any number of derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ssmclip.ops.selective_scan import BACKENDS as SCANS
+
+
+def cross_scan(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 4 C L"]:
+    """A map as four sequences of length H * W.
+
+    >>> cross_scan(torch.arange(6.0).view(1, 1, 2, 3)).squeeze()
+    tensor([[0., 1., 2., 3., 4., 5.],
+            [0., 3., 1., 4., 2., 5.],
+            [5., 4., 3., 2., 1., 0.],
+            [5., 2., 4., 1., 3., 0.]])
+    """
+    rows = rearrange(x, "b c h w -> b c (h w)")
+    columns = rearrange(x, "b c h w -> b c (w h)")
+    return torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)], dim=1)
+
+
+def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[Tensor, "B C H W"]:
+    """Four sequences put back on the map and summed: the transpose of `cross_scan`.
+
+    Raises ValueError when the length is not height * width.
+    """
+    if y.shape[-1] != height * width:
+        raise ValueError(f"sequences of length {y.shape[-1]} do not fill a map of {height} x {width}")
+    rows = y[:, 0] + y[:, 2].flip(-1)
+    columns = y[:, 1] + y[:, 3].flip(-1)
+    return rearrange(rows, "b c (h w) -> b c h w", h=height) + rearrange(columns, "b c (w h) -> b c h w", h=height)
+
+
+def sequences(maps: Float[Tensor, "B 4 H W C"]) -> Float[Tensor, "B 4 C L"]:
+    """Four maps, each in the order of its own direction."""
+    rows = rearrange(maps[:, 0::2], "b k h w c -> b k c (h w)")
+    columns = rearrange(maps[:, 1::2], "b k h w c -> b k c (w h)")
+    return torch.stack([rows[:, 0], columns[:, 0], rows[:, 1].flip(-1), columns[:, 1].flip(-1)], dim=1)
+
+
+def composed(backend: str) -> Callable[..., Tensor]:
+    """`cross_selective_scan` over this back end of `selective_scan`."""
+    return partial(_cross_selective_scan, SCANS[backend].run)
+
+
+def _cross_selective_scan(scan, x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
+    height, width = x.shape[1:3]
+    y = scan(
+        rearrange(cross_scan(rearrange(x, "b h w d -> b d h w")), "b k d l -> b (k d) l"),
+        rearrange(sequences(delta), "b k d l -> b (k d) l"),
+        rearrange(A, "k d n -> (k d) n"),
+        sequences(B),
+        sequences(C),
+        None if D is None else rearrange(D, "k d -> (k d)"),
+        None,
+        None if delta_bias is None else rearrange(delta_bias, "k d -> (k d)"),
+        delta_softplus,
+    )
+    y = cross_merge(rearrange(y, "b (k d) l -> b k d l", k=4), height, width)
+    return rearrange(y, "b d h w -> b h w d")

@@ -1,0 +1,72 @@
+"""Which implementation of an operator runs: one table per operator, one place that chooses."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from ssmclip.registry import UnknownName
+
+KNOWN = ("reference", "chunked", "cpu")
+
+_forced: ContextVar[str] = ContextVar("ssmclip_ops_backend", default="auto")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    run: the function; devices: the device types it runs on, empty for all; needs: the package it imports, "" for none.
+    """
+
+    run: Callable
+    devices: tuple[str, ...] = ()
+    needs: str = ""
+
+    def why_not(self, device: str) -> str:
+        """Why it cannot run on this type of device, "" when it can."""
+        if self.devices and device not in self.devices:
+            return f"runs on {', '.join(self.devices)}, not on {device}"
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed (pip install {self.needs})"
+        return ""
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Inside, every operator called with backend="auto" takes this back end ("auto" gives the choice back).
+
+    >>> import torch
+    >>> from ssmclip.ops import selective_scan, using
+    >>> u, A, B = torch.ones(1, 1, 3), torch.zeros(1, 1), torch.ones(1, 1, 1, 3)
+    >>> with using("reference"):
+    ...     selective_scan(u, u, A, B, B)
+    tensor([[[1., 2., 3.]]])
+
+    Raises UnknownName for a name that no back end has.
+    """
+    if backend not in (*KNOWN, "auto"):
+        raise UnknownName("back end", backend, (*KNOWN, "auto"))
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(backends: Mapping[str, Backend], asked: str, device: str) -> Callable:
+    """The function to run: the one asked for, else the one `using` forces, else the first in the table that can run.
+
+    Raises UnknownName for an unknown back end, RuntimeError for one that cannot run here.
+    """
+    name = _forced.get() if asked == "auto" else asked
+    if name == "auto":
+        return next(backend.run for backend in backends.values() if not backend.why_not(device))
+    if name not in backends:
+        raise UnknownName("back end", name, (*backends, "auto"))
+    if reason := backends[name].why_not(device):
+        raise RuntimeError(f"back end {name!r} cannot run here: it {reason}. Others: {', '.join(backends)}, auto")
+    return backends[name].run

@@ -1,0 +1,70 @@
+"""Plain PyTorch, about 2 sqrt(L) steps instead of L, any device, differentiable any number of times.
+
+The sequence is cut into K chunks of T positions. All chunks run side by side from a zero state (T steps), the state
+at the end of each is carried into the next (K steps), and what a chunk inherited is added, decayed:
+
+    h[k, t] = local[k, t] + exp(sum over s <= t of delta[k, s] A) h[k - 1, T]
+
+Every exponential is of a sum of delta A, never of a difference or a negated sum: with A < 0 and delta >= 0 none
+exceeds 1, so nothing overflows however large delta A is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
+    """See `ssmclip.ops.selective_scan`. B and C have four dimensions here."""
+    state = torch.promote_types(u.dtype, torch.float32)
+    x, delta, A, B, C = u.to(state), delta.to(state), A.to(state), B.to(state), C.to(state)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(state)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+
+    groups = B.shape[1]
+    step = rearrange(delta, "b (g d) l -> l b g d 1", g=groups)
+    drive = rearrange(delta * x, "b (g d) l -> l b g d 1", g=groups) * rearrange(B, "b g n l -> l b g 1 n")
+    h = recurrence(step * rearrange(A, "(g d) n -> g d n", g=groups), drive)
+    y = rearrange((h * rearrange(C, "b g n l -> l b g 1 n")).sum(-1), "l b g d -> b (g d) l")
+
+    if D is not None:
+        y = y + D.to(state)[:, None] * x
+    if z is not None:
+        y = y * F.silu(z.to(state))
+    y = y.to(u.dtype)
+    if not return_last_state:
+        return y
+    last = h[-1] if len(h) else h.new_zeros(h.shape[1:])
+    return y, rearrange(last, "b g d n -> b (g d) n")
+
+
+def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
+    """h[t] = exp(log_decay[t]) h[t-1] + drive[t] from h = 0, along the first dimension, shapes alike."""
+    length = len(drive)
+    if length == 0:
+        return drive
+    size = math.ceil(math.sqrt(length))
+    count = math.ceil(length / size)
+    # The padding comes last and nothing reads it.
+    padding = drive.new_zeros(count * size - length, *drive.shape[1:])
+    log_decay = torch.cat([log_decay, padding]).unflatten(0, (count, size))
+    drive = torch.cat([drive, padding]).unflatten(0, (count, size))
+
+    decay = torch.exp(log_decay)
+    local = [drive[:, 0]]
+    for t in range(1, size):
+        local.append(decay[:, t] * local[-1] + drive[:, t])
+
+    total = torch.exp(log_decay.cumsum(1))
+    inherited = [torch.zeros_like(drive[0, 0])]
+    for k in range(count - 1):
+        inherited.append(total[k, -1] * inherited[-1] + local[-1][k])
+    h = torch.stack(local, dim=1) + total * torch.stack(inherited)[:, None]
+    return h.flatten(0, 1)[:length]
