@@ -1,0 +1,182 @@
+"""What is measured, as pure functions of scores.
+
+n images · c classes · q queries · m items · d embedding dimensions · r bootstrap resamples
+
+Every metric takes `weights`: how often each image counts, all once when left out. With weights (n,) the value is a
+scalar, with (r, n) there are r values, one per resample: the bootstrap needs nothing else to be vectorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ssmclip.registry import Registry
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's function and which way is better."""
+
+    function: Callable[..., Tensor]
+    higher_is_better: bool
+
+
+METRICS: Registry[Metric] = Registry("metric")
+
+
+def metric(name: str, *, higher_is_better: bool):
+    """Decorator: register a function of scores as a metric."""
+
+    def add(function):
+        METRICS.register(name)(Metric(function, higher_is_better))
+        return function
+
+    return add
+
+
+@metric("top1", higher_is_better=True)
+def top1(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """The fraction of images whose class scores highest (the first of equals counts as highest)."""
+    return _weighted_mean(_hits(scores, target, 1), weights)
+
+
+@metric("top5", higher_is_better=True)
+def top5(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """The fraction of images whose class is among the five that score highest. Raises ValueError below five classes."""
+    if scores.shape[1] < 5:
+        raise ValueError(f"top5 of {scores.shape[1]} classes says nothing: it takes at least 5")
+    return _weighted_mean(_hits(scores, target, 5), weights)
+
+
+@metric("mean_per_class", higher_is_better=True)
+def mean_per_class(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """The mean of the classes' accuracies, over the classes that occur (scikit-learn's balanced accuracy)."""
+    hits = _hits(scores, target, 1)
+    weights = torch.ones_like(hits) if weights is None else weights.to(hits)
+    member = torch.nn.functional.one_hot(target.long(), scores.shape[1]).to(hits)
+    accuracy = (weights @ (hits[:, None] * member)) / (weights @ member)  # 0 / 0 where a class does not occur
+    return accuracy.nanmean(dim=-1)
+
+
+@metric("roc_auc", higher_is_better=True)
+def roc_auc(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Area under the ROC curve of (score of class 1 - score of class 0): how often a positive outranks a negative.
+
+    Ties count half. NaN when there are no positives or no negatives. Raises ValueError unless there are two classes.
+    """
+    if scores.shape[1] != 2:
+        raise ValueError(f"roc_auc is for two classes, these scores have {scores.shape[1]}")
+    score = (scores[:, 1] - scores[:, 0]).double()
+    weights = torch.ones_like(score) if weights is None else weights.to(score)
+    _, level = score.unique(return_inverse=True)  # equal scores share a level
+    levels = int(level.max()) + 1
+    positive, negative = (
+        weights.new_zeros(*weights.shape[:-1], levels).index_add_(-1, level, weights * (target == label).to(weights))
+        for label in (1, 0)
+    )
+    below = negative.cumsum(-1) - negative
+    return (positive * (below + negative / 2)).sum(-1) / (positive.sum(-1) * negative.sum(-1))
+
+
+@metric("recall", higher_is_better=True)
+def recall_at_k(
+    ranks: Int[Tensor, " q"],
+    k: int,
+    image: Int[Tensor, " q"] | None = None,
+    weights: Float[Tensor, "*r n"] | None = None,
+) -> Float[Tensor, "*r"]:
+    """The fraction of queries with a relevant item among their first k, from `first_relevant_ranks`.
+
+    image: the image a query belongs to, so that resampling images takes all captions of an image along; left out,
+    query i is image i.
+    """
+    hits = (ranks < k).double()
+    if weights is None or image is None:
+        return _weighted_mean(hits, weights)
+    hits_of_image, queries_of_image = (
+        hits.new_zeros(weights.shape[-1]).index_add_(0, image, values) for values in (hits, torch.ones_like(hits))
+    )
+    weights = weights.to(hits)
+    return (weights @ hits_of_image) / (weights @ queries_of_image)
+
+
+def first_relevant_ranks(
+    queries: Float[Tensor, "q d"],
+    items: Float[Tensor, "m d"],
+    query_group: Int[Tensor, " q"],
+    item_group: Int[Tensor, " m"],
+    *,
+    block: int = 1024,
+) -> Int[Tensor, " q"]:
+    """For each query, how many irrelevant items score at least as high as its best relevant one (0: found first).
+
+    An item is relevant to a query of the same group: image to text, an image's captions have the image's number; text
+    to image, a caption's group is its image. Equal scores count against the query, so a model that maps everything to
+    one point finds nothing. Scores are dot products, made `block` queries at a time. Raises ValueError naming the
+    queries that have no relevant item.
+    """
+    if missing := sorted(set(query_group.tolist()) - set(item_group.tolist())):
+        raise ValueError(f"nothing is relevant to the queries of groups {missing[:10]} ({len(missing)} in all)")
+    ranks = []
+    for start in range(0, len(queries), block):
+        scores = queries[start : start + block] @ items.T
+        relevant = query_group[start : start + block, None] == item_group
+        best = scores.masked_fill(~relevant, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(((scores >= best) & ~relevant).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor], Tensor], n: int, *, seed: int, resamples: int = 1000, chunk: int = 2**23
+) -> tuple[float, float]:
+    """The 95 % percentile interval of `statistic` over n images drawn with replacement.
+
+    statistic: weights (r, n) -> values (r,), such as `lambda w: top1(scores, target, w)`. Resamples whose value is NaN
+    (no positives drawn) are left out. At most about `chunk` weights are held at a time. Where every image agrees (all
+    right, all wrong) the interval has no width: the bootstrap can't see what was never drawn.
+
+    >>> hits = torch.tensor([1.0] * 80 + [0.0] * 20).double()
+    >>> low, high = bootstrap_interval(lambda w: w @ hits / w.sum(-1), 100, seed=0)
+    >>> 0.70 < low < 0.74 and 0.86 < high < 0.90
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    rows = max(1, min(resamples, chunk // n))
+    for start in range(0, resamples, rows):
+        r = min(rows, resamples - start)
+        drawn = torch.randint(n, (r, n), generator=generator) + torch.arange(r)[:, None] * n
+        weights = torch.bincount(drawn.flatten(), minlength=r * n).reshape(r, n).double()
+        values.append(statistic(weights))
+    values = torch.cat(values).double()
+    values = values[~values.isnan()]
+    low, high = values.quantile(torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _hits(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    own = scores.gather(1, target[:, None].long())
+    earlier = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
+    return (((scores > own) | ((scores == own) & earlier)).sum(dim=1) < k).double()
+
+
+def _weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values)
+    return (weights @ values) / weights.sum(-1)

@@ -1,0 +1,141 @@
+"""Metrics against scikit-learn, matrices worked by hand and the numbers of the original evaluation code."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
+
+from ssmclip.evaluate.metrics import METRICS, bootstrap_interval, first_relevant_ranks, metric, recall_at_k
+
+SKLEARN = {
+    "top1": lambda target, scores, w: top_k_accuracy_score(
+        target, scores, k=1, labels=range(scores.shape[1]), sample_weight=w
+    ),
+    "top5": lambda target, scores, w: top_k_accuracy_score(
+        target, scores, k=5, labels=range(scores.shape[1]), sample_weight=w
+    ),
+    "mean_per_class": lambda target, scores, w: balanced_accuracy_score(target, scores.argmax(1), sample_weight=w),
+    "roc_auc": lambda target, scores, w: roc_auc_score(target, scores[:, 1] - scores[:, 0], sample_weight=w),
+}
+BY_HAND = {"recall"}
+
+
+def problem(classes: int, n: int = 300, seed: int = 0):
+    """Scores rounded to 0.1, so that ties occur, and weights as a bootstrap makes them."""
+    rng = np.random.default_rng(seed)
+    target = rng.integers(classes, size=n)
+    scores = rng.normal(size=(n, classes)) + np.eye(classes)[target]
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=4).astype(float)
+    return scores, target, weights
+
+
+def test_every_metric_has_a_reference():
+    assert set(METRICS) == set(SKLEARN) | BY_HAND
+
+
+@pytest.mark.parametrize("name", SKLEARN)
+def test_metric_equals_scikit_learn_also_when_weighted(name):
+    scores, target, weights = problem(2 if name == "roc_auc" else 7)
+    if name == "roc_auc":
+        scores = scores.round(1)  # ties
+    function = METRICS[name].function
+    tensors = torch.from_numpy(scores), torch.from_numpy(target)
+    assert function(*tensors).item() == pytest.approx(SKLEARN[name](target, scores, None), abs=1e-12)
+    expected = [SKLEARN[name](target, scores, w) for w in weights]
+    torch.testing.assert_close(function(*tensors, torch.from_numpy(weights)).tolist(), expected)
+
+
+def test_mean_per_class_leaves_out_classes_that_do_not_occur():
+    scores = torch.eye(4)[[0, 0, 1, 1]].double()
+    target = torch.tensor([0, 1, 1, 1])  # class 0: 1/1, class 1: 2/3, classes 2 and 3 never
+    assert METRICS["mean_per_class"].function(scores, target).item() == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_metrics_refuse_scores_they_are_not_for():
+    scores, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    with pytest.raises(ValueError, match="at least 5"):
+        METRICS["top5"].function(scores, target)
+    with pytest.raises(ValueError, match="two classes"):
+        METRICS["roc_auc"].function(scores, target)
+    with pytest.raises(ValueError, match="registered twice"):
+        metric("top1", higher_is_better=True)(lambda: None)
+
+
+# Two images; captions 0, 1 of image 0 and 2, 3 of image 1, in the coordinates of the images.
+#              c0   c1   c2   c3
+#     image 0  0.9  0.1  0.5  0.0     best own 0.9: first
+#     image 1  0.8  0.7  0.6  0.2     best own 0.6: behind c0 and c1
+IMAGES = torch.eye(2)
+TEXTS = torch.tensor([[0.9, 0.8], [0.1, 0.7], [0.5, 0.6], [0.0, 0.2]])
+OWNER = torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_ranks_equal_those_worked_by_hand(block):
+    image_to_text = first_relevant_ranks(IMAGES, TEXTS, torch.arange(2), OWNER, block=block)
+    text_to_image = first_relevant_ranks(TEXTS, IMAGES, OWNER, torch.arange(2), block=block)
+    assert image_to_text.tolist() == [0, 2]
+    assert text_to_image.tolist() == [0, 1, 0, 0]
+    assert [recall_at_k(image_to_text, k).item() for k in (1, 2, 3)] == [0.5, 0.5, 1.0]
+    assert recall_at_k(text_to_image, 1).item() == 0.75
+
+
+def test_recall_resamples_an_image_with_all_its_captions():
+    ranks = torch.tensor([0, 1, 0, 0])
+    weights = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    assert recall_at_k(ranks, 1, OWNER, weights).tolist() == [0.5, 1.0, 0.75]
+
+
+def test_a_model_that_maps_everything_to_one_point_finds_nothing():
+    images, texts = torch.ones(5, 3), torch.ones(5, 3)
+    ranks = first_relevant_ranks(images, texts, torch.arange(5), torch.arange(5))
+    assert recall_at_k(ranks, 1).item() == 0
+
+
+def test_a_query_without_relevant_items_is_named():
+    with pytest.raises(ValueError, match=r"groups \[1\]"):
+        first_relevant_ranks(torch.eye(2), torch.eye(2), torch.arange(2), torch.tensor([0, 0]))
+
+
+def test_interval_equals_the_normal_approximation_and_depends_on_the_seed_only():
+    generator = torch.Generator().manual_seed(1)
+    hits = (torch.rand(2000, generator=generator) < 0.3).double()
+
+    def statistic(weights):
+        return weights @ hits / weights.sum(-1)
+
+    low, high = bootstrap_interval(statistic, 2000, seed=0)
+    mean, error = hits.mean().item(), (hits.var(correction=0) / 2000).sqrt().item()
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.25 * error)
+    assert bootstrap_interval(statistic, 2000, seed=0) == (low, high)
+    assert bootstrap_interval(statistic, 2000, seed=0, chunk=5000) == pytest.approx((low, high), abs=0.3 * error)
+    assert bootstrap_interval(statistic, 2000, seed=1) != (low, high)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for trial in range(200):
+        hits = (torch.rand(100, generator=generator) < 0.6).double()
+        low, high = bootstrap_interval(lambda w, hits=hits: w @ hits / 100, 100, seed=trial, resamples=300)
+        covered += low <= 0.6 <= high
+    assert 180 <= covered <= 199  # 95 % of 200, give or take three standard errors
+
+
+def test_metrics_equal_those_of_the_original_code(shared):
+    truth = torch.load(shared / "parity" / "train_eval_misc.pt")["metrics"]
+    for name in ("top1", "top5", "mean_per_class"):
+        assert 100 * METRICS[name].function(truth["logits"], truth["targets"]).item() == pytest.approx(truth[name])
+    auc = METRICS["roc_auc"].function(truth["bin_logits"], truth["bin_targets"])
+    assert 100 * auc.item() == pytest.approx(truth["roc_auc"])
+    scores = truth["retrieval_scores"]
+    owner = torch.arange(100) // truth["captions_per_image"]
+    identity = torch.eye(100, dtype=scores.dtype)
+    image_to_text = first_relevant_ranks(scores, identity, torch.arange(20), owner)
+    text_to_image = first_relevant_ranks(identity, scores, owner, torch.arange(20))
+    recalls = []
+    for side, ranks in (("image2text", image_to_text), ("text2image", text_to_image)):
+        for k in (1, 5, 10):
+            recalls.append(100 * recall_at_k(ranks, k).item())
+            assert recalls[-1] == pytest.approx(truth["retrieval"][f"{side}-R@{k}"])
+    assert np.mean(recalls) == pytest.approx(truth["retrieval"]["mean-recall"])
