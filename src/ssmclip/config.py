@@ -1,0 +1,361 @@
+"""What a training run is: frozen dataclasses, read from a recipe, changed by `--set`, kept as JSON beside the weights.
+
+A recipe is a Python file with one public function that returns a TrainConfig. Needs no torch.
+
+>>> config = apply_overrides(TrainConfig(), ["lr=3e-4", "model.drop_path_rate=0.1", "image_sizes=[[0.0, 32], [0.5, 64]]"])
+>>> config.optimiser.lr, config.model.drop_path_rate, config.data.image_sizes
+(0.0003, 0.1, ((0.0, 32), (0.5, 64)))
+>>> from_dict(to_dict(config)) == config
+True
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ssmclip.registry import UnknownName
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network, made by `ssmclip.models.create_clip`, with fresh weights."""
+
+    name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
+    drop_path_rate: float | None = None  # stochastic depth at the deepest block, in [0, 1); None: the model's own
+    grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile the forward pass
+    changes: dict[str, Any] = field(default_factory=dict)  # merged into the model's configuration, open_clip's form
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What happens to a training image; the arguments of `ssmclip.data.pairs.train_transform`."""
+
+    scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
+    flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
+    color_jitter: bool = False  # brightness .4, contrast .4, saturation .2, hue .1, on 80 % of the images
+    grayscale: float = 0.0  # probability
+    blur: float = 0.0  # probability of a Gaussian blur, sigma .1 to 2 pixels
+    solarize: float = 0.0  # probability of inverting every value above 128
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where pairs come from."""
+
+    source: str = "synthetic:quickstart"  # shards, a csv/tsv/parquet file or synthetic:NAME; see ssmclip.data.pairs
+    image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
+    augment: AugmentConfig = AugmentConfig()
+    workers: int = 0  # processes that decode images, per training process; 0: the training process itself
+    shuffle_buffer: int = 1000  # samples held for shuffling a stream
+
+    def __post_init__(self):
+        starts = [start for start, _ in self.image_sizes]
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= 1:
+            raise ValueError(
+                f"data.image_sizes={self.image_sizes!r}: wanted pairs (share, pixels) whose shares start at 0.0, rise, "
+                "and stay under 1, such as ((0.0, 48), (0.6, 64))"
+            )
+        if any(size < 1 for _, size in self.image_sizes):
+            raise ValueError(f"data.image_sizes={self.image_sizes!r}: an image size is at least 1 pixel")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW."""
+
+    lr: float = 1e-3  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_rule: Literal["ssm", "original"] = "ssm"  # which parameters it applies to; see train/optimiser.py
+    clip_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate: linear warm-up, then half a cosine. See train/optimiser.py."""
+
+    warmup_steps: int = 100
+    start_lr: float = 1e-6  # at the first step
+    end_lr: float = 1e-5  # approached at the last
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective."""
+
+    kind: Literal["clip", "siglip"] = "clip"  # softmax over the batch, or a sigmoid for every pair
+    micro_batch: int | None = None  # pairs embedded at a time per process (GradCache); None: the whole batch
+    max_logit_scale: float = 100.0  # logit_scale is clamped to [0, ln of this] after every step
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of weights and buffers. With one, the average is what is validated and saved for use."""
+
+    decay: float | None = None  # per step, such as 0.999; None: no average
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: from decay at the first step towards 1 at the last
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """What is measured while training."""
+
+    every: int = 0  # steps; 0: never
+    tasks: tuple[str, ...] = ()  # names that `ssmclip evaluate --tasks` takes
+    root: str = ""  # folder of the evaluation data
+    best: str = ""  # "task/metric" whose highest value marks the best checkpoint; "": none is marked
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run can be continued from."""
+
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept (the best one is kept besides)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is said while training."""
+
+    every: int = 10  # steps between rows in rows.jsonl and TensorBoard
+    tensorboard: bool = True
+    progress: bool = True  # the bar
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Nested fields are written with a dot, or by their last name where only one field has it."""
+
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 128  # pairs per step, over all processes
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"  # mixed precision; "no" is float32
+    device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator where there is one
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    ema: EmaConfig = EmaConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def __post_init__(self):
+        at_least = {
+            "steps": (self.steps, 1),
+            "batch_size": (self.batch_size, 1),
+            "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
+            "checkpoint.every": (self.checkpoint.every, 1),
+            "checkpoint.keep": (self.checkpoint.keep, 1),
+            "logging.every": (self.logging.every, 1),
+            "validation.every": (self.validation.every, 0),
+        }
+        for name, (value, least) in at_least.items():
+            if value < least:
+                raise ValueError(f"{name}={value}: wanted at least {least}")
+        if self.schedule.warmup_steps >= self.steps:
+            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}")
+
+    def image_size(self, step: int) -> int:
+        """Pixels of a training image's side at `step` (from 0)."""
+        return [size for start, size in self.data.image_sizes if step >= round(start * self.steps)][-1]
+
+
+def load_recipe(path: str | Path) -> TrainConfig:
+    """Call the recipe in a Python file: its one public function defined there. Raises ValueError when there isn't one."""
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no recipe {path}; recipes in {path.parent}: {', '.join(beside) or 'none'}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made_here = [
+        function
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == path.stem and not name.startswith("_")
+    ]
+    if len(made_here) != 1:
+        names = ", ".join(f.__name__ for f in made_here) or "none"
+        raise ValueError(f"{path}: wanted one public function that returns a TrainConfig, found {names}")
+    config = made_here[0]()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"{path}: {made_here[0].__name__}() returned {type(config).__name__}, wanted a TrainConfig")
+    return config
+
+
+def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The config with `KEY=VALUE` changes. KEY is a path ("optimiser.lr") or a last name that only one field has ("lr").
+
+    VALUE is read as the field's type: numbers, true/false, none, plain text, JSON for tuples and dictionaries.
+    Raises UnknownName listing the known keys; ValueError saying what was given and expected.
+    """
+    tree = to_dict(config)
+    known = _leaves(type(config))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}: wanted KEY=VALUE")
+        path = _resolve(key.strip(), known)
+        *groups, leaf = path.split(".")
+        node = tree
+        for group in groups:
+            node = node[group]
+        node[leaf] = _parse(text.strip(), known[path], path)
+    return from_dict(tree)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise UnknownName, wrong types ValueError."""
+    return _build(TrainConfig, values, "")
+
+
+def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Full names of the fields that differ, each with its old and new value."""
+    before, after = _values(to_dict(old), _leaves(TrainConfig)), _values(to_dict(new), _leaves(TrainConfig))
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def _leaves(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Full name -> type of every field that is not a group."""
+    found = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _leaves(kind, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+def _values(tree: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for path in leaves:
+        node: Any = tree
+        for part in path.split("."):
+            node = node[part]
+        found[path] = node
+    return found
+
+
+def _resolve(key: str, known: dict[str, Any]) -> str:
+    if key in known:
+        return key
+    ends = [path for path in known if path.endswith("." + key)]
+    if len(ends) > 1:
+        raise ValueError(f"setting {key!r} could be any of {', '.join(ends)}: write one of these")
+    if not ends:
+        raise UnknownName("setting", key, known)
+    return ends[0]
+
+
+def _parse(text: str, kind: Any, path: str) -> Any:
+    """A command line's text as the JSON-able value of a field of type `kind`; checked later by `_convert`."""
+    options = typing.get_args(kind) if _is_union(kind) else (kind,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    if str in options or any(typing.get_origin(option) is Literal for option in options):
+        return text
+    try:
+        return json.loads(text.lower() if bool in options else text)
+    except ValueError:
+        raise ValueError(f"{path}={text}: wanted {_describe(kind)}") from None
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')}={values!r}: wanted a group of settings")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UnknownName("setting", prefix + key, [prefix + known for known in hints])
+    made = {}
+    for key, value in values.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            made[key] = _build(kind, value, f"{prefix}{key}.")
+        else:
+            made[key] = _convert(value, kind, prefix + key)
+    return cls(**made)
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """A JSON value as the field's type: lists become tuples, whole numbers floats. Raises ValueError otherwise."""
+    try:
+        return _as_type(value, kind)
+    except TypeError:
+        raise ValueError(f"{path}={value!r}: wanted {_describe(kind)}") from None
+
+
+def _as_type(value: Any, kind: Any) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if _is_union(kind):
+        return _first_fit(value, args)
+    if origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        return _as_tuple(value, args)
+    elif origin is dict or kind is dict:
+        if isinstance(value, dict):
+            return value
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is kind:  # exact, since True is an int too
+        return value
+    raise TypeError
+
+
+def _first_fit(value: Any, kinds: Sequence[Any]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        try:
+            return _as_type(value, kind)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def _as_tuple(value: Any, kinds: Sequence[Any]) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise TypeError
+    return tuple(_as_type(item, kind) for item, kind in zip(value, kinds, strict=True))
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if _is_union(kind):
+        return " or ".join(_describe(option) for option in typing.get_args(kind))
+    if kind is type(None):
+        return "none"
+    if isinstance(kind, type) and typing.get_origin(kind) is None:
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
+    return str(kind).replace("typing.", "") + " as JSON"

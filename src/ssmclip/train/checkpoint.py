@@ -1,0 +1,148 @@
+"""Checkpoints as folders that are whole or not there, and the run folder they live in.
+
+    RUN/config.json                       the TrainConfig
+    RUN/open_clip_config.json             the model
+    RUN/rows.jsonl, RUN/tensorboard/      what was measured
+    RUN/checkpoints/step_00000100/        open_clip_config.json, open_clip_model.safetensors, state.pt
+    RUN/checkpoints/last, best            text files that name a folder
+
+A checkpoint is written beside its final name, forced to the disk, then renamed: a kill or a full disk at any moment
+leaves the checkpoints that were there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
+from ssmclip.models import CheckpointError
+
+_STEP = re.compile(r"step_(\d{8,})")
+_HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influence on what is learnt
+
+
+def prepare_run_folder(out: Path, config: TrainConfig, resume: bool) -> None:
+    """Make the run folder, or check that it is this run's. Done before any work.
+
+    Raises PermissionError when it can't be written to; FileExistsError when it holds a run and `resume` is false;
+    FileNotFoundError when it holds none and `resume` is true; ValueError when it holds a run of another config, naming
+    the fields that differ (those of logging, validation and checkpoint may).
+    """
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise PermissionError(f"{out}: can't write there ({error.strerror}); choose another folder with --out") from error
+    settings = out / "config.json"
+    if not resume:
+        if settings.exists():
+            raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        write_text(settings, json.dumps(to_dict(config), indent=2) + "\n")
+        return
+    if not settings.exists():
+        raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
+    refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
+    write_text(settings, json.dumps(to_dict(config), indent=2) + "\n")
+    for leftover in (out / "checkpoints").glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def refuse_changes(old: TrainConfig, new: TrainConfig, out: Path) -> None:
+    """Raise ValueError naming the fields that must not differ between a run and its continuation."""
+    changed = {k: v for k, v in changed_fields(old, new).items() if not k.startswith(_HARMLESS)}
+    if changed:
+        told = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in changed.items())
+        raise ValueError(f"{out}: the run to resume had other settings ({told}). Give the same, or choose another --out")
+
+
+def save_checkpoint(
+    run: Path, step: int, save_model: Callable[[Path], None], state: dict[str, Any], keep: int, best_step: int | None
+) -> Path:
+    """Write a checkpoint, name it as last (and best), drop old ones. Raises CheckpointError; what was there is then still there.
+
+    save_model(folder) writes the model's files; `state` becomes state.pt; the newest `keep` and the best one are kept.
+    """
+    folder = run / "checkpoints"
+    final = folder / f"step_{step:08d}"
+    partial = folder / f".partial-{final.name}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_model(partial)
+        with (partial / "state.pt").open("wb") as file:
+            torch.save(state, file)
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        if final.exists():  # left by a run that was killed between these two lines' renames
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync(folder)
+        name_checkpoints(run, step, best_step)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        left = last_checkpoint(run)
+        raise CheckpointError(
+            f"could not save {final}: {error}. "
+            + (f"The checkpoint before it is whole: {left}; free some space and --resume" if left else "There is none yet")
+        ) from error
+    for old in checkpoints(run)[:-keep]:
+        if old.name != f"step_{best_step or 0:08d}":
+            doomed = old.rename(folder / f".old-{old.name}")  # so that a half-deleted one never looks like one
+            shutil.rmtree(doomed)
+    return final
+
+
+def name_checkpoints(run: Path, step: int, best_step: int | None) -> None:
+    """Point `last` (and `best`) at their folders."""
+    write_text(run / "checkpoints" / "last", f"step_{step:08d}\n")
+    if best_step is not None:
+        write_text(run / "checkpoints" / "best", f"step_{best_step:08d}\n")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    return checkpoints(run)[-1] if checkpoints(run) else None
+
+
+def load_training_state(checkpoint: Path) -> dict[str, Any]:
+    """state.pt of a checkpoint: tensors and plain containers only, so nothing in it runs. Raises CheckpointError."""
+    path = checkpoint / "state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for every way a file can be broken
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a training state ({first_line}); remove {checkpoint} to resume from the one before") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""A moving average of a model's weights and buffers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """`model`: a copy whose every floating-point weight and buffer is the average; others (counters) are copied.
+
+    Buffers matter: an average that leaves them out keeps batch norm's first statistics for ever.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """average = decay * average + (1 - decay) * model."""
+        averaged, online = [], []
+        new = model.state_dict()
+        for name, old in self.model.state_dict().items():
+            if old.is_floating_point():
+                averaged.append(old)
+                online.append(new[name])
+            else:
+                old.copy_(new[name])
+        torch._foreach_lerp_(averaged, online, 1 - decay)
+
+
+def ema_decay(step: int, steps: int, start: float, schedule: str) -> float:
+    """The decay at `step` (from 0) of `steps`: constant, or rising from `start` to 1 along half a cosine (mamba-clip's)."""
+    if schedule == "constant":
+        return start
+    return 1 + 0.5 * (start - 1) * (1 + math.cos(math.pi * step / steps))

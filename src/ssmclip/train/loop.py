@@ -1,0 +1,271 @@
+"""The training loop. One step: a batch, its gradient, AdamW; between steps: look, log, validate, save.
+
+A step is counted when it is finished: rows, checkpoints and `state["step"]` say how many steps the weights have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from ssmclip import models
+from ssmclip.config import TrainConfig, to_dict
+from ssmclip.results import Result
+from ssmclip.train import sharding
+from ssmclip.train.build import build_accelerator, build_model, is_sharded, model_config, open_stream
+from ssmclip.train.checkpoint import (
+    CheckpointError,
+    last_checkpoint,
+    load_training_state,
+    name_checkpoints,
+    prepare_run_folder,
+    save_checkpoint,
+    write_text,
+)
+from ssmclip.train.ema import Ema, ema_decay
+from ssmclip.train.objective import backward, build_loss, clamp_logit_scale
+from ssmclip.train.optimiser import build_optimiser, lr_schedule, set_lr
+from ssmclip.train.progress import Log, Measured, NonFinite, Watch
+from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
+
+# validate(model, preprocess, tokenizer, step) -> rows: the model in eval mode on its device; PIL image -> (3, H, W);
+# list[str] -> int64 (n, context). Called in the main process only. Rows' condition is set by the loop.
+Validate = Callable[[nn.Module, Any, Any, int], list[Result]]
+
+_MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validate: Validate | None = None) -> Path:
+    """Run a training run to its end and return its folder (layout: train/checkpoint.py).
+
+    resume: continue the run in `out` from its last checkpoint, exactly: data order, random state, optimiser. On a CPU
+    every later loss has the same bits as without the interruption.
+    Raises FileExistsError, FileNotFoundError, PermissionError and ValueError about `out` before any work
+    (`prepare_run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
+    """
+    out = Path(out)
+    accelerator = build_accelerator(config)
+    if accelerator.is_main_process:
+        prepare_run_folder(out, config, resume)
+    accelerator.wait_for_everyone()
+    run = _Run.start(config, out, accelerator)
+    try:
+        run.to_the_end(validate)
+    except NonFinite as error:
+        last = last_checkpoint(out)
+        raise NonFinite(f"{error}. Last good checkpoint: {last or 'none yet'}") from None
+    finally:
+        run.log.close()
+    accelerator.wait_for_everyone()
+    return out
+
+
+@dataclass
+class _Run:
+    """A run in the making: what changes from step to step."""
+
+    config: TrainConfig
+    out: Path
+    accelerator: Accelerator
+    architecture: dict[str, Any]
+    model: nn.Module  # as prepared for this device and these processes
+    optimiser: torch.optim.Optimizer
+    loss: nn.Module
+    ema: Ema | None
+    log: Log
+    step: int  # finished steps
+    cursor: Any  # of the data, after the last finished step
+    best: dict[str, float] | None  # {"step", "value"} of the named validation metric
+    skips: int = 0  # steps that the gradient scaler left out, in all
+    skips_in_a_row: int = 0
+
+    @classmethod
+    def start(cls, config: TrainConfig, out: Path, accelerator: Accelerator) -> _Run:
+        """Build everything, and put back the state of the last checkpoint if there is one."""
+        checkpoint = last_checkpoint(out)
+        state = load_training_state(checkpoint) if checkpoint else None
+        if state and len(state["ranks"]) != accelerator.num_processes:
+            raise CheckpointError(
+                f"{checkpoint} was written by {len(state['ranks'])} processes; this is {accelerator.num_processes}. "
+                "To continue exactly, launch as many"
+            )
+        seed_everything(config.seed)
+        architecture = model_config(config)
+        if accelerator.is_main_process:
+            write_text(out / "open_clip_config.json", json.dumps(architecture, indent=2) + "\n")
+        model = build_model(config, architecture)
+        weights = models.load_state(checkpoint / "open_clip_model.safetensors") if checkpoint else None
+        if weights:
+            models.weights.load_into(model, weights, checkpoint)
+        ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
+        if state and state["online"] is not None:  # the file has the average; the model itself is in the state
+            model.load_state_dict(state["online"])
+        if config.model.compile:
+            model.compile()
+        model = sharding.prepare_scalars(model) if is_sharded(accelerator) else model
+        model, optimiser = accelerator.prepare(model, build_optimiser(model, config.optimiser))
+        if state:
+            sharding.load_optimiser(accelerator, model, optimiser, state["optimiser"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        seed_everything(config.seed + accelerator.process_index)
+        own = state["ranks"][accelerator.process_index] if state else None
+        if own:
+            set_rng_state(accelerator.device, own["rng"])
+        step = state["step"] if state else 0
+        if state and accelerator.is_main_process:  # a kill may have come between a checkpoint and its naming
+            name_checkpoints(out, step, state["best"] and state["best"]["step"])
+        return cls(
+            config=config,
+            out=out,
+            accelerator=accelerator,
+            architecture=architecture,
+            model=model,
+            optimiser=optimiser,
+            loss=build_loss(config.loss.kind, accelerator.process_index, accelerator.num_processes),
+            ema=ema,
+            log=Log(out, config, step, str(accelerator.device), accelerator.is_main_process),
+            step=step,
+            cursor=own["cursor"] if own else None,
+            best=state["best"] if state else None,
+            skips=state["skips"] if state else 0,
+        )
+
+    def to_the_end(self, validate: Validate | None) -> None:
+        config, device = self.config, self.accelerator.device
+        rates = lr_schedule(config.steps, config.schedule, config.optimiser.lr)
+        # On a CPU looking costs nothing. Elsewhere it waits for the device, so it is done when there is something to say.
+        look_every = 1 if device.type == "cpu" else config.logging.every
+        watch, size, stream = Watch(), None, None
+        self.log.say(f"{config.model.name} on {device}: steps {self.step} to {config.steps}, {self.out}")
+        while self.step < config.steps:
+            if config.image_size(self.step) != size:
+                size = config.image_size(self.step)
+                stream = self._open_stream(size, stream)
+            watch.add(self._one_step(next(stream), rates[self.step]))
+            self.cursor = stream.cursor
+            self.log.stepped()
+            pause = self._due(config.logging.every) or self._due(config.validation.every) or self._due(config.checkpoint.every)
+            seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
+            if self._due(config.logging.every):
+                self._write_numbers(*seen, rates[self.step - 1], size, stream)
+            with self.log.pause():
+                improved = validate is not None and self._due(config.validation.every) and self._validate(validate, size)
+                if improved or self._due(config.checkpoint.every):
+                    self._save()
+        self._report_skipped(stream)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def _one_step(self, batch: Any, lr: float) -> Measured:
+        config, accelerator = self.config, self.accelerator
+        images = batch.images.to(accelerator.device, non_blocking=True)
+        texts = batch.texts.to(accelerator.device, non_blocking=True)
+        set_lr(self.optimiser, lr)
+        loss = backward(accelerator, self.model, self.loss, images, texts, config.loss.micro_batch)
+        norm = self._grad_norm()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        bare = accelerator.unwrap_model(self.model)
+        clamp_logit_scale(bare, config.loss.max_logit_scale)
+        if self.ema:
+            self.ema.update(bare, ema_decay(self.step, config.steps, config.ema.decay, config.ema.schedule))
+        skipped = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
+        self.skips += skipped
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        self.step += 1
+        if self.skips_in_a_row > _MOST_SKIPS:
+            keys = ", ".join(batch.keys)
+            raise NonFinite(f"step {self.step}: gradients overflowed {_MOST_SKIPS} times in a row; keys of the batch: {keys}")
+        return Measured(self.step, loss, norm, batch.keys, bool(skipped))
+
+    def _grad_norm(self) -> torch.Tensor:
+        """The gradient's norm over all parameters, before it is clipped if it is."""
+        limit = self.config.optimiser.clip_norm
+        if limit is None and not is_sharded(self.accelerator):
+            self.accelerator.unscale_gradients()
+            return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "mean")
+
+    def _open_stream(self, size: int, before: Any) -> Any:
+        if before is not None:
+            self._report_skipped(before)
+            before.close()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return open_stream(self.config, self.architecture, size, rank, world, self.cursor)
+
+    def _write_numbers(self, loss: float, norm: float, lr: float, size: int, stream: Any) -> None:
+        numbers = {
+            "loss": loss,
+            "grad_norm": norm,
+            "logit_scale": float(self.accelerator.unwrap_model(self.model).logit_scale.detach().exp()),
+            "lr": float(lr),
+            "image_size": size,
+            "samples_skipped": sum(stream.skipped.values()),
+        }
+        if self.accelerator.scaler is not None:
+            numbers["steps_skipped"] = self.skips
+        self.log.numbers(self.step, numbers, self.accelerator.device)
+
+    def _report_skipped(self, stream: Any) -> None:
+        for reason, count in stream.skipped.items() if stream else ():
+            self.log.say(f"skipped {count} samples: {reason}, such as {stream.skipped_examples.get(reason)}")
+
+    def _validate(self, validate: Validate, size: int) -> bool:
+        """Measure, write the rows, and say whether the named metric is better than ever."""
+        improved = False
+        if self.accelerator.is_main_process:
+            model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+            model.eval()
+            with same_rng_after(self.accelerator.device), torch.no_grad():
+                preprocess = models.build_preprocess(self.architecture, size)
+                rows = validate(model, preprocess, models.build_tokenizer(self.architecture), self.step)
+            if self.ema is None:
+                model.train()
+            here = f"step={self.step}"
+            rows = [dataclasses.replace(r, condition=f"{here} {r.condition}".strip()) for r in rows]
+            self.log.rows(self.step, rows)
+            values = {f"{row.task}/{row.metric}": row.value for row in rows}
+            named = self.config.validation.best
+            if named and named not in values:
+                raise ValueError(f"validation.best={named!r} isn't measured; what is: {', '.join(sorted(values))}")
+            if named and (self.best is None or values[named] > self.best["value"]):
+                self.best, improved = {"step": self.step, "value": float(values[named])}, True
+        return bool(self._mean(torch.tensor(float(improved), device=self.accelerator.device)) > 0)
+
+    def _save(self) -> None:
+        accelerator = self.accelerator
+        own = {"rng": rng_state(accelerator.device), "cursor": self.cursor}
+        ranks = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        optimiser = sharding.optimiser_state(accelerator, self.model, self.optimiser)
+        online = sharding.model_state(accelerator, self.model)
+        if accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "config": to_dict(self.config),
+                "optimiser": optimiser,
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+                "online": online if self.ema else None,
+                "best": self.best,
+                "skips": self.skips,
+                "ranks": ranks,
+            }
+            model = self.ema.model if self.ema else sharding.plain_model(self.architecture, online)
+            best = self.best["step"] if self.best else None
+            save = partial(models.save_model, model, self.architecture)
+            save_checkpoint(self.out, self.step, save, state, self.config.checkpoint.keep, best)
+        accelerator.wait_for_everyone()

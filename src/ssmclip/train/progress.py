@@ -1,0 +1,168 @@
+"""What a run says while it runs: rows, TensorBoard, a bar; and the watch for numbers that aren't finite."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssmclip.config import TrainConfig
+from ssmclip.results import Result, append_rows, describe_run
+
+_STEP = re.compile(r"step=(\d+)")
+
+
+class NonFinite(ValueError):
+    """Training met a loss or gradient that isn't a number. The message has the step, the batch, and what can be resumed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step's numbers, still on the device. `step` counts finished steps, from 1."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    keys: list[str]
+    skipped: bool  # the gradient scaler found an overflow and left the weights alone
+
+
+class Watch:
+    """Holds each step's loss and gradient norm until they are looked at: together, so that a GPU is waited for rarely."""
+
+    def __init__(self):
+        self._pending: list[Measured] = []
+
+    def add(self, measured: Measured) -> None:
+        self._pending.append(measured)
+
+    def look(self, average=lambda values: values) -> tuple[float, float] | None:
+        """(loss, gradient norm) of the newest step, averaged over processes by `average`; None when there is none.
+
+        Raises NonFinite at the first step whose numbers aren't finite. A step that the gradient scaler skipped for its
+        gradients passes.
+        """
+        if not self._pending:
+            return None
+        pending, self._pending = self._pending, []
+        numbers = average(torch.stack([torch.stack([m.loss.float(), m.grad_norm.float()]) for m in pending])).tolist()
+        for measured, (loss, norm) in zip(pending, numbers, strict=True):
+            if not (_finite(loss) and (_finite(norm) or measured.skipped)):
+                keys = ", ".join(measured.keys)
+                raise NonFinite(f"step {measured.step}: loss {loss}, gradient norm {norm}; keys of the batch: {keys}")
+        return numbers[-1][0], numbers[-1][1]
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")  # False for NaN too
+
+
+class Log:
+    """The main process's rows.jsonl, TensorBoard and bar; in any other process it says nothing."""
+
+    def __init__(self, out: Path, config: TrainConfig, start: int, device: str, speaks: bool):
+        self._out, self._config, self._speaks, self._writer = out, config, speaks, None
+        if not speaks:
+            return
+        truncate_rows(out / "rows.jsonl", start)
+        if not (out / "rows.jsonl").exists():
+            append_rows(out / "rows.jsonl", [], describe_run(config.seed, device, model=config.model.name))
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(out / "tensorboard", purge_step=start + 1)
+        self._bar = tqdm(total=config.steps, initial=start, unit="step", disable=not config.logging.progress, file=sys.stderr)
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
+
+    def stepped(self) -> None:
+        if self._speaks:
+            self._steps += 1
+            self._bar.update(1)
+
+    def numbers(self, step: int, numbers: dict[str, float], device: torch.device) -> None:
+        """Write a training step's numbers, with speed since the last time and memory."""
+        if not self._speaks:
+            return
+        seconds = time.perf_counter() - self._since
+        speed = {"images_per_s": self._steps * self._config.batch_size / seconds, "memory_mib": peak_memory_mib(device)}
+        numbers = {**numbers, **speed}
+        self.rows(step, [Result(self._config.model.name, "train", f"step={step}", k, v) for k, v in numbers.items()])
+        shown = {"images/s": "images_per_s", "loss": "loss", "|g|": "grad_norm", "scale": "logit_scale", "MiB": "memory_mib"}
+        self._bar.set_postfix({name: f"{numbers[key]:.4g}" for name, key in shown.items()}, refresh=False)
+        self._restart_clock()
+
+    def rows(self, step: int, rows: Iterable[Result]) -> None:
+        """Write rows that carry their step in `condition`."""
+        rows = list(rows)
+        append_rows(self._out / "rows.jsonl", rows)
+        if self._writer:
+            for row in rows:
+                self._writer.add_scalar(f"{row.task}/{row.metric}", row.value, step)
+
+    def pause(self) -> _Pause:
+        """`with log.pause():` around what isn't training, so that speed doesn't count it."""
+        return _Pause(self)
+
+    def say(self, text: str) -> None:
+        if self._speaks:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._speaks:
+            self._bar.close()
+            if self._writer:
+                self._writer.close()
+
+
+class _Pause:
+    def __init__(self, log: Log):
+        self._log = log
+
+    def __enter__(self) -> None:
+        self._from = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        if self._log._speaks:
+            self._log._since += time.perf_counter() - self._from
+
+
+def truncate_rows(path: Path, step: int) -> None:
+    """Drop rows of steps after `step`, and a last line that a kill cut short; nothing when there is no file."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found = _STEP.match(record.get("condition", ""))
+        if found is None or int(found.group(1)) <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory used so far: of the GPU, or of this process (0 where the system doesn't tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere

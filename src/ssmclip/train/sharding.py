@@ -1,0 +1,56 @@
+"""Whole states of a model and optimiser, also where FSDP has spread them over processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint import state_dict as whole
+
+from ssmclip import models
+from ssmclip.train.build import is_sharded
+
+_WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SCALARS = ("logit_scale", "logit_bias")
+
+
+def prepare_scalars(model: nn.Module) -> nn.Module:
+    """FSDP shards no zero-dimensional parameter: give the logit scale and bias one dimension of 1."""
+    for name in _SCALARS:
+        value = getattr(model, name, None)
+        if value is not None:
+            setattr(model, name, nn.Parameter(value.detach().reshape(1)))
+    return model
+
+
+def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state_dict as if it had never been wrapped (under FSDP: in the main process; collective)."""
+    if not is_sharded(accelerator):
+        return accelerator.unwrap_model(model).state_dict()
+    state = whole.get_model_state_dict(model, options=_WHOLE)
+    return {name: value.reshape(()) if name in _SCALARS else value for name, value in state.items()}
+
+
+def plain_model(architecture: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
+    """An unwrapped model that holds `state` itself, not a copy; draws no random numbers."""
+    with torch.device("meta"):
+        model = models.create_clip(architecture)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def optimiser_state(accelerator: Accelerator, model: nn.Module, optimiser: Any) -> dict[str, Any]:
+    """The optimiser's state (under FSDP: by parameter name, in the main process; collective)."""
+    if not is_sharded(accelerator):
+        return optimiser.state_dict()
+    return whole.get_optimizer_state_dict(model, optimiser.optimizer, options=_WHOLE)
+
+
+def load_optimiser(accelerator: Accelerator, model: nn.Module, optimiser: Any, state: dict[str, Any]) -> None:
+    """The inverse of `optimiser_state`."""
+    if not is_sharded(accelerator):
+        optimiser.load_state_dict(state)
+    else:
+        whole.set_optimizer_state_dict(model, optimiser.optimizer, state, options=_WHOLE)
