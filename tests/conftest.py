@@ -25,7 +25,12 @@ def tiny_config() -> dict:
             "vision_cfg": {"timm_model_name": "test_vmamba", "timm_pool": "", "timm_proj": "linear", "image_size": 32},
             "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
         },
-        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bilinear", "resize_mode": "shortest"},
+        "preprocess_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bilinear",
+            "resize_mode": "shortest",
+        },
     }
 
 

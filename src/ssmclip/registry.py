@@ -1,4 +1,4 @@
-"""A name and what it stands for. An unknown name is an error that lists the known ones; a second meaning for a name is an error too."""
+"""A name and what it stands for. An unknown name is an error that lists the known ones; so is a second meaning."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """VMamba: one implementation of every published version, as a timm model.
 
-Liu et al. 2024, "VMamba: Visual State Space Model". Maps are channels last (B, H, W, C) throughout; what differs between
-the published versions is a field of `VMamba`. Parameter names are those of the published checkpoints.
+Liu et al. 2024, "VMamba: Visual State Space Model". Maps are channels last (B, H, W, C) throughout; what differs
+between the published versions is a field of `VMamba`. Parameter names are those of the published checkpoints.
 
-    image -> patch embedding (1/4) -> 4 stages of blocks, each but the last followed by a halving -> norm -> mean -> head
+    image -> patch embedding (1/4) -> 4 stages of blocks, a halving between stages -> norm -> mean -> head
     block:  x += SS2D(LN(x));  x += MLP(LN(x))
-    SS2D:   in_proj -> depthwise conv -> SiLU -> selective scan along 4 directions, summed -> LN [-> * SiLU(z)] -> out_proj
+    SS2D:   in_proj -> depthwise conv -> SiLU -> scan along 4 directions, summed -> LN [-> * SiLU(z)] -> out_proj
 
 There is no positional table: any height and width work.
 """
@@ -13,6 +13,7 @@ There is no positional table: any height and width work.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -22,7 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, feature_take_indices, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip import ops
@@ -34,11 +36,14 @@ class SS2D(nn.Module):
     """Selective scan over a map in four directions: row by row, column by column, and both backwards.
 
     dim: channels of the map; ssm_ratio: inner channels D = ssm_ratio * dim; d_state: N, states per channel;
-    gated: multiply the result by SiLU(z), z a second half of the input projection; conv_bias: of the 3x3 depthwise convolution.
+    gated: multiply the result by SiLU(z), z a second half of the input projection;
+    conv_bias: of the 3x3 depthwise convolution.
     The four directions share projections and convolution; each has its own A, B, C, D and delta.
     """
 
-    def __init__(self, dim: int, d_state: int = 1, ssm_ratio: float = 2.0, gated: bool = False, conv_bias: bool = False):
+    def __init__(
+        self, dim: int, d_state: int = 1, ssm_ratio: float = 2.0, gated: bool = False, conv_bias: bool = False
+    ):
         super().__init__()
         inner = int(ssm_ratio * dim)
         self.inner, self.d_state, self.gated = inner, d_state, gated
@@ -80,7 +85,9 @@ class SS2D(nn.Module):
         """delta, B and C of each direction from the map itself, then the scan. Positions stay in map order."""
         b, h, w, _ = x.shape
         x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
-        dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split([self.dt_rank, self.d_state, self.d_state], -1)
+        dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
+            [self.dt_rank, self.d_state, self.d_state], -1
+        )
         delta = torch.bmm(
             rearrange(dt, "b k h w r -> k (b h w) r"), rearrange(self.dt_projs_weight, "k d r -> k r d").to(dt.dtype)
         )
@@ -218,8 +225,8 @@ class VMamba(nn.Module):
 
     def __init__(
         self,
-        depths: tuple[int, ...] = (2, 2, 8, 2),
-        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
         d_state: int = 1,
         ssm_ratio: float = 2.0,
         gated: bool = False,
@@ -236,20 +243,24 @@ class VMamba(nn.Module):
         if len(depths) != len(dims):
             raise ValueError(f"depths {depths} and dims {dims} must name the same number of stages")
         if patch_embed not in ("v1", "v2") or downsample not in ("v1", "v3"):
-            raise ValueError(f"patch_embed is 'v1' or 'v2' and downsample 'v1' or 'v3'; got {patch_embed!r}, {downsample!r}")
+            raise ValueError(
+                f"patch_embed is 'v1' or 'v2' and downsample 'v1' or 'v3'; got {patch_embed!r}, {downsample!r}"
+            )
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
-        block = partial(Block, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, mlp_ratio=mlp_ratio)
+        rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        block = partial(
+            Block, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, mlp_ratio=mlp_ratio
+        )
         self.layers = nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             blocks = [block(dim, drop_path=next(rates)) for _ in range(depth)]
-            self.layers.append(Stage(blocks, build_downsample(dim, dims[i + 1], downsample) if i + 1 < len(dims) else None))
+            self.layers.append(
+                Stage(blocks, build_downsample(dim, dims[i + 1], downsample) if i + 1 < len(dims) else None)
+            )
         self.classifier = Classifier(dims[-1], num_classes, global_pool)
-        self.feature_info = [
-            dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)
-        ]
+        self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)]
         self.apply(_init_linear)
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
@@ -268,7 +279,7 @@ class VMamba(nn.Module):
     def forward_intermediates(
         self,
         x: Float[Tensor, "b c h w"],
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -290,7 +301,9 @@ class VMamba(nn.Module):
             return maps
         return (self.classifier.norm(x) if len(self.layers) == last + 1 or not stop_early else x), maps
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """timm's: drop what the chosen stages do not need."""
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
@@ -322,7 +335,11 @@ class VMamba(nn.Module):
             stem=r"^patch_embed",
             blocks=r"^layers\.(\d+)"
             if coarse
-            else [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (0,)), (r"^classifier\.norm", (99999,))],
+            else [
+                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+                (r"^layers\.(\d+)\.downsample", (0,)),
+                (r"^classifier\.norm", (99999,)),
+            ],
         )
 
 
@@ -374,10 +391,14 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 def _register(name: str) -> None:
     depths, dims, fields = VARIANTS[name]
 
-    def entrypoint(pretrained: bool = False, **kwargs) -> VMamba:
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         settings = {"depths": depths, "dims": dims, **fields, **kwargs}
         return build_model_with_cfg(
-            VMamba, name, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), **settings
+            VMamba,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
+            **settings,
         )
 
     entrypoint.__name__ = name

@@ -38,11 +38,14 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is no torch checkpoint, or unpickling it would run code ({str(error).splitlines()[0]}). "
-            "Only tensors and plain containers are read; have its author save the state_dict, or a .safetensors file"
+            f"{path} is refused: it is no torch checkpoint, or unpickling it would run code "
+            f"({str(error).splitlines()[0]}). Only tensors and plain containers are read; have its author save the "
+            "state_dict, or a .safetensors file"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:  # torch's zip reader on a cut or foreign file
-        raise CheckpointError(f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(
+            f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -58,13 +61,17 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
         ],
     }
     if any(misfits.values()):
-        told = [f"{len(keys)} {kind}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}" for kind, keys in misfits.items() if keys]
+        told = [
+            f"{len(keys)} {kind}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
+            for kind, keys in misfits.items()
+            if keys
+        ]
         raise CheckpointError(f"{source} is a checkpoint of another model; {'; '.join(told)}")
     model.load_state_dict(state)
 
 
 def save_model(model: nn.Module, config: dict[str, Any], folder: str | Path) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`, the folder that open_clip and `ssmclip.load` read.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`: a folder that open_clip and `load` read.
 
     config: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
     """

@@ -1,0 +1,31 @@
+# Every target sets up what it needs on a fresh machine: Python 3.10 or newer, make and git are all that is assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup quickstart test lint bench clean
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ssmclip needs Python 3.10 or newer; name one with: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+quickstart: setup  ## train two small CLIPs on embedded data, evaluate them, write runs/quickstart/report.html
+	$(BIN)/python -m ssmclip quickstart --out runs/quickstart
+
+test: setup lint  ## everything
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+bench: setup  ## ours against peers, as rows in results/
+	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
