@@ -1,0 +1,97 @@
+"""ssmclip evaluate: models x data sets -> a rows file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a name, a run or checkpoint folder, open_clip:NAME; several with commas; LABEL=... names its rows",
+    )
+    parser.add_argument("--tasks", required=True, help="data sets, with commas: digits,cifar10,fashion_mnist,flickr8k")
+    parser.add_argument("--data", default="data", help="the folder the data sets are under (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="the rows file to write (JSON lines)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of intervals, examples and subsets (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    parser.add_argument("--max-images", type=int, help="a random subset of each data set; the rows say so")
+    parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import ssmclip
+    from ssmclip.evaluate.tasks import evaluate, open_tasks
+    from ssmclip.results import describe_run, write_rows
+
+    models = labelled(args.model)
+    tasks = [task for task in args.tasks.split(",") if task]
+    open_tasks(tasks, args.data)
+    require_writable(args.out)  # before the hours, not after
+    described = describe_run(
+        args.seed, args.device, tasks=tasks, image_size=args.image_size, max_images=args.max_images
+    )
+    rows = []
+    for label, name in models.items():
+        model, preprocess, tokenizer = ssmclip.load(name, device=args.device, image_size=args.image_size)
+        rows += evaluate(
+            model,
+            preprocess,
+            tokenizer,
+            tasks,
+            args.data,
+            model_name=label,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            device=args.device,
+            seed=args.seed,
+            max_images=args.max_images,
+            examples=args.examples,
+        )
+        write_rows(args.out, rows, described)  # after every model: a later one's failure costs nothing
+    sys.stdout.write("\n".join(line(row) for row in rows) + f"\n{len(rows)} rows in {args.out}\n")
+    return 0
+
+
+def labelled(models: str) -> dict[str, str]:
+    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+
+    Raises ValueError for no models and for equal labels.
+
+    >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
+    {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
+    """
+    labels: dict[str, str] = {}
+    for part in filter(None, models.split(",")):
+        label, _, name = part.rpartition("=")
+        label = label or Path(name).name
+        if label in labels:
+            raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
+        labels[label] = name
+    if not labels:
+        raise ValueError("no model given")
+    return labels
+
+
+def require_writable(path: Path) -> None:
+    """Raise OSError now if `path` can't be written later. Leaves a file that is there as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; --out takes a file")
+    probe = path.with_name(path.name + ".partial")
+    probe.touch()
+    probe.unlink()
+
+
+def line(row) -> str:
+    """One row for a person."""
+    interval = "" if row.ci_low is None else f" [{row.ci_low:.4f}, {row.ci_high:.4f}]"
+    return f"{row.model:24} {row.task:16} {row.metric:24} {row.value:.4f}{interval}  n={row.n}"

@@ -1,0 +1,110 @@
+"""Retrieval, both ways, with several captions per image: an image has found its text when any of its captions is
+among the first k; a caption has found its image when that one image is.
+
+n images · m captions · d embedding dimensions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmclip.evaluate import pictures
+from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
+from ssmclip.evaluate.zeroshot import coverage
+from ssmclip.results import Result
+
+KS = (1, 5, 10)
+SHOWN = 5  # best matches kept of an example
+
+
+def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings, condition: str = "") -> list[Result]:
+    """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, and the mean of the six.
+
+    Intervals resample images, each with all its captions. The first row's `extra` has examples and a similarity matrix.
+    Raises ValueError naming images that have no caption.
+    """
+    if bare := [dataset.keys[i] for i in range(len(dataset)) if not dataset.captions[i]]:
+        raise ValueError(f"{task}: {len(bare)} images have no caption; the first: {bare[:5]}")
+    images = embed_images(clip, dataset, settings)
+    captions = [dataset.captions[place] for place in images.index.tolist()]
+    flat = [caption for of_image in captions for caption in of_image]
+    owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
+    texts = embed_texts(clip, flat, settings)
+    everyone = torch.arange(len(captions))
+    to_text = first_relevant_ranks(images.features, texts, everyone, owner)
+    to_image = first_relevant_ranks(texts, images.features, owner, everyone)
+    recalls = {
+        f"{way}_recall@{k}": (partial(recall_at_k, ranks, k, image), len(ranks))
+        for way, ranks, image in (("image_to_text", to_text, None), ("text_to_image", to_image, owner))
+        for k in KS
+    }
+    recalls["mean_recall"] = (partial(_mean_recall, [recall for recall, _ in recalls.values()]), len(captions))
+    chances = _chances([len(of_image) for of_image in captions])
+    about = {"title": card.title, "kind": "retrieval", **coverage(images, card, dataset)}
+    extra = about | _examples(dataset, images, texts, flat, owner, settings)
+    rows = []
+    for metric, (recall, n) in recalls.items():
+        value = recall().item()
+        low, high = bootstrap_interval(lambda w, r=recall: r(weights=w), len(captions), seed=settings.seed)
+        more = {"chance": chances[metric]} if metric in chances else {}
+        rows.append(Result(clip.name, task, condition, metric, value, low, high, n, more | ({} if rows else extra)))
+    return rows
+
+
+def _mean_recall(recalls: list[Callable[..., Tensor]], weights: Tensor | None = None) -> Tensor:
+    return torch.stack([recall(weights=weights) for recall in recalls]).mean(dim=0)
+
+
+def _chances(captions_per_image: list[int]) -> dict[str, float]:
+    """What guessing gives: k of all m captions, c of them right, and k of all n images, one of them right."""
+    n, m = len(captions_per_image), sum(captions_per_image)
+    to_text = {k: sum(1 - comb(m - c, k) / comb(m, k) for c in captions_per_image) / n for k in KS if k <= m}
+    to_image = {k: k / n for k in KS if k <= n}
+    ways = (("image_to_text", to_text), ("text_to_image", to_image))
+    return {f"{way}_recall@{k}": chance for way, chances in ways for k, chance in chances.items()}
+
+
+def _examples(
+    dataset: Any, images: ImageEmbeddings, texts: Tensor, flat: list[str], owner: Tensor, settings: Settings
+) -> dict[str, Any]:
+    rows = pictures.draw(len(images.index), settings.examples, settings.seed)
+    if not rows:
+        return {}
+    places = [str(place) for place in images.index.tolist()]
+    matrix_rows = pictures.draw(len(images.index), 2 * settings.examples, settings.seed)
+    captions_of = {row: (owner == row).nonzero().flatten().tolist() for row in matrix_rows}
+    first = [captions_of[row][0] for row in matrix_rows]
+    to_text = [
+        {
+            "image": places[row],
+            "truth": [flat[i] for i in captions_of[row]],
+            "found": pictures.found(images.features[row] @ texts.T, flat, set(captions_of[row]), SHOWN),
+        }
+        for row in rows
+    ]
+    to_image = [
+        {
+            "text": flat[captions_of[row][0]],
+            "truth": places[row],
+            "found": pictures.found(texts[captions_of[row][0]] @ images.features.T, places, {row}, SHOWN),
+        }
+        for row in rows
+    ]
+    shown = [*matrix_rows, *(places.index(hit["item"]) for example in to_image for hit in example["found"])]
+    return {
+        "thumbnails": pictures.thumbnails(dataset, [int(places[row]) for row in shown]),
+        "image_to_text": to_text,
+        "text_to_image": to_image,
+        "similarity": {
+            "images": [places[row] for row in matrix_rows],
+            "texts": [flat[i] for i in first],
+            "scores": pictures.matrix(images.features[matrix_rows] @ texts[first].T),
+        },
+    }
