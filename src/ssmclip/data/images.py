@@ -1,0 +1,81 @@
+"""Opening pictures nobody has checked. Whatever the file is, out comes an 8-bit RGB picture or a BadImage that says why
+not.
+
+CMYK is converted by Pillow; greyscale is repeated over the channels; 16-bit values keep their upper 8 bits;
+transparency is
+laid over white; of an animation the first frame is taken. Orientation tags are ignored, as open_clip ignores them.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decompression bombs
+
+# Only formats decoded in this process: Pillow would hand an EPS file to Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
+
+
+class BadImage(ValueError):
+    """A file that gives no picture. `reason` is short and the same for all files of its kind, the message says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Image.Image:
+    """The picture in `source` (encoded bytes, or a path), decoded, in mode RGB.
+
+    Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels), or "image too
+    small"
+    (a side under min_side pixels). The size is read from the header, before anything is decoded.
+    """
+    stream = io.BytesIO(source) if isinstance(source, bytes) else _open_file(Path(source))
+    with stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata; a picture comes out or an error
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(stream, formats=FORMATS) as image:
+                _check_size(image, max_pixels, min_side)
+                return _to_rgb(image)
+        except BadImage:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise BadImage("image too large", str(error)) from error
+        except Exception as error:  # decoders raise half a dozen types on damaged files
+            raise BadImage("broken image", f"{type(error).__name__}: {error}") from error
+
+
+def _open_file(path: Path):
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BadImage("missing image file", f"{path}: {error.strerror}") from error
+
+
+def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("image too large", f"{width} x {height} pixels, at most {max_pixels:,} in all are opened")
+    if min(width, height) < min_side:
+        raise BadImage("image too small", f"{width} x {height} pixels, each side must have at least {min_side}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("broken image", "floating-point pixels, whose range is not known; store 8 or 16 bits")
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,174 @@
+"""Endless batches of image-caption pairs that can be stopped anywhere and continued with exactly the next one.
+
+Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So where a reader
+stands is
+three numbers: the pass, where its shuffle window starts, and how many samples of the window were taken, whether usable
+or not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from ssmclip.data.augment import train_transform
+from ssmclip.data.images import open_image
+from ssmclip.data.shards import ShardSource, find_shards
+from ssmclip.data.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
+from ssmclip.data.tables import TABLE_SUFFIXES, RowSource, TableFormat, synthetic_source, table_source
+
+__all__ = ["Batch", "NoUsableSamples", "PairLoader", "TableFormat", "open_image", "open_pairs", "train_transform"]
+
+SYNTHETIC = "synthetic:"
+EXAMPLES_PER_REASON = 5
+
+
+def open_pairs(
+    source: str | Path,
+    *,
+    transform: Callable[[Image.Image, torch.Generator], torch.Tensor],
+    tokenize: Callable[[list[str]], torch.Tensor],
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    cursor: dict[str, Any] | None = None,
+    shuffle_buffer: int = 2048,
+    cache_mib: int = 512,
+    table_format: TableFormat | None = None,
+) -> PairLoader:
+    """An endless, reshuffled stream of batches from `source`.
+
+    source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL), a csv, tsv or parquet
+    table of
+        (image, caption), or "synthetic:NAME".
+    transform(picture, generator) -> (3, H, W) draws from that generator only; tokenize(list of B texts) -> (B,
+    context).
+    workers: processes that prepare batches, 0: none. rank, world_size: this process among those that train together.
+    cursor: a PairLoader's `.cursor`; the new loader continues with the batch after it, bit for bit. Needs the same
+    source, seed,
+        batch size, number of workers (0 and 1 are the same) and world size.
+    shuffle_buffer: samples of a shard stream that are shuffled together, per reader.
+    cache_mib: memory for keeping decoded pictures of a small source, over all workers; 0 keeps none. It never changes
+    the batches.
+
+    Samples that can't be used are counted in `.skipped`, not raised; a pass without a single usable one raises
+    NoUsableSamples.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't be used,
+    UnknownName for an
+    unknown synthetic source.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")
+    readers = max(workers, 1)
+    cache_bytes = cache_mib * 2**20 // readers
+    opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
+    preparation = Preparation(transform, tokenize, batch_size, seed, cache_bytes if opened.resident else 0)
+    return PairLoader(opened, preparation, workers, rank, world_size, cursor)
+
+
+def _open_source(
+    source: str, seed: int, window: int, resident_bytes: int, table_format: TableFormat
+) -> ShardSource | RowSource:
+    if source.startswith(SYNTHETIC):
+        return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed)
+    if source.endswith(TABLE_SUFFIXES):
+        return table_source(source, table_format, seed=seed, resident_bytes=resident_bytes)
+    return ShardSource(find_shards(source), seed=seed, window=window, resident_bytes=resident_bytes)
+
+
+class PairLoader:
+    """Iterate it for Batches; it never ends. Made by `open_pairs`.
+
+    num_samples: samples in the source, all ranks together, None when that can't be known without reading it.
+    skipped: how often each reason for not using a sample occurred (again in every pass); skipped_examples: a few names
+    for each.
+    cursor: where it stands after the batch last yielded, as JSON-able values.
+    """
+
+    def __init__(
+        self,
+        source: ShardSource | RowSource,
+        preparation: Preparation,
+        workers: int,
+        rank: int,
+        world_size: int,
+        cursor: dict[str, Any] | None,
+    ):
+        readers = max(workers, 1)
+        self.num_samples: int | None = source.num_samples
+        self.skipped: Counter[str] = Counter()
+        self.skipped_examples: dict[str, list[str]] = {}
+        self._made_of = {
+            "source": source.identity,
+            "seed": preparation.seed,
+            "batch_size": preparation.batch_size,
+            "workers": readers,
+            "rank": rank,
+            "world_size": world_size,
+        }
+        self._states = [{"pass": 0, "start": [0, 0], "taken": 0} for _ in range(readers)]
+        self._next = 0
+        if cursor is not None:
+            self._continue_from(cursor)
+        self._workers = workers
+        self._make = lambda: ReaderBatches(
+            source, preparation, self._states, self._next, rank * readers, world_size * readers
+        )
+        self._stream: Iterator[Made] | None = None
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        return {
+            **self._made_of,
+            "next": self._next,
+            "states": [dict(state) for state in self._states],
+            "skipped": dict(self.skipped),
+            "skipped_examples": {reason: list(names) for reason, names in self.skipped_examples.items()},
+        }
+
+    def __iter__(self) -> PairLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._start()
+        made = next(self._stream)
+        self._states[made.reader] = made.state
+        self._next = (made.reader + 1) % len(self._states)
+        for reason, example in made.skips:
+            self.skipped[reason] += 1
+            examples = self.skipped_examples.setdefault(reason, [])
+            if example not in examples and len(examples) < EXAMPLES_PER_REASON:
+                examples.append(example)
+        return made.batch
+
+    def close(self) -> None:
+        """Ends the worker processes. Iterating again continues after the batch last yielded."""
+        self._stream = None
+
+    def _start(self) -> Iterator[Made]:
+        batches = self._make()
+        if not self._workers:
+            return iter(batches)
+        # Its own generator: a DataLoader would draw from the global one, whose state belongs to the training run.
+        return iter(DataLoader(batches, batch_size=None, num_workers=self._workers, generator=torch.Generator()))
+
+    def _continue_from(self, cursor: dict[str, Any]) -> None:
+        for name, here in self._made_of.items():
+            if cursor.get(name) != here:
+                raise ValueError(
+                    f"this cursor was made with {name} {cursor.get(name)!r}, and here it is {here!r}: "
+                    "the batches would not be the same. Continue with the same, or start without a cursor"
+                )
+        self._states = [dict(state) for state in cursor["states"]]
+        self._next = cursor["next"]
+        self.skipped.update(cursor["skipped"])
+        self.skipped_examples = {reason: list(names) for reason, names in cursor["skipped_examples"].items()}

@@ -1,0 +1,205 @@
+"""Image-caption samples in webdataset tar shards: a picture and its `.txt` or `.json` share a name up to the first
+dot."""
+
+from __future__ import annotations
+
+import glob
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from braceexpand import braceexpand
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from ssmclip.data.images import SUFFIXES
+from ssmclip.data.samples import Sample, permutation
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+def find_shards(source: str | Path) -> list[str]:
+    """The shards meant by a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar"), or a URL of any of
+    these forms.
+
+    Raises FileNotFoundError naming what is missing and what is there instead. URLs are not looked up.
+    """
+    source = str(source)
+    if Path(source).is_dir():
+        found = sorted(str(path) for path in Path(source).iterdir() if path.name.endswith(TAR_SUFFIXES))
+        if not found:
+            raise FileNotFoundError(f"{source} has no .tar; it holds {_listing(Path(source))}")
+        return found
+    shards = list(braceexpand(source))
+    if not _is_local(source):
+        return shards
+    if any(char in source for char in "*?["):
+        shards = [path for pattern in shards for path in sorted(glob.glob(pattern))]
+        if not shards:
+            raise FileNotFoundError(f"no file matches {source}; {_nearby(Path(source))}")
+    if missing := [shard for shard in shards if not Path(shard).is_file()]:
+        some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(shards)} shards are missing: {some}; {_nearby(Path(missing[0]))}"
+        )
+    return shards
+
+
+class ShardSource:
+    """Samples in shards, in windows: a pass reads the shards in a new order, `window` samples at a time, each window
+    shuffled.
+
+    Shards are dealt out to the readers; when there are fewer shards than readers every reader reads all and takes each
+    n-th sample.
+    """
+
+    def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int):
+        self.shards = list(shards)
+        self.seed = seed
+        self.window = window
+        local = all(_is_local(shard) for shard in self.shards)
+        self.num_samples = sum(count_samples(shard) for shard in self.shards) if local else None
+        self.resident = local and sum(Path(shard).stat().st_size for shard in self.shards) <= resident_bytes
+        self._kept: dict[str, list[Sample]] = {}
+
+    @property
+    def identity(self) -> str:
+        names = " ".join(shard.rsplit("/", 1)[-1] for shard in self.shards)
+        return f"{len(self.shards)} shards {zlib.crc32(names.encode()):08x}"
+
+    def windows(
+        self, number: int, reader: int, readers: int, start: Sequence[int]
+    ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
+        """Pass `number` of one reader, from `start` on: (where the window starts, its samples)."""
+        shards = [self.shards[i] for i in permutation(len(self.shards), self.seed, "shards", number)]
+        dealt = len(shards) >= readers
+        mine = shards[reader::readers] if dealt else shards
+        first, skip = start
+        begin, window = [first, skip], []
+        for place in range(first, len(mine)):
+            for index, sample in enumerate(self._read(mine[place])):
+                if place == first and index < skip:
+                    continue
+                if not dealt and index % readers != reader:
+                    continue
+                if len(window) == self.window:
+                    yield begin, window
+                    begin, window = [place, index], []
+                window.append(sample)
+        if window:
+            yield begin, window
+
+    def _read(self, shard: str) -> Iterator[Sample] | list[Sample]:
+        if not self.resident:
+            return read_shard(shard)
+        if shard not in self._kept:
+            self._kept[shard] = list(read_shard(shard))
+        return self._kept[shard]
+
+
+def read_shard(shard: str) -> Iterator[Sample]:
+    """The samples of one shard, in order, nothing decoded.
+
+    A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem.
+    """
+    read = 0
+    failures: list[Exception] = []
+    repeated: list[Exception] = []
+
+    def note(error: Exception) -> bool:
+        failures.append(error)
+        return True
+
+    def leave_out(error: Exception) -> bool:
+        repeated.append(error)
+        return True
+
+    try:
+        stream = gopen(shard)
+    except Exception as error:  # of any kind: files, pipes and web addresses fail in their own ways
+        yield Sample(shard, None, [], "missing shard", f"{shard}: {error}")
+        return
+    with stream:
+        files = tar_file_expander([{"url": shard, "stream": stream}], handler=note)
+        for fields in group_by_keys(files, handler=leave_out):
+            if failures:
+                break  # what was being read when the shard broke is not whole
+            read += 1
+            yield make_sample(fields)
+    for error in repeated:
+        yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
+    if failures:
+        reason = "truncated shard" if isinstance(failures[0], (tarfile.TarError, EOFError)) else "broken shard"
+        yield Sample(shard, None, [], reason, f"{shard} after {read} samples ({failures[0]})")
+
+
+def make_sample(fields: dict) -> Sample:
+    """A Sample from webdataset's dictionary of one sample (suffix -> bytes)."""
+    key = fields["__key__"]
+    image = next((fields[suffix] for suffix in SUFFIXES if suffix in fields), None)
+    if image is None:
+        suffixes = ", ".join(name for name in fields if not name.startswith("__"))
+        return Sample(key, None, [], "no image", f"it has {suffixes}")
+    try:
+        return Sample(key, image, _captions(fields))
+    except UnicodeDecodeError as error:
+        return Sample(key, None, [], "caption is not utf-8", str(error))
+    except (ValueError, TypeError, AttributeError) as error:
+        return Sample(key, None, [], "broken json", str(error))
+
+
+def _captions(fields: dict) -> list[str]:
+    """The json's list of captions, else the text file, else the json's one caption."""
+    described = json.loads(fields["json"].decode("utf-8")) if "json" in fields else {}
+    captions = described.get("captions")
+    if not captions and "txt" in fields:
+        captions = fields["txt"].decode("utf-8")
+    if captions is None:
+        captions = described.get("caption")
+    if captions is None:
+        return []
+    return [captions] if isinstance(captions, str) else [str(caption) for caption in captions]
+
+
+def count_samples(shard: str) -> int:
+    """How many samples a local shard holds, from its headers (or a `sizes.json` beside it, as img2dataset's tools
+    write)."""
+    sizes = Path(shard).with_name("sizes.json")
+    if sizes.is_file():
+        counted = json.loads(sizes.read_text(encoding="utf-8"))
+        if Path(shard).name in counted:
+            return int(counted[Path(shard).name])
+    keys = 0
+    last = None
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key = (folder, name.split(".", 1)[0])
+                if member.isreg() and key != last:
+                    keys, last = keys + 1, key
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        pass  # reading it will count the damage
+    return keys
+
+
+def _is_local(shard: str) -> bool:
+    return "://" not in shard and not shard.startswith("pipe:")
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    return f"{folder.resolve()} holds {_listing(folder)}"
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    return (
+        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        if names
+        else "nothing"
+    )

@@ -1,0 +1,186 @@
+"""From raw samples to batches, in one reader: in a worker process, or in the training process when there is none.
+
+Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So where a reader
+stands is
+three numbers: the pass, where its shuffle window starts, and how many samples of the window were taken, whether usable
+or not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ssmclip.data.augment import TrainTransform
+from ssmclip.data.images import BadImage, open_image
+from ssmclip.data.samples import Sample, generator_for, permutation
+
+MIN_SIDE = 2  # one-pixel pictures are trackers that crawls pick up, not what their captions say
+PASS_START = {"start": [0, 0], "taken": 0}
+
+State = dict[str, Any]
+
+
+class NoUsableSamples(RuntimeError):
+    """A whole pass gave nothing to train on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: float (B, 3, H, W); texts: int64 (B, context_length); keys: the samples' names."""
+
+    images: torch.Tensor
+    texts: torch.Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch on its way from its reader, with what the reader skipped for it, (reason, example), and where it stands
+    now."""
+
+    batch: Batch
+    reader: int
+    state: State
+    skips: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How samples become batches. cache_bytes: how much memory decoded pictures may take in one reader."""
+
+    transform: Callable[[Image.Image, torch.Generator], torch.Tensor]
+    tokenize: Callable[[list[str]], torch.Tensor]
+    batch_size: int
+    seed: int
+    cache_bytes: int = 0
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    identity: str
+    num_samples: int | None
+    resident: bool
+
+    def windows(
+        self, number: int, reader: int, readers: int, start: Sequence[int]
+    ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
+        """Pass `number` of one reader from `start` on, [0, 0] being its beginning: (where the window starts, its
+        samples)."""
+
+
+class _Unusable(Exception):
+    def __init__(self, reason: str, sample: Sample, detail: str = ""):
+        self.reason = reason
+        self.example = f"{sample.key}: {detail}" if detail else sample.key
+
+
+class ReaderBatches(IterableDataset):
+    """The endless batches of one reader: number first_reader + its worker's number, of `readers` in all ranks.
+
+    A DataLoader asks worker 0 first. `turn` is the reader whose turn it is, so worker 0 becomes that one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        preparation: Preparation,
+        states: Sequence[State],
+        turn: int,
+        first_reader: int,
+        readers: int,
+    ):
+        self.source = source
+        self.preparation = preparation
+        self.states = [dict(state) for state in states]
+        self.turn = turn
+        self.first_reader = first_reader
+        self.readers = readers
+        self._cache_left = preparation.cache_bytes
+
+    def __iter__(self) -> Iterator[Made]:
+        worker = get_worker_info()
+        reader = ((worker.id if worker else 0) + self.turn) % len(self.states)
+        rows: list[tuple[str, Any, str]] = []
+        skips: list[tuple[str, str]] = []
+        for row, state in self._usable(reader, skips):
+            rows.append(row)
+            if len(rows) == self.preparation.batch_size:
+                yield Made(self._batch(rows), reader, state, list(skips))
+                rows.clear()
+                skips.clear()
+
+    def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[tuple[str, Any, str], State]]:
+        """Prepared samples, pass after pass, each with the state after it. Adds to `skips` what can't be used."""
+        state = self.states[reader]
+        while True:
+            whole_pass = state["taken"] == 0 and list(state["start"]) == PASS_START["start"]
+            usable, unusable = 0, Counter()
+            for sample, after in self._samples(reader, state):
+                try:
+                    row = self._prepare(sample, after["pass"])
+                except _Unusable as problem:
+                    unusable[problem.reason] += 1
+                    skips.append((problem.reason, problem.example))
+                    continue
+                usable += 1
+                yield row, after
+            if whole_pass and not usable:
+                raise NoUsableSamples(self._nothing(unusable, skips))
+            state = {"pass": state["pass"] + 1, **PASS_START}
+
+    def _samples(self, reader: int, state: State) -> Iterator[tuple[Sample, State]]:
+        """What is left of a pass, each sample with the state after it."""
+        number, taken = state["pass"], state["taken"]
+        mine = self.first_reader + reader
+        for start, window in self.source.windows(number, mine, self.readers, state["start"]):
+            order = permutation(len(window), self.preparation.seed, "window", number, mine, *start)
+            for place in range(taken, len(window)):
+                yield window[order[place]], {"pass": number, "start": list(start), "taken": place + 1}
+            taken = 0
+
+    def _prepare(self, sample: Sample, number: int) -> tuple[str, Any, str]:
+        """(key, transformed picture, caption). Raises _Unusable."""
+        if sample.problem:
+            raise _Unusable(sample.problem, sample, sample.detail)
+        captions = [caption for caption in sample.captions if caption.strip()]
+        if not captions:
+            raise _Unusable("empty caption" if sample.captions else "no caption", sample)
+        picture = self._decode(sample)
+        generator = generator_for(self.preparation.seed, number, sample.key)
+        caption = captions[int(torch.randint(len(captions), (), generator=generator))]
+        transform = self.preparation.transform
+        transform = transform.pixels if isinstance(transform, TrainTransform) else transform
+        return sample.key, transform(picture, generator), caption
+
+    def _decode(self, sample: Sample) -> Image.Image:
+        if isinstance(sample.image, Image.Image):
+            return sample.image
+        try:
+            picture = sample.image() if callable(sample.image) else open_image(sample.image, min_side=MIN_SIDE)
+        except BadImage as error:
+            raise _Unusable(error.reason, sample, error.detail) from error
+        size = 4 * picture.width * picture.height  # Pillow keeps 4 bytes for an RGB pixel
+        if size <= self._cache_left:
+            self._cache_left -= size
+            sample.image = picture
+        return picture
+
+    def _batch(self, rows: list[tuple[str, Any, str]]) -> Batch:
+        keys, pictures, captions = zip(*rows, strict=True)
+        transform = self.preparation.transform
+        images = transform.normalise(pictures) if isinstance(transform, TrainTransform) else torch.stack(pictures)
+        return Batch(images, self.preparation.tokenize(list(captions)), list(keys))
+
+    def _nothing(self, unusable: Counter[str], skips: list[tuple[str, str]]) -> str:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in unusable.most_common()) or "it holds none"
+        example = f"; for example {skips[-1][1]}" if skips else ""
+        hint = "" if unusable else f"; {self.readers} readers (workers x ranks) may be too many for it"
+        return f"a whole pass over {self.source.identity} gave no usable sample: {counts}{example}{hint}"

@@ -1,0 +1,172 @@
+"""Image-caption pairs in a csv, tsv or parquet file, and pairs drawn in memory: sources of which any row can be had at
+once."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from ssmclip.data import synthetic
+from ssmclip.data.samples import Sample, permutation
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file")
+CAPTION_COLUMNS = ("caption", "captions", "title", "text", "sentence")
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """How to read a table when its header does not say. Empty names: the first known column name is taken."""
+
+    image_column: str = ""
+    caption_column: str = ""
+    encoding: str = "utf-8"
+
+
+class RowSource:
+    """Samples any of which can be had at once: each pass is a new order of all of them, dealt out to the readers."""
+
+    def __init__(self, samples: Sequence[Sample], *, seed: int, identity: str):
+        self.samples = samples
+        self.seed = seed
+        self.identity = identity
+        self.num_samples = len(samples)
+        self.resident = isinstance(samples, list)
+
+    def windows(
+        self, number: int, reader: int, readers: int, start: Sequence[int]
+    ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
+        """Pass `number` of one reader: one window with all its samples."""
+        order = permutation(self.num_samples, self.seed, "rows", number)
+        yield [0, 0], _Picked(self.samples, order[reader::readers])
+
+
+class _Picked(Sequence):
+    def __init__(self, samples: Sequence[Sample], order: np.ndarray):
+        self.samples, self.order = samples, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[self.order[index]]
+
+
+def synthetic_source(name: str, *, seed: int) -> RowSource:
+    """One of synthetic.PAIR_SOURCES. The pictures do not depend on `seed`, only their order."""
+    items = synthetic.PAIR_SOURCES[name]()
+    samples = [Sample(item.key, partial(item.draw, synthetic.NATIVE_SIZE), list(item.captions)) for item in items]
+    return RowSource(samples, seed=seed, identity=f"synthetic:{name} {len(samples)}")
+
+
+def table_source(path: str | Path, table_format: TableFormat, *, seed: int, resident_bytes: int) -> RowSource:
+    """A table of (image, caption) rows. Rows with the same image are one sample with several captions.
+
+    Images are paths (relative to the table's folder), encoded bytes, or Hugging Face's {"bytes", "path"}.
+    Raises FileNotFoundError, and ValueError that names a missing column or the first byte that is not in the encoding.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no table {path}")
+    table = _read_parquet(path, table_format) if path.suffix == ".parquet" else _read_text(path, table_format)
+    if pa.types.is_string(table.schema.field("image").type):
+        table = table.group_by("image", use_threads=False).aggregate([("caption", "list")])
+        table = table.rename_columns({"caption_list": "caption"})
+    rows = _Rows(table, path.parent)
+    samples = list(rows) if table.nbytes <= resident_bytes else rows
+    return RowSource(samples, seed=seed, identity=f"{path.name} {len(rows)}")
+
+
+class _Rows(Sequence):
+    """Rows of an Arrow table as Samples, made when asked for."""
+
+    def __init__(self, table: pa.Table, folder: Path):
+        self.images = table.column("image").combine_chunks()
+        self.captions = table.column("caption").combine_chunks()
+        self.folder = folder
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        image, captions = self.images[index].as_py(), self.captions[index].as_py()
+        captions = captions if isinstance(captions, list) else [captions]
+        key = f"row {index}"
+        if isinstance(image, dict):  # as Hugging Face's data sets store pictures
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            key, image = image, self.folder / image
+        kept = [caption for caption in captions if caption is not None]
+        return Sample(key, image, kept, "" if image else "no image")
+
+
+def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
+    try:
+        names = pa.parquet.read_schema(path).names
+        image, caption = _columns(path, names, table_format)
+        table = pa.parquet.read_table(path, columns=[image, caption])
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    return table.select([image, caption]).rename_columns(["image", "caption"])
+
+
+def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
+    tabs = ".tsv" in path.suffixes
+    parse = pa.csv.ParseOptions(
+        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+    )
+    read = pa.csv.ReadOptions(encoding=table_format.encoding)
+    try:
+        with pa.csv.open_csv(path, read, parse) as reader:
+            names = reader.schema.names
+        image, caption = _columns(path, names, table_format)
+        convert = pa.csv.ConvertOptions(
+            include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
+        )
+        table = pa.csv.read_csv(path, read, parse, convert)
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        _check_encoding(path, table_format.encoding)
+        raise ValueError(f"{path} is not a readable table: {error}") from error
+    return table.rename_columns(["image", "caption"])
+
+
+def _check_encoding(path: Path, encoding: str) -> None:
+    """Raises ValueError naming the first byte that is not in the encoding; does nothing when all are."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read()
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not {encoding}: byte 0x{content[error.start]:02x} at position {error.start} (line {line}). "
+            "Give its encoding, e.g. TableFormat(encoding='latin-1'), or convert it: iconv -f latin1 -t utf-8"
+        ) from error
+
+
+def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> tuple[str, str]:
+    return (
+        _column(path, names, "image", table_format.image_column, IMAGE_COLUMNS),
+        _column(path, names, "caption", table_format.caption_column, CAPTION_COLUMNS),
+    )
+
+
+def _column(path: Path, names: Sequence[str], kind: str, wanted: str, known: Sequence[str]) -> str:
+    for name in (wanted,) if wanted else known:
+        if name in names:
+            return name
+    looked = wanted or ", ".join(known)
+    raise ValueError(
+        f"{path} has no {kind} column: looked for {looked}, its columns are {', '.join(names)}. "
+        f"Name it: TableFormat({kind}_column=...)"
+    )
