@@ -70,9 +70,7 @@ def training_validation(
             for name, card, dataset in opened
             for row in KINDS[card.kind](clip, dataset, card, name, settings, f"step={step}")
         ]
-        return [
-            replace(row, extra={k: v for k, v in row.extra.items() if k in ("partial", "unreadable")}) for row in rows
-        ]
+        return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate
 
