@@ -2,7 +2,7 @@
 
     ssmclip train recipes/tiny.py
 
-Under a minute on one core. Expect the loss to fall from ln 32 = 3.47 to below 2.9: it shows that everything works, no more.
+Under a minute on one core. Expect the loss to fall from ln 32 = 3.47 to below 2.9: that everything works, no more.
 """
 
 from ssmclip.config import CheckpointConfig, DataConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig

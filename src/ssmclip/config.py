@@ -2,7 +2,7 @@
 
 A recipe is a Python file with one public function that returns a TrainConfig. Needs no torch.
 
->>> config = apply_overrides(TrainConfig(), ["lr=3e-4", "model.drop_path_rate=0.1", "image_sizes=[[0.0, 32], [0.5, 64]]"])
+>>> config = apply_overrides(TrainConfig(), ["lr=3e-4", "model.drop_path_rate=0.1", "image_sizes=[[0, 32], [0.5, 64]]"])
 >>> config.optimiser.lr, config.model.drop_path_rate, config.data.image_sizes
 (0.0003, 0.1, ((0.0, 32), (0.5, 64)))
 >>> from_dict(to_dict(config)) == config
@@ -42,10 +42,7 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
     flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
-    color_jitter: bool = False  # brightness .4, contrast .4, saturation .2, hue .1, on 80 % of the images
-    grayscale: float = 0.0  # probability
-    blur: float = 0.0  # probability of a Gaussian blur, sigma .1 to 2 pixels
-    solarize: float = 0.0  # probability of inverting every value above 128
+    color_jitter: float = 0.0  # strength of random brightness, contrast and saturation
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class DataConfig:
     image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
     augment: AugmentConfig = AugmentConfig()
     workers: int = 0  # processes that decode images, per training process; 0: the training process itself
-    shuffle_buffer: int = 1000  # samples held for shuffling a stream
+    shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
 
     def __post_init__(self):
         starts = [start for start, _ in self.image_sizes]
@@ -167,7 +164,9 @@ class TrainConfig:
             if value < least:
                 raise ValueError(f"{name}={value}: wanted at least {least}")
         if self.schedule.warmup_steps >= self.steps:
-            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}")
+            raise ValueError(
+                f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}"
+            )
 
     def image_size(self, step: int) -> int:
         """Pixels of a training image's side at `step` (from 0)."""
@@ -175,7 +174,7 @@ class TrainConfig:
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Call the recipe in a Python file: its one public function defined there. Raises ValueError when there isn't one."""
+    """Call the recipe in a Python file: the one public function defined there. ValueError when there isn't one."""
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
@@ -198,7 +197,7 @@ def load_recipe(path: str | Path) -> TrainConfig:
 
 
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """The config with `KEY=VALUE` changes. KEY is a path ("optimiser.lr") or a last name that only one field has ("lr").
+    """The config with `KEY=VALUE` changes. KEY is a path ("optimiser.lr") or a last name that one field has ("lr").
 
     VALUE is read as the field's type: numbers, true/false, none, plain text, JSON for tuples and dictionaries.
     Raises UnknownName listing the known keys; ValueError saying what was given and expected.
@@ -224,7 +223,10 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_dict`. Missing fields take their defaults; unknown ones raise UnknownName, wrong types ValueError."""
+    """The inverse of `to_dict`. Missing fields take their defaults.
+
+    Raises UnknownName for unknown fields, ValueError for values of another type.
+    """
     return _build(TrainConfig, values, "")
 
 

@@ -80,9 +80,6 @@ def open_stream(
         scale=augment.scale,
         flip=augment.flip,
         color_jitter=augment.color_jitter,
-        grayscale=augment.grayscale,
-        blur=augment.blur,
-        solarize=augment.solarize,
     )
     return open_pairs(
         config.data.source,

@@ -43,7 +43,9 @@ def prepare_run_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise PermissionError(f"{out}: can't write there ({error.strerror}); choose another folder with --out") from error
+        raise PermissionError(
+            f"{out}: can't write there ({error.strerror}); choose another folder with --out"
+        ) from error
     settings = out / "config.json"
     if not resume:
         if settings.exists():
@@ -63,15 +65,18 @@ def refuse_changes(old: TrainConfig, new: TrainConfig, out: Path) -> None:
     changed = {k: v for k, v in changed_fields(old, new).items() if not k.startswith(_HARMLESS)}
     if changed:
         told = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in changed.items())
-        raise ValueError(f"{out}: the run to resume had other settings ({told}). Give the same, or choose another --out")
+        raise ValueError(
+            f"{out}: the run to resume had other settings ({told}). Give the same, or choose another --out"
+        )
 
 
 def save_checkpoint(
     run: Path, step: int, save_model: Callable[[Path], None], state: dict[str, Any], keep: int, best_step: int | None
 ) -> Path:
-    """Write a checkpoint, name it as last (and best), drop old ones. Raises CheckpointError; what was there is then still there.
+    """Write a checkpoint, name it as last (and best), drop old ones.
 
     save_model(folder) writes the model's files; `state` becomes state.pt; the newest `keep` and the best one are kept.
+    Raises CheckpointError when it can't be written, as on a full disk; what was there is still there then.
     """
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
@@ -94,7 +99,11 @@ def save_checkpoint(
         left = last_checkpoint(run)
         raise CheckpointError(
             f"could not save {final}: {error}. "
-            + (f"The checkpoint before it is whole: {left}; free some space and --resume" if left else "There is none yet")
+            + (
+                f"The checkpoint before it is whole: {left}; free some space and --resume"
+                if left
+                else "There is none yet"
+            )
         ) from error
     for old in checkpoints(run)[:-keep]:
         if old.name != f"step_{best_step or 0:08d}":
@@ -125,9 +134,11 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every way a file can be broken
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a training state ({first_line}); remove {checkpoint} to resume from the one before") from error
+    except Exception as error:  # torch raises another type for every way a file can be broken
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: no training state ({told}); remove its folder to resume from the one before"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

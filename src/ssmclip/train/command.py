@@ -11,9 +11,13 @@ HELP = "train a model as a recipe says"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a Python file whose function returns a TrainConfig, such as recipes/tiny.py")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, such as lr=3e-4")
-    parser.add_argument("--out", type=Path, help="the run's folder (runs/NAME of the recipe)")
+    parser.add_argument(
+        "recipe", type=Path, help="a file whose function returns a TrainConfig, such as recipes/tiny.py"
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, such as lr=3e-4"
+    )
+    parser.add_argument("--out", type=Path, help="the run's folder; without it runs/NAME, NAME the recipe's")
     parser.add_argument("--resume", action="store_true", help="continue the run in that folder, exactly")
 
 

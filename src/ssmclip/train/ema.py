@@ -33,7 +33,7 @@ class Ema:
 
 
 def ema_decay(step: int, steps: int, start: float, schedule: str) -> float:
-    """The decay at `step` (from 0) of `steps`: constant, or rising from `start` to 1 along half a cosine (mamba-clip's)."""
+    """The decay at `step` (from 0): constant, or from `start` to 1 along half a cosine as mamba-clip's."""
     if schedule == "constant":
         return start
     return 1 + 0.5 * (start - 1) * (1 + math.cos(math.pi * step / steps))

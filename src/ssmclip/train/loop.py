@@ -144,7 +144,7 @@ class _Run:
     def to_the_end(self, validate: Validate | None) -> None:
         config, device = self.config, self.accelerator.device
         rates = lr_schedule(config.steps, config.schedule, config.optimiser.lr)
-        # On a CPU looking costs nothing. Elsewhere it waits for the device, so it is done when there is something to say.
+        # On a CPU looking costs nothing. Elsewhere it waits for the device, so only when there is something to say.
         look_every = 1 if device.type == "cpu" else config.logging.every
         watch, size, stream = Watch(), None, None
         self.log.say(f"{config.model.name} on {device}: steps {self.step} to {config.steps}, {self.out}")
@@ -155,12 +155,18 @@ class _Run:
             watch.add(self._one_step(next(stream), rates[self.step]))
             self.cursor = stream.cursor
             self.log.stepped()
-            pause = self._due(config.logging.every) or self._due(config.validation.every) or self._due(config.checkpoint.every)
+            pause = (
+                self._due(config.logging.every)
+                or self._due(config.validation.every)
+                or self._due(config.checkpoint.every)
+            )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
             if self._due(config.logging.every):
                 self._write_numbers(*seen, rates[self.step - 1], size, stream)
             with self.log.pause():
-                improved = validate is not None and self._due(config.validation.every) and self._validate(validate, size)
+                improved = (
+                    validate is not None and self._due(config.validation.every) and self._validate(validate, size)
+                )
                 if improved or self._due(config.checkpoint.every):
                     self._save()
         self._report_skipped(stream)
@@ -187,7 +193,9 @@ class _Run:
         self.step += 1
         if self.skips_in_a_row > _MOST_SKIPS:
             keys = ", ".join(batch.keys)
-            raise NonFinite(f"step {self.step}: gradients overflowed {_MOST_SKIPS} times in a row; keys of the batch: {keys}")
+            raise NonFinite(
+                f"step {self.step}: gradients overflowed {_MOST_SKIPS} times in a row; keys of the batch: {keys}"
+            )
         return Measured(self.step, loss, norm, batch.keys, bool(skipped))
 
     def _grad_norm(self) -> torch.Tensor:

@@ -82,5 +82,3 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
     """Keep exp(logit_scale) in [1, largest]."""
     with torch.no_grad():
         model.logit_scale.clamp_(0, math.log(largest))
-
-

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssmclip.config import OptimiserConfig, ScheduleConfig
 
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
-# D the skip; decay would pull every time constant towards one value. (Biases of any shape, dt's too, are found by name.)
+# D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
 _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
 
 
@@ -43,14 +43,14 @@ def parameter_groups(
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over the model's trainable parameters, in one pass over memory per step (fused) where the device has that."""
+    """AdamW over the trainable parameters; fused (one pass over memory a step) where the device has that."""
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     groups = parameter_groups(model.named_parameters(), config.weight_decay, config.decay_rule)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
-    """The learning rate at every step: float64 (steps,). Linear from start_lr to peak over the warm-up, then half a cosine.
+    """The learning rate at every step: float64 (steps,). Linear from start_lr to peak, then half a cosine to end_lr.
 
     mamba-clip's, to the bit: the warm-up's last step already has the peak, and so has the first step after it; the
     cosine's last step is one short of end_lr.

@@ -22,7 +22,7 @@ _STEP = re.compile(r"step=(\d+)")
 
 
 class NonFinite(ValueError):
-    """Training met a loss or gradient that isn't a number. The message has the step, the batch, and what can be resumed."""
+    """A loss or gradient that isn't a number. The message has the step, the batch's keys, and what can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Measured:
 
 
 class Watch:
-    """Holds each step's loss and gradient norm until they are looked at: together, so that a GPU is waited for rarely."""
+    """Holds each step's loss and gradient norm until looked at, all at once: so a GPU is rarely waited for."""
 
     def __init__(self):
         self._pending: list[Measured] = []
@@ -80,7 +80,9 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(out / "tensorboard", purge_step=start + 1)
-        self._bar = tqdm(total=config.steps, initial=start, unit="step", disable=not config.logging.progress, file=sys.stderr)
+        self._bar = tqdm(
+            total=config.steps, initial=start, unit="step", disable=not config.logging.progress, file=sys.stderr
+        )
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -99,7 +101,13 @@ class Log:
         speed = {"images_per_s": self._steps * self._config.batch_size / seconds, "memory_mib": peak_memory_mib(device)}
         numbers = {**numbers, **speed}
         self.rows(step, [Result(self._config.model.name, "train", f"step={step}", k, v) for k, v in numbers.items()])
-        shown = {"images/s": "images_per_s", "loss": "loss", "|g|": "grad_norm", "scale": "logit_scale", "MiB": "memory_mib"}
+        shown = {
+            "images/s": "images_per_s",
+            "loss": "loss",
+            "|g|": "grad_norm",
+            "scale": "logit_scale",
+            "MiB": "memory_mib",
+        }
         self._bar.set_postfix({name: f"{numbers[key]:.4g}" for name, key in shown.items()}, refresh=False)
         self._restart_clock()
 

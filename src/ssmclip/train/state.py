@@ -1,4 +1,4 @@
-"""Everything random about a process, captured and put back. Only tensors and plain containers, so that it loads safely."""
+"""Everything random about a process, captured and put back, as tensors and plain containers that load safely."""
 
 from __future__ import annotations
 
