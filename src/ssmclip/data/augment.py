@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
+from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 CROP_ATTEMPTS = 10
+NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mirror, the colours
 
 
 @dataclass(frozen=True)
@@ -32,30 +35,31 @@ class TrainTransform:
     color_jitter: float = 0.0
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-        return self.normalise([self.pixels(image, generator)])[0]
+        return self.normalise([self.pixels(np.array(image), generator)])[0]
 
-    def pixels(self, image: Image.Image, generator: torch.Generator) -> np.ndarray:
-        """The random part: uint8 (image_size, image_size, 3). Cropping and resizing are one step; only the crop is
-        touched."""
-        draws = torch.rand(2 * CROP_ATTEMPTS + 2 + 1 + 3, generator=generator, dtype=torch.float64).tolist()
-        box = crop_box(image.width, image.height, self.scale, self.ratio, draws)
+    def pixels(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+        """The random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
+
+        Only the crop is touched, by torch's resize for 8-bit pixels: three times as fast as Pillow's, and equal to
+        within 1.
+        """
+        draws = torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64).tolist()
+        height, width, _ = image.shape
+        left, top, right, bottom = crop_box(width, height, self.scale, self.ratio, draws)
+        crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)
         size = (self.image_size, self.image_size)
-        image = image.resize(size, Image.Resampling.BICUBIC, box=box)
+        out = interpolate(crop[None], size=size, mode="bicubic", antialias=True)[0]
         if self.flip and draws[-4] < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            out = out.flip(-1)
         if self.color_jitter:
-            for enhance, draw in zip(
-                (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), draws[-3:], strict=True
-            ):
-                image = enhance(image).enhance(1 + self.color_jitter * (2 * draw - 1))
-        return np.asarray(image)
+            for adjust, draw in zip((adjust_brightness, adjust_contrast, adjust_saturation), draws[-3:], strict=True):
+                out = adjust(out, 1 + self.color_jitter * (2 * draw - 1))
+        return out
 
-    def normalise(self, pixels: Sequence[np.ndarray]) -> torch.Tensor:
-        """uint8 pictures (H, W, 3) as one float batch (B, 3, H, W): once per batch is much cheaper than once per
-        picture."""
-        batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (self.mean, self.std))
-        return ((batch - mean) / std).contiguous()
+    def normalise(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 pictures (3, H, W) as one float batch (B, 3, H, W): once per batch is cheaper than once per picture."""
+        mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        return torch.stack(list(pixels)).float().contiguous().sub_(mean).div_(std)
 
 
 def train_transform(

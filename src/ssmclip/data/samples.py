@@ -22,7 +22,7 @@ class Sample:
     """
 
     key: str
-    image: bytes | Path | Callable[[], Image.Image] | Image.Image | None
+    image: bytes | Path | Callable[[], Image.Image] | Image.Image | np.ndarray | None
     captions: list[str]
     problem: str = ""
     detail: str = ""

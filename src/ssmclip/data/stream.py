@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
@@ -160,14 +161,17 @@ class ReaderBatches(IterableDataset):
         transform = transform.pixels if isinstance(transform, TrainTransform) else transform
         return sample.key, transform(picture, generator), caption
 
-    def _decode(self, sample: Sample) -> Image.Image:
-        if isinstance(sample.image, Image.Image):
+    def _decode(self, sample: Sample) -> Image.Image | np.ndarray:
+        """The picture in the form the transform takes: our own takes pixels, anyone else's gets a PIL picture."""
+        if isinstance(sample.image, Image.Image | np.ndarray):
             return sample.image
         try:
             picture = sample.image() if callable(sample.image) else open_image(sample.image, min_side=MIN_SIDE)
         except BadImage as error:
             raise _Unusable(error.reason, sample, error.detail) from error
         size = 4 * picture.width * picture.height  # Pillow keeps 4 bytes for an RGB pixel
+        if isinstance(self.preparation.transform, TrainTransform):
+            picture = np.array(picture)
         if size <= self._cache_left:
             self._cache_left -= size
             sample.image = picture
