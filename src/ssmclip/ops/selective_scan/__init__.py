@@ -6,12 +6,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import chunked, reference
+from ssmclip.ops.selective_scan import chunked, cpu, reference
 
 __all__ = ["BACKENDS", "selective_scan"]
 
 
 BACKENDS = {
+    "cpu": Backend(cpu.selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(chunked.selective_scan),
     "reference": Backend(reference.selective_scan),
 }

@@ -1,0 +1,118 @@
+"""From tensors to the compiled kernels: the table of addresses, the blocks, the threads. No autograd here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmclip.ops.threads import run_tasks
+
+log = logging.getLogger(__name__)
+
+# Below this many state updates (a softplus counts as three) waking a second thread costs more than it saves.
+PARALLEL_FROM = 1_000_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a scan is about, apart from its tensors.
+
+    groups, width (channels of a group), length, states: as in the kernels; batch elements; delta_softplus;
+    image: (height, width) of a map read in four orders whose results are summed, None for sequences.
+    """
+
+    batch: int
+    groups: int
+    width: int
+    length: int
+    states: int
+    delta_softplus: bool
+    image: tuple[int, int] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Positions between two saved states: fewer cost memory for those, more outgrow the second-level cache."""
+        return 32 if self.states <= 16 else 64
+
+    @property
+    def saved_shape(self) -> tuple[int, ...]:
+        return self.batch, -(-self.length // self.steps), self.states, self.groups * self.width
+
+    @property
+    def slices(self) -> int:
+        """Runs of channel blocks that the backward pass keeps apart, each with its own sums for B and C.
+
+        Depends on the shapes alone, so that the result does not depend on the number of threads.
+        """
+        tasks = self.batch * (1 if self.image else self.groups)
+        return max(1, min(-(-self.width // self.block("backward")), -(-8 // max(tasks, 1))))
+
+    def block(self, kernel: str) -> int:
+        """Channels scanned together: 24 KiB of state and A forward, 256 KiB of states and decays backward."""
+        budget = 3072 if kernel == "forward" else 1024
+        return min(self.width, 192, max(8, budget // max(self.states, 1) // 8 * 8))
+
+
+@lru_cache(maxsize=64)
+def _order(length: int, image: tuple[int, int] | None) -> np.ndarray:
+    """Which position each step of a sequence is at, a row per direction."""
+    rows = np.arange(length)
+    if image is None:
+        return rows[None]
+    columns = rows.reshape(image).T.ravel()
+    return np.stack([rows, columns, rows[::-1], columns[::-1]])
+
+
+@lru_cache(maxsize=4)
+def _kernel(name: str, dtype: torch.dtype):
+    """The compiled function; said once per process, because the first call on a machine takes a while."""
+    from ssmclip.ops.selective_scan import kernels
+
+    start = time.perf_counter()
+    kernel = getattr(kernels, name)
+    like = np.float64(0) if dtype == torch.float64 else np.float32(0)
+    log.info("loading the CPU kernel %s for %s; compiling it takes up to a minute, once per machine", name, dtype)
+    nothing = np.zeros(9, np.int64)
+    kernel(np.zeros((len(kernels.VIEWS), 6), np.int64), nothing, nothing[None], np.zeros(0, np.uint8), 0, 0, like)
+    log.info("%s is ready after %.1f s", name, time.perf_counter() - start)
+    return kernel, like
+
+
+def launch(kernel: str, problem: Problem, tensors: dict[str, tuple[Tensor, tuple[int, ...]] | None]) -> None:
+    """Run the kernel "forward" or "backward" over all tasks.
+
+    tensors: by the names in `kernels.VIEWS`, each with its strides in elements over (batch, group, channel, position,
+    state). All of the state's type; the kernel writes the results in place.
+    """
+    from ssmclip.ops.selective_scan.kernels import VIEWS, scratch_bytes
+
+    if problem.batch * problem.groups * problem.width * problem.length == 0:
+        return
+    u = tensors["U"][0]
+    item = u.element_size()
+    views = np.zeros((len(VIEWS), 6), np.int64)
+    for name, entry in tensors.items():
+        if entry is not None:
+            tensor, strides = entry
+            views[VIEWS[name]] = (tensor.data_ptr(), *(s * item for s in strides))
+
+    block, groups, merge = problem.block(kernel), problem.groups, problem.image is not None
+    slices = -(-problem.width // block) if kernel == "forward" else problem.slices
+    tasks = problem.batch * slices * (1 if merge else groups)
+    sizes = (groups, problem.width, problem.length, problem.states, block, problem.steps, slices, merge)
+    sizes = np.array((*sizes, problem.delta_softplus), np.int64)
+    order = _order(problem.length, problem.image)
+    run, like = _kernel(kernel, u.dtype)
+    room = scratch_bytes(block, problem.steps, problem.states, item)
+
+    def work(first: int, last: int) -> None:
+        run(views, sizes, order, np.empty(room, np.uint8), first, last, like)
+
+    updates = problem.batch * groups * problem.width * problem.length * (problem.states + 3 * problem.delta_softplus)
+    run_tasks(work, tasks, parallel=updates >= PARALLEL_FROM)
