@@ -243,9 +243,9 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
     if scene.shape in OUTLINES:
         polygon(OUTLINES[scene.shape])
     else:
-        ellipse(0, 0, 1)
+        ellipse(0.0, 0.0, 1.0)
         if scene.shape == "ring":
-            ellipse(0, 0, 0.58, fill=0)
+            ellipse(0.0, 0.0, 0.58, fill=0)
 
 
 def _textured(scene: Scene, side: int) -> Image.Image:
@@ -276,15 +276,15 @@ def _star() -> list[tuple[float, float]]:
 def _heart() -> list[tuple[float, float]]:
     turns = [2 * math.pi * i / 40 for i in range(40)]
     return [
-        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
+        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17)
         for t in turns
     ]
 
 
 OUTLINES = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    "triangle": [(0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
-    "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+    "triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
+    "diamond": [(0.0, -1.0), (0.75, 0.0), (0.0, 1.0), (-0.75, 0.0)],
     "cross": [
         (sx * px, sy * py)
         for sx, sy, corner in ((1, 1, 0), (-1, 1, 1), (-1, -1, 0), (1, -1, 1))
