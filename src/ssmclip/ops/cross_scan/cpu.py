@@ -1,0 +1,178 @@
+"""The four scans in one pass over the map, on the CPU: no sequence is built, the sum is taken as the rows are read.
+
+The kernels are those of the selective scan; a direction is a group that shares x and y with the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmclip.ops.cross_scan import plain
+from ssmclip.ops.selective_scan.cpu import second_gradient
+from ssmclip.ops.selective_scan.launch import Problem, launch
+
+_INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+_library = torch.library.Library("ssmclip", "FRAGMENT")
+_library.define(f"cross_selective_scan({_INPUTS}, bool delta_softplus, bool save) -> (Tensor y, Tensor saved)")
+_library.define(
+    f"cross_selective_scan_backward(Tensor dy, {_INPUTS}, Tensor saved, bool delta_softplus) -> "
+    "(Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dbias)"
+)
+
+
+def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
+    """See `ssmclip.ops.cross_selective_scan`."""
+    state = torch.promote_types(x.dtype, torch.float32)
+    inputs = [None if t is None else t.to(state) for t in (x, delta, A, B, C, D, delta_bias)]
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, _ = torch.ops.ssmclip.cross_selective_scan(*inputs, delta_softplus, save)
+    return y.to(x.dtype)
+
+
+def _problem(x: Tensor, A: Tensor, delta_softplus: bool) -> Problem:
+    batch, height, width, dim = x.shape
+    return Problem(batch, 4, dim, height * width, A.shape[2], delta_softplus, (height, width))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The same map with channels contiguous and one stride for all positions; copied only where it is not so."""
+    rows_follow = x.stride(-3) == x.shape[-2] * x.stride(-2) or x.shape[-3] == 1
+    return x if rows_follow and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+
+
+# Strides over (batch, group, channel, position, state), as the kernels want them.
+
+
+def _shared(x: Tensor):
+    """(batch, height, width, dim), the same for all directions."""
+    return x, (x.stride(0), 0, 1, x.stride(2), 0)
+
+
+def _directed(x: Tensor):
+    """(batch, 4, height, width, dim)."""
+    return x, (x.stride(0), x.stride(1), 1, x.stride(3), 0)
+
+
+def _per_state(x: Tensor):
+    """(batch, 4, height, width, state)."""
+    return x, (x.stride(0), x.stride(1), 0, x.stride(3), 1)
+
+
+def _parameter(x: Tensor):
+    """(4, dim) or (4, dim, state)."""
+    return x, (0, x.stride(0), x.stride(1), 0, x.stride(2) if x.ndim == 3 else 0)
+
+
+def _inputs(x, delta, A, B, C, D, delta_bias):
+    tensors = {
+        "U": _shared(_rows(x)),
+        "DELTA": _directed(_rows(delta)),
+        "A": _parameter(A),
+        "B": _per_state(_rows(B)),
+        "C": _per_state(_rows(C)),
+    }
+    if D is not None:
+        tensors["D"] = _parameter(D)
+    if delta_bias is not None:
+        tensors["BIAS"] = _parameter(delta_bias)
+    return tensors
+
+
+def _saved(x: Tensor, dim: int):
+    b, k, n, c = x.stride()
+    return x, (b, dim * c, c, k, n)
+
+
+def _new_outputs(x, A, save):
+    return x.new_empty(x.shape), x.new_empty(_problem(x, A, False).saved_shape if save else (0,))
+
+
+@torch.library.impl(_library, "cross_selective_scan", "CPU")
+def _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, save):
+    y, saved = _new_outputs(x, A, save)
+    tensors = {**_inputs(x, delta, A, B, C, D, delta_bias), "Y": _shared(y)}
+    if save:
+        tensors["SAVED"] = _saved(saved, x.shape[-1])
+    launch("forward", _problem(x, A, delta_softplus), tensors)
+    return y, saved
+
+
+@torch.library.register_fake("ssmclip::cross_selective_scan", lib=_library)
+def _forward_fake(x, delta, A, B, C, D, delta_bias, delta_softplus, save):
+    return _new_outputs(x, A, save)
+
+
+def _new_gradients(*inputs):
+    like = inputs[0]
+    return tuple(like.new_empty((0,) if x is None else x.shape) for x in inputs)
+
+
+@torch.library.impl(_library, "cross_selective_scan_backward", "CPU")
+def _backward(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
+    problem = _problem(x, A, delta_softplus)
+    if saved.numel() == 0:
+        saved = _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, True)[1]
+    dx, ddelta, dA, dB, dC, dD, dbias = _new_gradients(x, delta, A, B, C, D, delta_bias)
+    make = torch.zeros if x.numel() == 0 else torch.empty
+    # One sum per batch element or slice, added up afterwards in a fixed order.
+    each_a = make(problem.batch, *A.shape, dtype=x.dtype)
+    each_d, each_bias = make(2, problem.batch, 4, problem.width, dtype=x.dtype)
+    each_b, each_c = make(2, problem.slices, *B.shape, dtype=x.dtype)
+    tensors = _inputs(x, delta, A, B, C, D, delta_bias)
+    tensors |= {"SAVED": _saved(saved, x.shape[-1]), "DY": _shared(_rows(dy)), "DU": _shared(dx)}
+    tensors["DDELTA"] = _directed(ddelta)
+    for name, t in {"DB": each_b, "DC": each_c}.items():
+        s, b, g, _, position, n = t.stride()
+        tensors[name] = t, (b, g, s, position, n)
+    for name, t in {"DA": each_a, "DD": each_d, "DBIAS": each_bias}.items():
+        tensors[name] = t, (t.stride(0), t.stride(1), t.stride(2), 0, 1)
+    launch("backward", problem, tensors)
+    torch.sum(each_a, 0, out=dA)
+    torch.sum(each_b, 0, out=dB)
+    torch.sum(each_c, 0, out=dC)
+    if D is not None:
+        torch.sum(each_d, 0, out=dD)
+    if delta_bias is not None:
+        torch.sum(each_bias, 0, out=dbias)
+    return dx, ddelta, dA, dB, dC, dD, dbias
+
+
+@torch.library.register_fake("ssmclip::cross_selective_scan_backward", lib=_library)
+def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
+    return _new_gradients(x, delta, A, B, C, D, delta_bias)
+
+
+def _remember(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _ = inputs
+    saved = output[1]
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, saved)
+
+
+def _gradient(ctx, dy, _):
+    *inputs, saved = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 9
+    grads = torch.ops.ssmclip.cross_selective_scan_backward(dy, *inputs, saved, ctx.delta_softplus)
+    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
+
+
+def _remember_gradient(ctx, inputs, output):
+    *tensors, ctx.delta_softplus = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradient(ctx, *grads_of_grads):
+    """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
+    dy, *inputs, _ = ctx.saved_tensors
+    scan = plain.composed("chunked")
+    return *second_gradient(lambda *i: (scan(*i, ctx.delta_softplus),), [dy], inputs, grads_of_grads), None, None
+
+
+torch.library.register_autograd("ssmclip::cross_selective_scan", _gradient, setup_context=_remember, lib=_library)
+torch.library.register_autograd(
+    "ssmclip::cross_selective_scan_backward", _second_gradient, setup_context=_remember_gradient, lib=_library
+)
