@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup  ## train two small CLIPs on embedded data, evaluate them, write runs/quickstart/report.html
-	$(BIN)/python -m ssmclip quickstart --out runs/quickstart
+	$(BIN)/python -m ssmclip quickstart --recipe recipes/quickstart.py --out runs/quickstart
 
 test: setup lint  ## everything
 	$(BIN)/python -m pytest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from functools import partial
 
 from ssmclip import quickstart
 from ssmclip.evaluate import command as evaluate
@@ -33,8 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssmclip", description=__import__("ssmclip").__doc__.splitlines()[0])
     parser.add_argument("--verbose", action="store_true", help="log more, and show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, stage in {"quickstart": quickstart, "train": train, "evaluate": evaluate, "report": report}.items():
-        _add(commands, name, stage.HELP, stage.run, stage.add_arguments)
+    _add(commands, "quickstart", quickstart.HELP, quickstart.run, quickstart.add_arguments)
+    _add(commands, "train", train.HELP, partial(train.run, validation=quickstart.build_validation), train.add_arguments)
+    _add(commands, "evaluate", evaluate.HELP, evaluate.run, evaluate.add_arguments)
+    _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", "the CLIP models there are, with their parameters", _models)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)
     return parser

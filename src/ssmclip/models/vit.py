@@ -1,4 +1,7 @@
-"""The attention control for small budgets: a plain ViT in VMamba-Nano's size, at any resolution its patches divide."""
+"""The attention control for small budgets: a plain ViT as large as VMamba-Nano, at any multiple of its patch.
+
+Patches of 16 as in the papers' ViT-B/16: then parameters and, at every image size, multiplications are about equal.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-__all__ = ["vit_nano_patch8"]
+__all__ = ["vit_nano_patch16"]
 
 default_cfgs = generate_default_cfgs(
     {
-        "vit_nano_patch8": dict(
+        "vit_nano_patch16": dict(
             url="",
             num_classes=1000,
-            input_size=(3, 64, 64),
+            input_size=(3, 96, 96),
             fixed_input_size=False,  # positions are interpolated to whatever comes
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
@@ -27,9 +30,9 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def vit_nano_patch8(pretrained: bool = False, **kwargs) -> torch.nn.Module:
-    """Patches of 8, width 192, depth 6, 3 heads; positions interpolated as timm does (`dynamic_img_size`)."""
+def vit_nano_patch16(pretrained: bool = False, **kwargs) -> torch.nn.Module:
+    """Patches of 16, width 192, depth 6, 3 heads; positions interpolated as timm does (`dynamic_img_size`)."""
     settings = dict(
-        img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=3, global_pool="avg", dynamic_img_size=True
+        img_size=96, patch_size=16, embed_dim=192, depth=6, num_heads=3, global_pool="avg", dynamic_img_size=True
     )
-    return build_model_with_cfg(VisionTransformer, "vit_nano_patch8", pretrained, **{**settings, **kwargs})
+    return build_model_with_cfg(VisionTransformer, "vit_nano_patch16", pretrained, **{**settings, **kwargs})

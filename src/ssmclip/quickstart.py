@@ -1,0 +1,61 @@
+"""`ssmclip quickstart`: train small CLIPs on embedded data, evaluate them side by side, write the report.
+
+Everything is on this machine: scikit-learn's handwritten digits and drawn scenes, some of whose colour-shape pairs are
+kept out of training. The two models differ in their image encoder only.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HELP = "train two small CLIPs on embedded data, evaluate them, write report.html"
+MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
+TASKS = ("digits", "scenes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.py"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
+    import ssmclip
+    from ssmclip.config import apply_overrides, load_recipe
+    from ssmclip.evaluate import evaluate
+    from ssmclip.report import write_report
+    from ssmclip.results import describe_run, write_rows
+    from ssmclip.train import train
+
+    recipe = apply_overrides(load_recipe(args.recipe), args.set)
+    rows, run_rows = [], []
+    for name in MODELS:
+        config = apply_overrides(recipe, [f"model.name={name}"])
+        folder = args.out / name
+        train(config, folder, resume=(folder / "config.json").exists(), validate=build_validation(config))
+        run_rows.append(folder / "rows.jsonl")
+        model, preprocess, tokenizer = ssmclip.load(folder)
+        rows += evaluate(model, preprocess, tokenizer, TASKS, "", model_name=name)
+    write_rows(args.out / "rows.jsonl", rows, describe_run(recipe.seed, tasks=list(TASKS)))
+    page = write_report([args.out / "rows.jsonl", *run_rows], args.out)
+    for row in rows:
+        if row.metric == "top1":
+            print(
+                f"{row.model:18} {row.task:8} {row.value:6.1%}  (95 % interval {row.ci_low:.1%} to {row.ci_high:.1%})"
+            )
+    print(f"report: {page}")
+    return 0
+
+
+def build_validation(config: Any) -> Callable | None:
+    """What a training run measures as it goes, from its TrainConfig; None when it asks for nothing."""
+    from ssmclip.evaluate.tasks import training_validation
+
+    wanted = config.validation
+    if not (wanted.every and wanted.tasks):
+        return None
+    return training_validation(wanted.tasks, wanted.root, model_name=config.model.name, seed=config.seed)
