@@ -73,7 +73,7 @@ def test_unknown_setting_lists_the_known_ones():
         apply_overrides(TrainConfig(), ["weight_decoy=1"])
     for known in ("optimiser.weight_decay", "data.source", "steps", "model.name"):
         assert known in str(error.value)
-    with pytest.raises(UnknownName, match="did you mean 'optimiser.lr'"):
+    with pytest.raises(UnknownName, match=r"did you mean 'optimiser.lr'"):
         apply_overrides(TrainConfig(), ["optimizer.lr=1"])
 
 
@@ -90,7 +90,7 @@ def test_json_round_trip_of_every_field():
 
 
 def test_unknown_and_wrong_json_are_errors():
-    with pytest.raises(UnknownName, match="unknown setting 'data.sauce'.*data.source"):
+    with pytest.raises(UnknownName, match=r"unknown setting 'data.sauce'.*data.source"):
         from_dict({"data": {"sauce": "x"}})
     with pytest.raises(ValueError, match="optimiser=3: wanted a group"):
         from_dict({"optimiser": 3})

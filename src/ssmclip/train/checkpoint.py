@@ -43,9 +43,7 @@ def prepare_run_folder(out: Path, config: TrainConfig, resume: bool) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise PermissionError(
-            f"{out}: can't write there ({error.strerror}); choose another folder with --out"
-        ) from error
+        raise PermissionError(f"{out}: can't write there ({error.strerror}); choose another --out") from error
     settings = out / "config.json"
     if not resume:
         if settings.exists():

@@ -1,0 +1,112 @@
+"""The gradient through cached features is the large batch's."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ssmclip.train.objective import backward, build_loss
+from ssmclip.train.state import device_rng
+
+BATCH, CONTEXT = 12, 77
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.zeros(BATCH, CONTEXT, dtype=torch.long)
+    texts[:, :5] = torch.randint(1, 49405, (BATCH, 5), generator=generator)
+    texts[:, 5] = 49407
+    return torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64), texts
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("micro_batch", [1, 4, 5])
+def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, kind, micro_batch):
+    model = tiny_clip[0].double().train()
+    if kind == "siglip":
+        model.logit_bias = nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
+    other, (images, texts) = copy.deepcopy(model), pairs()
+
+    whole = build_loss(kind)(**model(images, texts))
+    whole.backward()
+    cached = backward(accelerator, other, build_loss(kind), images, texts, micro_batch)
+
+    assert cached.item() == pytest.approx(whole.item(), rel=1e-12)
+    expected, got = gradients(model), gradients(other)
+    assert expected.keys() == got.keys()
+    assert "logit_scale" in got
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Noisy(nn.Module):
+    """Dropout before each of two linear encoders; no recomputation trick would repeat its draws by luck."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(3 * 32 * 32, 8).double(), nn.Linear(CONTEXT, 8).double()
+        self.logit_scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+    def forward(self, images, texts):
+        image = self.image(nn.functional.dropout(images.flatten(1), 0.5))
+        text = self.text(nn.functional.dropout(texts.double() / 49408, 0.5))
+        normalise = nn.functional.normalize
+        return {
+            "image_features": normalise(image, dim=-1),
+            "text_features": normalise(text, dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+
+def test_random_layers_repeat_their_draws(accelerator):
+    torch.manual_seed(0)
+    model, (images, texts) = Noisy(), pairs()
+    other = copy.deepcopy(model)
+
+    torch.manual_seed(1)
+    outputs = [model(i, t) for i, t in zip(images.split(4), texts.split(4), strict=True)]
+    whole = {k: torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features")}
+    build_loss("clip")(**whole, logit_scale=outputs[0]["logit_scale"]).backward()
+    after = device_rng(images.device)
+
+    torch.manual_seed(1)
+    backward(accelerator, other, build_loss("clip"), images, texts, 4)
+    for name, value in gradients(model).items():
+        torch.testing.assert_close(gradients(other)[name], value, rtol=1e-9, atol=1e-14)
+    assert torch.equal(device_rng(images.device)[0], after[0])  # and the next step's draws are new ones
+
+
+def test_memory_is_a_micro_batchs(accelerator):
+    """What is kept for the backward pass at any time belongs to one micro-batch."""
+    model, (images, texts) = Noisy(), pairs()
+
+    def most_kept(micro_batch):
+        kept, most = 0, 0
+
+        def pack(tensor):
+            nonlocal kept, most
+            kept += tensor.numel()
+            most = max(most, kept)
+            return tensor
+
+        def unpack(tensor):
+            nonlocal kept
+            kept -= tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            backward(accelerator, model, build_loss("clip"), images, texts, micro_batch)
+        return most
+
+    assert most_kept(2) < 0.3 * most_kept(None)
