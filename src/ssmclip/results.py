@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +42,16 @@ class Result:
     ci_high: float | None = None
     n: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+_NUMBER = (int, float)
+_TYPES = {name: str for name in ("model", "task", "condition", "metric")} | {
+    "value": _NUMBER,
+    "ci_low": (*_NUMBER, type(None)),
+    "ci_high": (*_NUMBER, type(None)),
+    "n": (int, type(None)),
+    "extra": dict,
+}
 
 
 def describe_run(seed: int | None = None, device: str = "cpu", **more: Any) -> dict[str, Any]:
@@ -88,23 +98,32 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
     """A rows file as (run, rows). Raises ValueError naming the line that is no row."""
     run: dict[str, Any] = {}
     rows = []
-    known = {f.name for f in fields(Result)}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-            if "run" in record:
+            if isinstance(record, dict) and "run" in record:
                 run = record["run"]
-                continue
-            if extra := set(record) - known:
-                raise ValueError(f"unknown fields {sorted(extra)}")
-            if record.get("value") is None:
-                record["value"] = math.nan
-            rows.append(Result(**record))
+            else:
+                rows.append(_row(record))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a result row ({error})") from error
     return run, rows
+
+
+def _row(record: Any) -> Result:
+    if not isinstance(record, dict):
+        raise TypeError(f"{str(record)[:40]!r} is no object")
+    if extra := set(record) - set(_TYPES):
+        raise ValueError(f"unknown fields {sorted(extra)}")
+    if "value" in record and record["value"] is None:
+        record["value"] = math.nan
+    for name, value in record.items():
+        if not isinstance(value, _TYPES[name]):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    numbers = {name: float(record[name]) for name in ("value", "ci_low", "ci_high") if record.get(name) is not None}
+    return Result(**record | numbers)
 
 
 def _dumps(row: Result) -> str:

@@ -1,0 +1,21 @@
+"""Rows -> figures and one HTML page. Needs no torch: a report can be made, and made again, anywhere."""
+
+from ssmclip.report.examples import Examples, Similarity
+from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
+from ssmclip.report.page import write_report
+from ssmclip.report.store import Store, read_store
+from ssmclip.report.tables import table, update_readme
+
+__all__ = [
+    "FIGURES",
+    "Drawing",
+    "Examples",
+    "Similarity",
+    "Store",
+    "drawings",
+    "figure",
+    "read_store",
+    "table",
+    "update_readme",
+    "write_report",
+]

@@ -1,0 +1,31 @@
+"""ssmclip report: rows files -> a page, and the results table of a README."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "one HTML page of tables and figures from rows files"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", nargs="+", type=Path, help="rows files (JSON lines), of evaluate, train or benchmarks")
+    parser.add_argument("--out", type=Path, help="the folder that gets report.html")
+    parser.add_argument(
+        "--readme", type=Path, help="a README whose results table, between its markers, is written anew"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ssmclip.report.page import write_report
+    from ssmclip.report.tables import update_readme
+
+    if args.out is None and args.readme is None:
+        raise ValueError("nothing to write: give --out FOLDER, --readme README.md or both")
+    if args.out is not None:
+        sys.stdout.write(f"{write_report(args.rows, args.out)}\n")
+    if args.readme is not None:
+        update_readme(args.readme, args.rows)
+        sys.stdout.write(f"{args.readme}\n")
+    return 0

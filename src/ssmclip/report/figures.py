@@ -1,0 +1,356 @@
+"""Figures: each has `.frame()`, the plain numbers it shows, taken from rows, and `.plot()`, a picture of those.
+
+A new one is a class with `@figure(name, needs=[metrics])`; it is drawn when rows with such a metric give it numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, quantiles
+from typing import Any, ClassVar
+
+import matplotlib.ticker as ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ssmclip.registry import Registry
+from ssmclip.report.store import Store, by_task, final, step_of
+from ssmclip.report.style import INK, WIDTH, Style, drawing, styles
+from ssmclip.report.words import RECALL, headline, is_fraction, kind_of, metric_name, title_of
+from ssmclip.results import Result
+
+MOST_CLASSES = 30  # bars of one figure that can still be read
+WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers written in
+
+FIGURES: Registry[type[Drawing]] = Registry("figure")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: a title, the rows it shows, and how each model is drawn."""
+
+    title: str
+    rows: Sequence[Result]
+    styles: dict[str, Style]
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    section: ClassVar[str] = "figures"
+    wide: ClassVar[bool] = False
+
+    @classmethod
+    def each(cls, rows: Sequence[Result], looks: dict[str, Style]) -> Iterator[Drawing]:
+        """The figures of this kind that these rows give."""
+        raise NotImplementedError
+
+    def frame(self) -> list[dict[str, Any]]:
+        """The numbers shown, a dict for each."""
+        raise NotImplementedError
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of `.frame()`."""
+        raise NotImplementedError
+
+
+def figure(name: str, *, needs: Sequence[str]):
+    """Decorator: register a figure that shows rows of the metrics `needs`."""
+
+    def add(cls: type[Drawing]) -> type[Drawing]:
+        cls.needs = tuple(needs)
+        return FIGURES.register(name)(cls)
+
+    return add
+
+
+def drawings(store: Store) -> list[Drawing]:
+    """Every figure that has something to show. Raises ValueError when a row's `extra` isn't what its figure draws."""
+    looks, found = styles(store.models), []
+    for name, cls in FIGURES.items():
+        try:
+            found += [drawn for drawn in cls.each(store.rows, looks) if drawn.frame()]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"the extra of a row is not what figure {name!r} draws: {error!r}") from error
+    return found
+
+
+@figure("training_curves", needs=["loss", "top1", "mean_recall"])
+class TrainingCurves(Drawing):
+    """A measure over the steps, a line for each model."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        curves = [row for row in rows if step_of(row) is not None and row.metric in cls.needs]
+        for task, metric in dict.fromkeys((row.task, row.metric) for row in curves):
+            where = "training" if task == "train" else title_of(task, rows)
+            mine = [row for row in curves if (row.task, row.metric) == (task, metric)]
+            yield cls(f"{where}: {metric_name(metric)} over the steps", mine, looks)
+
+    def frame(self):
+        return [{"model": row.model, "step": step_of(row), "value": row.value} for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(2.6)
+        for model in models_of(frame):
+            mine = sorted((point["step"], point["value"]) for point in frame if point["model"] == model)
+            look = self.styles[model]
+            marker = look.marker if len(mine) <= 40 else ""
+            axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=marker, markersize=4, label=model)
+        axes.set_xlabel("steps")
+        scale(axes.yaxis, self.rows[0].metric)
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+class Bars(Drawing):
+    """A bar with its interval for each model in each group, and a mark where guessing would be."""
+
+    def group(self, row: Result) -> str:
+        raise NotImplementedError
+
+    def frame(self):
+        return [
+            {
+                "group": self.group(row),
+                "model": row.model,
+                "value": row.value,
+                "ci_low": row.ci_low,
+                "ci_high": row.ci_high,
+                "n": row.n,
+                "chance": row.extra.get("chance"),
+            }
+            for row in self.rows
+        ]
+
+    def plot(self):
+        return bars(self.frame(), self.styles)
+
+
+@figure("zero_shot", needs=["top1", "mean_per_class", "roc_auc"])
+class ZeroShot(Bars):
+    """The accuracy each classification set is summed up by."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        tasks = dict.fromkeys(row.task for row in final(rows) if kind_of(row.task, rows) == "classification")
+        heads = [(task, headline(rows, task)) for task in tasks]
+        mine = [row for row in final(rows) if row.metric in cls.needs and (row.task, row.metric) in heads]
+        yield cls("Zero-shot classification", [row for row in mine if row.condition == ""], looks)
+
+    def group(self, row):
+        return f"{title_of(row.task, self.rows)}: {metric_name(row.metric)}"
+
+
+@figure("retrieval", needs=["recall"])
+class Recalls(Bars):
+    """Recall at 1, 5 and 10, both ways."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        recalls = [row for row in final(rows) if RECALL.fullmatch(row.metric) and row.condition == ""]
+        for task in dict.fromkeys(row.task for row in recalls):
+            mine = [row for row in recalls if row.task == task]
+            yield cls(f"{title_of(task, rows)}: retrieval", mine, looks)
+
+    def group(self, row):
+        return metric_name(row.metric)
+
+
+@figure("throughput", needs=["images_per_s"])
+class Throughput(Drawing):
+    """Images a second in training: the median over the logged steps, and the middle half of them."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.task == "train" and row.metric in cls.needs and step_of(row) is not None]
+        yield cls("training: images per second", mine, looks)
+
+    def frame(self):
+        speeds: dict[str, list[float]] = {}
+        for row in self.rows:
+            speeds.setdefault(row.model, []).append(row.value)
+        return [self._quartiles(model, values) for model, values in speeds.items()]
+
+    @staticmethod
+    def _quartiles(model: str, values: list[float]) -> dict[str, Any]:
+        low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return {"model": model, "median": middle, "low": low, "high": high, "steps": len(values)}
+
+    def plot(self):
+        frame = [
+            {
+                "group": "",
+                "model": f["model"],
+                "value": f["median"],
+                "ci_low": f["low"],
+                "ci_high": f["high"],
+                "chance": None,
+            }
+            for f in self.frame()
+        ]
+        return bars(frame, self.styles, percent=False)
+
+
+@figure("per_class", needs=["top1", "mean_per_class", "roc_auc"])
+class PerClass(Drawing):
+    """The accuracy of each class, the best on top. Of many classes, the best and the worst."""
+
+    section = "details"
+
+    @classmethod
+    def each(cls, rows, looks):
+        having = [row for row in final(rows) if row.extra.get("per_class")]
+        for task in dict.fromkeys(row.task for row in having):
+            mine = [row for row in having if row.task == task]
+            classes = max(len(row.extra["per_class"]) for row in mine)
+            part = f" (the {MOST_CLASSES // 2} best and worst of {classes})" if classes > MOST_CLASSES else ""
+            yield cls(f"{title_of(task, rows)}: accuracy by class{part}", mine, looks)
+
+    def frame(self):
+        return [
+            {"model": row.model, "class": entry["name"], "accuracy": entry["accuracy"], "n": entry["n"]}
+            for row in self.rows
+            for entry in row.extra["per_class"]
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        accuracies: dict[str, list[float]] = {}
+        for entry in frame:
+            accuracies.setdefault(entry["class"], []).append(entry["accuracy"])
+        order = sorted(accuracies, key=lambda name: (mean(accuracies[name]), name))
+        if len(order) > MOST_CLASSES:
+            order = order[: MOST_CLASSES // 2] + order[-MOST_CLASSES // 2 :]
+        place = {name: i for i, name in enumerate(order)}
+        picture, axes = canvas(0.8 + 0.19 * len(order))
+        for model in models_of(frame):
+            mine = [entry for entry in frame if entry["model"] == model and entry["class"] in place]
+            look = self.styles[model]
+            axes.plot(
+                [entry["accuracy"] for entry in mine],
+                [place[entry["class"]] for entry in mine],
+                linestyle="",
+                color=look.colour,
+                marker=look.marker,
+                markersize=6,
+                label=model,
+            )
+        axes.set_yticks(range(len(order)), [shortened(name, 24) for name in order])
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        axes.set_xlim(-0.03, 1.03)
+        scale(axes.xaxis, "top1")
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+@figure("confusion", needs=["top1", "mean_per_class", "roc_auc"])
+class Confusion(Drawing):
+    """Which class was taken for which, where there are few enough to see."""
+
+    section = "details"
+
+    @classmethod
+    def each(cls, rows, looks):
+        for row in by_task(final(rows)):
+            if row.extra.get("confusion"):
+                yield cls(f"{title_of(row.task, rows)}: what {row.model} took for what", [row], looks)
+
+    def frame(self):
+        confusion = self.rows[0].extra["confusion"]
+        names = confusion["names"]
+        return [
+            {"truth": names[i], "predicted": names[j], "count": count}
+            for i, line in enumerate(confusion["counts"])
+            for j, count in enumerate(line)
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        side = round(len(frame) ** 0.5)
+        names = [frame[i]["predicted"] for i in range(side)]
+        counts = [[cell["count"] for cell in frame[i * side : (i + 1) * side]] for i in range(side)]
+        shares = [[count / max(1, sum(line)) for count in line] for line in counts]
+        picture, axes = canvas(WIDTH)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if side <= WRITTEN_COUNTS:
+            for i, line in enumerate(counts):
+                for j, count in enumerate(line):
+                    ink = "white" if shares[i][j] > 0.5 else "black"
+                    axes.text(j, i, count or "", ha="center", va="center", color=ink, size=min(8, 90 / side))
+        axes.set_xticks(range(side), [shortened(name, 14) for name in names], rotation=90)
+        axes.set_yticks(range(side), [shortened(name, 14) for name in names])
+        axes.set_xlabel("taken for")
+        axes.set_ylabel("is")
+        axes.grid(False)
+        return picture
+
+
+def canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in inches. Its size is the axes' own: labels come on top of it."""
+    with drawing():
+        picture = Figure(figsize=(width, height), layout="constrained")
+        return picture, picture.subplots()
+
+
+def models_of(frame: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(entry["model"] for entry in frame))
+
+
+def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool = True) -> Figure:
+    """Horizontal bars, grouped; the value beside each, its interval as a whisker, chance as a tick across the group."""
+    models, groups = models_of(frame), list(dict.fromkeys(entry["group"] for entry in frame))
+    thickness = 0.8 / len(models)
+    picture, axes = canvas(0.6 + len(groups) * (0.2 + 0.2 * len(models)))
+    for entry in frame:
+        middle, look = groups.index(entry["group"]), looks[entry["model"]]
+        y = middle + (models.index(entry["model"]) - (len(models) - 1) / 2) * thickness
+        axes.barh(
+            y, entry["value"], thickness * 0.86, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
+        )
+        end = entry["value"]
+        if entry["ci_low"] is not None:
+            axes.plot([entry["ci_low"], entry["ci_high"]], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt")
+            end = max(end, entry["ci_high"])
+        said = f"{100 * entry['value']:.1f}" if percent else f"{entry['value']:.3g}"
+        axes.annotate(said, (end, y), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+        if entry["chance"] is not None:
+            axes.plot([entry["chance"]] * 2, [middle - 0.42, middle + 0.42], ":", color=INK, linewidth=1.2)
+    axes.set_yticks(range(len(groups)), [wrapped(group) for group in groups])
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    if percent:
+        scale(axes.xaxis, "top1")
+    if len(models) > 1:
+        patches = [Patch(facecolor=looks[m].colour, hatch=looks[m].hatch, edgecolor="white", label=m) for m in models]
+        axes.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if len(models) < 4 else 2)
+    else:
+        axes.set_title(models[0], loc="left")
+    return picture
+
+
+def legend(axes: Axes, models: int) -> None:
+    """Above the axes, where it hides no point."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
+
+
+def scale(axis, metric: str) -> None:
+    """Percent on the axis of a fraction."""
+    if is_fraction(metric):
+        axis.set_major_formatter(ticker.PercentFormatter(xmax=1, decimals=None, symbol=" %"))
+
+
+def wrapped(text: str, width: int = 22) -> str:
+    """Text on lines of about `width` letters, broken between words."""
+    rows = [""]
+    for word in text.split():
+        if rows[-1] and len(rows[-1]) + 1 + len(word) > width:
+            rows.append("")
+        rows[-1] = f"{rows[-1]} {word}".strip()
+    return "\n".join(shortened(row, 2 * width) for row in rows)
+
+
+def shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

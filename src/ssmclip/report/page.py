@@ -1,0 +1,73 @@
+"""Rows files -> one HTML page that needs nothing but itself: no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ssmclip.report import examples, words
+from ssmclip.report.figures import Drawing, drawings
+from ssmclip.report.store import Store, read_store
+from ssmclip.report.style import drawing, inline_svg, styles
+from ssmclip.report.tables import lines, notes, provenance
+
+PAGE = "report.html"
+
+
+def write_report(rows_files: Sequence[str | Path], out: str | Path) -> Path:
+    """Write `out`/report.html from rows files and return its path.
+
+    Raises FileNotFoundError for a file that isn't there, ValueError for a line that is no row, for no rows at all and
+    for rows whose `extra` isn't what a figure draws, OSError when `out` can't be written. Writes the page whole or not.
+    """
+    store = read_store(rows_files)
+    html = render(store)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{PAGE}.partial"
+    partial.write_text(html, encoding="utf-8")
+    return partial.replace(out / PAGE)
+
+
+def render(store: Store) -> str:
+    """The page's HTML. Whatever comes from rows is escaped by the template."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["thousands"] = lambda n: f"{n:,}"
+    found = drawings(store)
+    return environment.get_template("page.html.j2").render(
+        store=store,
+        styles=styles(store.models),
+        words=words,
+        summary=words.summary(store.rows),
+        lines=lines(store.rows, store.models),
+        notes=notes(store.rows),
+        figures=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "figures"],
+        details=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "details"],
+        examples=[_example(drawn) for drawn in found if isinstance(drawn, examples.Examples)],
+        provenance=[provenance(source).replace("`", "") for source in store.sources],
+    )
+
+
+def _picture(drawn: Drawing, place: int) -> dict[str, Any]:
+    with drawing():
+        svg = inline_svg(drawn.plot(), drawn.title, f"f{place}", drawn.wide)
+    return {"title": drawn.title, "wide": drawn.wide, "svg": svg}
+
+
+def _example(drawn: examples.Examples) -> dict[str, Any]:
+    extra = drawn.rows[0].extra
+    return {
+        "title": drawn.title,
+        "thumbnails": drawn.thumbnails,
+        "image_to_text": extra.get("image_to_text", []),
+        "text_to_image": extra.get("text_to_image", []),
+    }

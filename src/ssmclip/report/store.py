@@ -1,0 +1,88 @@
+"""Rows files, read together: what a report is made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssmclip.results import Result, read_rows
+
+STEP = re.compile(r"step=(\d+)\b")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A rows file: its name (no folder: a report may be passed on), its first line, how many rows it has."""
+
+    name: str
+    run: dict[str, Any]
+    count: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """The rows of all files, each (model, task, condition, metric) once, the last read. replaced: how many differed."""
+
+    rows: list[Result]
+    sources: list[Source]
+    replaced: int
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(row.model for row in self.rows))
+
+
+def read_store(files: Sequence[str | Path]) -> Store:
+    """Read rows files together.
+
+    Raises FileNotFoundError, and ValueError for a line that is no row and for no rows at all.
+    """
+    rows: list[Result] = []
+    sources = []
+    for path in map(Path, files):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no rows file {path}")
+        run, found = read_rows(path)
+        if not isinstance(run, dict):
+            raise ValueError(f"{path}: its run line holds {run!r}, not an object")
+        sources.append(Source(path.name, run, len(found)))
+        rows += found
+    if not rows:
+        raise ValueError(f"no rows in {', '.join(str(path) for path in files) or 'no files'}: nothing to report")
+    kept, replaced = latest(rows)
+    return Store(kept, sources, replaced)
+
+
+def latest(rows: Iterable[Result]) -> tuple[list[Result], int]:
+    """Each (model, task, condition, metric) once, the last given; and how many others had another value.
+
+    A resumed run repeats the steps since its checkpoint, with equal values: those do not count.
+    """
+    kept: dict[tuple[str, ...], Result] = {}
+    replaced = 0
+    for row in rows:
+        key = (row.model, row.task, row.condition, row.metric)
+        replaced += key in kept and repr(kept[key].value) != repr(row.value)
+        kept[key] = row
+    return list(kept.values()), replaced
+
+
+def step_of(row: Result) -> int | None:
+    """The training step a row was measured at, None for a row that isn't part of a training curve."""
+    match = STEP.match(row.condition)
+    return int(match[1]) if match else None
+
+
+def by_task(rows: Iterable[Result]) -> list[Result]:
+    """The rows, those of a task together, tasks in the order of their first row: models side by side."""
+    rows = list(rows)
+    place = {task: i for i, task in enumerate(dict.fromkeys(row.task for row in rows))}
+    return sorted(rows, key=lambda row: place[row.task])
+
+
+def final(rows: Iterable[Result]) -> list[Result]:
+    """The rows that aren't part of a training curve."""
+    return [row for row in rows if step_of(row) is None]

@@ -1,0 +1,115 @@
+"""How models look: one colour, dash, marker and hatch each, the same in every figure; and matplotlib to inline SVG.
+
+Okabe and Ito's colours can be told apart with any colour vision; dash, marker and hatch tell them apart in grey.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#8C7A00")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||")
+
+INK, LINE = "#010203", "#040506"  # stand for the page's own colours, so that a figure follows its dark mode
+WIDTH = 4.6  # inches: about as wide as a phone, so that letters keep their size there
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one model is drawn."""
+
+    colour: str
+    dash: str
+    marker: str
+    hatch: str
+
+
+def styles(models: Sequence[str]) -> dict[str, Style]:
+    """A style for each model, by its place. With more than eight, colours repeat with other dashes and hatches."""
+
+    def style(place: int) -> Style:
+        turn = place // len(COLOURS)
+        return Style(
+            COLOURS[place % len(COLOURS)],
+            DASHES[(place + turn) % len(DASHES)],
+            MARKERS[(place + turn) % len(MARKERS)],
+            HATCHES[(place + turn) % len(HATCHES)],
+        )
+
+    return {model: style(place) for place, model in enumerate(models)}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """matplotlib's settings for a figure of the page. Names are drawn as they are: "$" starts no formula."""
+    settings = {
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "text.parse_math": False,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": LINE,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": LINE,
+        "grid.linewidth": 0.6,
+        "xtick.color": LINE,
+        "ytick.color": LINE,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "legend.frameon": False,
+        "hatch.linewidth": 0.6,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "ssmclip",
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.unicode_minus": True,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def inline_svg(figure: Figure, label: str, prefix: str, wide: bool = False) -> str:
+    """The figure as an SVG element for an HTML page: no ids that clash with another's, colours of the page.
+
+    It shrinks with the page, unless it is `wide`: then it keeps its size, for a box that scrolls.
+    """
+    buffer = io.StringIO()
+    with drawing():
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", svg)
+    svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)")
+    size = re.search(r'<svg [^>]*?viewBox="0 0 ([\d.]+) [\d.]+"', svg, flags=re.DOTALL)
+    width = float(size[1]) * 4 / 3 if size else 0  # points to CSS pixels
+    keeps = "width" if wide else "max-width"
+    opening = f'<svg role="img" aria-label="{_attribute(label)}" style="{keeps}:{width:.0f}px" '
+    svg = re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda m: _namespaced(opening, m[1]), svg, count=1, flags=re.DOTALL
+    )
+    return svg
+
+
+def _namespaced(opening: str, view_box: str) -> str:
+    return f'{opening}{view_box} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

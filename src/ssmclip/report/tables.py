@@ -1,0 +1,128 @@
+"""Rows as tables: for the page, and as Markdown for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from ssmclip.report.store import Source, final, latest, read_store, step_of
+from ssmclip.report.words import caveats, interval, metric_name, number, title_of
+from ssmclip.results import Result
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: a measure of a data set, and each model's row of it (None where it wasn't measured)."""
+
+    title: str
+    condition: str
+    metric: str
+    cells: list[Result | None]
+
+    @property
+    def n(self) -> str:
+        return " / ".join(dict.fromkeys(f"{row.n:,}" for row in self.cells if row is not None and row.n is not None))
+
+
+def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
+    """One line for each (task, condition, metric) outside the training curves, and one for the speed of training."""
+    measured = [*final(rows), *speeds(rows)]
+    found = {(row.model, row.task, row.condition, row.metric): row for row in measured}
+    tasks = dict.fromkeys(row.task for row in measured)
+    keys = dict.fromkeys(
+        (row.task, row.condition, row.metric) for task in tasks for row in measured if row.task == task
+    )
+    return [
+        Line(title_of(task, rows), condition, metric, [found.get((model, task, condition, metric)) for model in models])
+        for task, condition, metric in keys
+    ]
+
+
+def speeds(rows: Sequence[Result]) -> list[Result]:
+    """The median images per second over the logged training steps of each model, as rows."""
+    seen: dict[str, list[float]] = {}
+    for row in rows:
+        if row.metric == "images_per_s" and step_of(row) is not None:
+            seen.setdefault(row.model, []).append(row.value)
+    return [
+        Result(model, "train", "median over the logged steps", "images_per_s", median(values), n=len(values))
+        for model, values in seen.items()
+    ]
+
+
+def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
+    """(model, title of the data set, what a reader must know), for data that were not measured whole."""
+    return [(row.model, title_of(row.task, rows), note) for row in final(rows) for note in caveats(row)]
+
+
+def table(rows: Sequence[Result]) -> str:
+    """Rows as a Markdown table: a line for each measure, a column for each model, 95 % intervals in brackets.
+
+    The training curves' rows appear as the speed of training only. Depends on nothing but the rows and their order.
+
+    >>> print(table([Result("A", "digits", "", "top1", 0.953, 0.928, 0.975, 360)]))
+    | data set | measure | n | A |
+    |---|---|---|---|
+    | digits | top-1 accuracy | 360 | 95.3 % (92.8–97.5) |
+    """
+    rows, _ = latest(rows)
+    models = list(dict.fromkeys(row.model for row in rows))
+    text = [["data set", "measure", "n", *models], ["---"] * (3 + len(models))]
+    for line in lines(rows, models):
+        where = f"{line.title}, {line.condition}" if line.condition else line.title
+        text.append([where, metric_name(line.metric), line.n, *(_cell(row) for row in line.cells)])
+    rule = "|" + "|".join(text.pop(1)) + "|"
+    drawn = ["| " + " | ".join(_escaped(cell) for cell in cells) + " |" for cells in text]
+    return "\n".join([drawn[0], rule, *drawn[1:]])
+
+
+def update_readme(readme: str | Path, rows_files: Sequence[str | Path]) -> str:
+    """Write the table of the rows files between a README's markers, and return the whole new text.
+
+    Raises ValueError unless `<!-- results -->` and `<!-- /results -->` stand there once each, in this order.
+    """
+    readme = Path(readme)
+    old = readme.read_text(encoding="utf-8")
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise ValueError(f"{readme} must have one line {BEGIN} and after it one line {END}; the table goes between")
+    store = read_store(rows_files)
+    said = [f"- {_escaped(model)}, {_escaped(title)}: {note}." for model, title, note in notes(store.rows)]
+    made = list(dict.fromkeys(_escaped(provenance(source)) for source in store.sources))
+    between = [table(store.rows), "", *([*said, ""] if said else []), *made]
+    before, after = old[: old.index(BEGIN)], old[old.index(END) :]
+    new = f"{before}{BEGIN}\n" + "\n".join(between) + f"\n{after}"
+    if new != old:
+        partial = readme.with_name(readme.name + ".partial")
+        partial.write_text(new, encoding="utf-8")
+        partial.replace(readme)
+    return new
+
+
+def provenance(source: Source) -> str:
+    """How a rows file came about, in one sentence, as far as its first line says."""
+    run = source.run
+    versions = run.get("versions") or {}
+    parts = [
+        f"commit {run['commit']}" if run.get("commit") else "",
+        f"PyTorch {versions['torch']}" if versions.get("torch") else "",
+        " ".join(str(run[key]) for key in ("device",) if run.get(key)),
+        f"{run['cpu']}, {run.get('cores', '?')} cores" if run.get("cpu") else "",
+        f"seed {run['seed']}" if run.get("seed") is not None else "",
+    ]
+    return f"`{source.name}`: " + (", ".join(filter(None, parts)) or "nothing is known of how it was made") + "."
+
+
+def _cell(row: Result | None) -> str:
+    if row is None:
+        return ""
+    return number(row.value, row.metric) + (f" ({interval(row)})" if interval(row) else "")
+
+
+def _escaped(text: str) -> str:
+    for mark, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("\n", " "), ("\r", " ")):
+        text = text.replace(mark, safe)
+    return text

@@ -1,0 +1,156 @@
+"""Rows in words: what a metric is called, how a number is written, what a result says."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import NamedTuple
+
+from ssmclip.report.store import final, step_of
+from ssmclip.results import Result
+
+
+class Said(NamedTuple):
+    """A sentence about a model: the model's name ("" when it is about none) and what follows it."""
+
+    model: str
+    text: str
+
+
+NAMES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_per_class": "mean accuracy over classes",
+    "roc_auc": "area under the ROC curve",
+    "mean_recall": "mean of the recalls",
+    "images_per_s": "images per second",
+}
+WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+RECALL = re.compile(r"(\w+)_recall@(\d+)")
+
+
+def metric_name(metric: str) -> str:
+    """
+    >>> metric_name("image_to_text_recall@10"), metric_name("grad_norm")
+    ('image to text R@10', 'grad norm')
+    """
+    if match := RECALL.fullmatch(metric):
+        return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def is_fraction(metric: str) -> bool:
+    """Whether a metric's values are fractions, written as percentages."""
+    return (
+        metric in ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall") or RECALL.fullmatch(metric) is not None
+    )
+
+
+def number(value: float | None, metric: str) -> str:
+    """
+    >>> number(0.1234, "top1"), number(31.26, "images_per_s"), number(float("nan"), "loss")
+    ('12.3 %', '31.3', 'not a number')
+    """
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    return f"{100 * value:.1f} %" if is_fraction(metric) else _significant(value)
+
+
+def interval(row: Result) -> str:
+    """A row's 95 % interval in the unit of its value, "" when it has none."""
+    if row.ci_low is None or row.ci_high is None:
+        return ""
+    low, high = number(row.ci_low, row.metric), number(row.ci_high, row.metric)
+    return f"{low.removesuffix(' %')}–{high.removesuffix(' %')}"
+
+
+def title_of(task: str, rows: Iterable[Result]) -> str:
+    """What a task is called, by its rows."""
+    return next((str(row.extra["title"]) for row in rows if row.task == task and "title" in row.extra), task)
+
+
+def kind_of(task: str, rows: Iterable[Result]) -> str | None:
+    """ "classification" or "retrieval", None for rows that don't say."""
+    return next((row.extra["kind"] for row in rows if row.task == task and "kind" in row.extra), None)
+
+
+def caveats(row: Result) -> list[str]:
+    """What a reader must know about a row's data: only a part was used, images could not be read."""
+    said = []
+    if partial := row.extra.get("partial"):
+        said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
+    if unreadable := row.extra.get("unreadable"):
+        said.append(f"{_count(unreadable)} images could not be read")
+    return said
+
+
+def headline(rows: Sequence[Result], task: str) -> str | None:
+    """The metric a task is summed up by: the card's own, and for retrieval the right caption among the first ten."""
+    of_task = [row for row in final(rows) if row.task == task]
+    if kind_of(task, of_task) == "retrieval":
+        return "image_to_text_recall@10"
+    return next((row.metric for row in of_task if row.extra.get("kind") == "classification"), None)
+
+
+def summary(rows: Sequence[Result]) -> list[tuple[str, list[Said]]]:
+    """For each data set its title and sentences: how well each model does, how they compare; then their training."""
+    said = []
+    for task in dict.fromkeys(row.task for row in final(rows)):
+        of_task = [row for row in final(rows) if row.task == task]
+        metric = headline(rows, task)
+        heads = [row for row in of_task if row.metric == metric and row.condition == ""]
+        noted = {row.model: caveats(row) for row in reversed(of_task) if caveats(row)}
+        sentences = [Said(row.model, _sentence(row, noted.get(row.model, []))) for row in heads]
+        said += [(title_of(task, rows), sentences + _comparison(heads))] if heads else []
+    return said + ([("Training", trained)] if (trained := training(rows)) else [])
+
+
+def training(rows: Sequence[Result]) -> list[Said]:
+    """How the models were trained, a sentence each."""
+    said = []
+    for model in dict.fromkeys(row.model for row in rows if row.task == "train"):
+        mine = [row for row in rows if row.model == model and row.task == "train" and step_of(row) is not None]
+        losses = sorted((step_of(row), row.value) for row in mine if row.metric == "loss")
+        speeds = [row.value for row in mine if row.metric == "images_per_s"]
+        if not losses:
+            continue
+        text = (
+            f"was trained for {_count(losses[-1][0])} steps: loss {_significant(losses[0][1])} at step {losses[0][0]}"
+        )
+        text += f", {_significant(losses[-1][1])} at the last"
+        said.append(Said(model, text + (f"; {_significant(median(speeds))} images a second" if speeds else "")))
+    return said
+
+
+def _sentence(row: Result, notes: Sequence[str]) -> str:
+    value, n = number(row.value, row.metric), _count(row.n)
+    says = {
+        "top1": f"names {value} of {n} images right",
+        "image_to_text_recall@10": f"has one of an image's own captions among its first ten for {value} of {n} images",
+    }.get(row.metric, f"has a {metric_name(row.metric)} of {value} on {n} images")
+    facts = [f"95 % interval {interval(row)}"] if interval(row) else []
+    if chance := row.extra.get("chance"):
+        facts.append(f"guessing gives {number(chance, row.metric)}")
+    return says + (f" ({'; '.join([*facts, *notes])})" if facts or notes else "")
+
+
+def _comparison(heads: Sequence[Result]) -> list[Said]:
+    ranked = sorted((row for row in heads if row.ci_low is not None), key=lambda row: -row.value)
+    if len(ranked) < 2:
+        return []
+    first, second = ranked[:2]
+    if first.ci_low > second.ci_high:
+        return [Said(first.model, f"is ahead of {second.model}: their intervals do not overlap")]
+    return [Said("", f"{first.model} and {second.model} can't be told apart by this: their intervals overlap")]
+
+
+def _count(n: int | None) -> str:
+    return "?" if n is None else f"{n:,}"
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
