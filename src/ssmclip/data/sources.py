@@ -154,7 +154,7 @@ def _check_labels(dataset: Classification) -> None:
     names, known = ({plain(name) for name in names} for names in (dataset.classnames, dataset.card.classnames))
     if len(names) != len(known) or 2 * len(names & known) < len(known):
         raise ValueError(
-            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), and {dataset.card.name} has "
+            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), {dataset.card.name} has "
             f"{len(known)} ({', '.join(sorted(known)[:5])} ...): it is another data set"
         )
     count = len(dataset.classnames)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class Preparation:
     cache_bytes: int = 0
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where samples come from."""
 
