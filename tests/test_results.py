@@ -69,6 +69,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (b"<html>", "Expecting value"),
         (b"[1, 2]", "no object"),
         (b'"run"', "no object"),
+        (b'{"run": 7}', "run is '7'"),
         (GOOD.replace('"value"', '"valeu"').encode(), r"unknown fields \['valeu'\]"),
         (GOOD.replace(', "value": 1.0', "").encode(), "value"),
         (GOOD.replace("1.0", '"1.0"').encode(), "value is '1.0'"),

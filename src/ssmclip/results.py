@@ -105,6 +105,8 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
             record = json.loads(line)
             if isinstance(record, dict) and "run" in record:
                 run = record["run"]
+                if not isinstance(run, dict):
+                    raise TypeError(f"run is {str(run)[:40]!r}")
             else:
                 rows.append(_row(record))
         except (ValueError, TypeError) as error:

@@ -6,11 +6,13 @@ A new one is a class with `@figure(name, needs=[metrics])`; it is drawn when row
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import mean, quantiles
 from typing import Any, ClassVar
 
 import matplotlib.ticker as ticker
+from jinja2 import UndefinedError
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -67,11 +69,18 @@ def drawings(store: Store) -> list[Drawing]:
     """Every figure that has something to show. Raises ValueError when a row's `extra` isn't what its figure draws."""
     looks, found = styles(store.models), []
     for name, cls in FIGURES.items():
-        try:
+        with explained(f"figure {name!r} draws"):
             found += [drawn for drawn in cls.each(store.rows, looks) if drawn.frame()]
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"the extra of a row is not what figure {name!r} draws: {error!r}") from error
     return found
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what goes wrong with a row's `extra`, which may hold anything, into a ValueError that says where."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, UndefinedError) as error:
+        raise ValueError(f"the extra of a row is not what {what}: {error!r}") from error
 
 
 @figure("training_curves", needs=["loss", "top1", "mean_recall"])

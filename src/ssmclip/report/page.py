@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssmclip.report import examples, words
-from ssmclip.report.figures import Drawing, drawings
+from ssmclip.report.figures import Drawing, drawings, explained
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.style import drawing, inline_svg, styles
 from ssmclip.report.tables import lines, notes, provenance
@@ -24,9 +24,10 @@ def write_report(rows_files: Sequence[str | Path], out: str | Path) -> Path:
     for rows whose `extra` isn't what a figure draws, OSError when `out` can't be written. Writes the page whole or not.
     """
     store = read_store(rows_files)
-    html = render(store)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    with explained("the page shows"):
+        html = render(store)
     partial = out / f"{PAGE}.partial"
     partial.write_text(html, encoding="utf-8")
     return partial.replace(out / PAGE)
