@@ -1,0 +1,132 @@
+"""Two processes on a CPU learn what one does with the doubled batch. torchrun starts this file itself."""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ssmclip import models
+from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.results import Result, read_rows
+from ssmclip.train import train
+from ssmclip.train.build import build_accelerator, model_config
+from ssmclip.train.checkpoint import checkpoints
+from ssmclip.train.objective import backward, build_loss
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = [
+    "steps=4",
+    "batch_size=8",
+    "warmup_steps=1",
+    "checkpoint.every=2",
+    "logging.every=1",
+    "progress=false",
+    "tensorboard=false",
+    "device=cpu",
+    "drop_path_rate=0.5",
+    "micro_batch=3",
+    "validation.every=2",
+    'tasks=["none"]',
+    "best=none/one",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def said(folder):
+    """What two processes printed while doing everything below."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *command, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("what", ["clip whole", "clip cached", "siglip whole", "siglip cached"])
+def test_two_processes_have_the_doubled_batchs_gradient(said, what):
+    assert f"{what}: same" in said
+
+
+def test_two_processes_resume_exactly(said):
+    assert "resumed: same" in said
+
+
+def test_another_number_of_processes_is_refused(folder, said):
+    with pytest.raises(models.CheckpointError, match="was written by 2 processes; this is 1"):
+        train(_config(), folder / "whole", resume=True)
+
+
+def main(out: Path) -> None:
+    accelerator = build_accelerator(_config())
+    assert accelerator.num_processes == 2
+    for kind in ("clip", "siglip"):
+        for name, micro_batch in (("whole", None), ("cached", 3)):
+            _compare_gradients(accelerator, kind, micro_batch)
+            accelerator.print(f"{kind} {name}: same")
+    _resume(out)
+    accelerator.print("resumed: same")
+    torch.distributed.destroy_process_group()
+
+
+def _config(*overrides):
+    return apply_overrides(load_recipe(ROOT / "recipes" / "tiny.py"), [*SETTINGS, *overrides])
+
+
+def _compare_gradients(accelerator, kind, micro_batch) -> None:
+    torch.manual_seed(0)
+    model = models.create_clip(model_config(_config(f"kind={kind}", "drop_path_rate=0"))).double().train()
+    images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16, 32))
+    texts[:, 9] = 49407
+    alone = copy.deepcopy(model)
+    whole = build_loss(kind)(**alone(images, texts))
+    whole.backward()
+
+    rank = accelerator.process_index
+    mine = slice(8 * rank, 8 * rank + 8)
+    spread = nn.parallel.DistributedDataParallel(model)
+    value = backward(accelerator, spread, build_loss(kind, rank, 2), images[mine], texts[mine], micro_batch)
+    torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _resume(out: Path) -> None:
+    def validate(model, preprocess, tokenizer, step):
+        return [Result("tiny", "none", "", "one", 1.0)]
+
+    whole, resumed = out / "whole", out / "resumed"
+    train(_config(), whole, validate=validate)
+    main = os.environ["RANK"] == "0"
+    if main:
+        shutil.copytree(whole, resumed)
+        shutil.rmtree(checkpoints(resumed)[-1])
+    torch.distributed.barrier()
+    train(_config(), resumed, resume=True, validate=validate)
+    if main:
+        runs = []
+        for folder in (whole, resumed):
+            rows = read_rows(folder / "rows.jsonl")[1]
+            runs.append({(r.condition, r.metric): r.value for r in rows if r.metric in ("loss", "grad_norm", "one")})
+        assert len(runs[0]) == 4 * 2 + 2
+        assert runs[0] == runs[1], runs
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
