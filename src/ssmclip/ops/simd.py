@@ -263,26 +263,21 @@ def store_part(typing, address, v, count):
 
 
 @intrinsic
-def load_transposed(typing, address, step, rows, columns, like):
-    """A block of `lanes` rows, `step` bytes apart, as the tuple of its columns; 0 beyond the counts of rows and columns."""
+def load_transposed(typing, address, step, like):
+    """A block of `lanes` rows, `step` bytes apart, as the tuple of its columns."""
     vector = Vector(like)
     result = types.UniTuple(vector, vector.lanes)
 
     def generate(context, builder, sig, args):
         kind, i64 = _llvm(vector), ir.IntType(64)
-        align = ir.Constant(ir.IntType(32), like.bitwidth // 8)
-        rest = ir.Constant(kind, [0.0] * vector.lanes)
-        address, step, rows, columns, _ = args
         block = []
         for i in range(vector.lanes):
-            row = ir.Constant(i64, i)
-            pointer = builder.inttoptr(builder.add(address, builder.mul(step, row)), kind.as_pointer())
-            count = builder.select(builder.icmp_signed("<", row, rows), columns, ir.Constant(i64, 0))
-            parts = [pointer, align, _mask(builder, vector, count), rest]
-            block.append(_call(builder, f"llvm.masked.load.{_suffix(vector)}.p0", kind, parts))
+            row = builder.add(args[0], builder.mul(args[1], ir.Constant(i64, i)))
+            pointer = builder.inttoptr(row, kind.as_pointer())
+            block.append(builder.load(pointer, align=like.bitwidth // 8, typ=kind))
         return context.make_tuple(builder, result, _transpose(builder, block))
 
-    return result(address, step, rows, columns, like), generate
+    return result(address, step, like), generate
 
 
 def _transpose(builder, block):

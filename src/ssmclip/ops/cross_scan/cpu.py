@@ -6,11 +6,14 @@ The kernels are those of the selective scan; a direction is a group that shares 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmclip.ops.cross_scan import plain
 from ssmclip.ops.selective_scan.cpu import second_gradient
 from ssmclip.ops.selective_scan.launch import Problem, launch
+
+CHANNELS = 8  # rows of the map are read as whole registers; other numbers of channels are padded
 
 _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
@@ -25,9 +28,13 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
     """See `ssmclip.ops.cross_selective_scan`."""
     state = torch.promote_types(x.dtype, torch.float32)
     inputs = [None if t is None else t.to(state) for t in (x, delta, A, B, C, D, delta_bias)]
+    dim = x.shape[-1]
+    if missing := -dim % CHANNELS:
+        pads = [(0, missing), (0, missing), (0, 0, 0, missing), None, None, (0, missing), (0, missing)]
+        inputs = [t if t is None or p is None else F.pad(t, p) for t, p in zip(inputs, pads, strict=True)]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, _ = torch.ops.ssmclip.cross_selective_scan(*inputs, delta_softplus, save)
-    return y.to(x.dtype)
+    return y[..., :dim].to(x.dtype)
 
 
 def _problem(x: Tensor, A: Tensor, delta_softplus: bool) -> Problem:

@@ -1,0 +1,198 @@
+"""The arithmetic of the scan on tiles: positions x channels in scratch memory, a whole number of registers per row.
+
+Every address and stride is in bytes. `pad` is the distance between two rows of a tile (and of h, A, decay: states x
+channels); `plane` the distance between the states of two positions. Each loop is short enough for its constants to
+stay in registers, which is why it is a function of its own.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from ssmclip.ops.simd import (
+    LOG2_E,
+    REGISTER_BYTES,
+    broadcast,
+    exp2,
+    fill,
+    fma,
+    load,
+    read,
+    sigmoid,
+    size_of,
+    softplus,
+    store,
+    total,
+    write,
+)
+
+LN_2 = 1 / LOG2_E
+
+loop = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+@loop
+def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, value, like):
+    """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count]."""
+    for i in range(count):
+        p = order[t + i]
+        for j in range(0, pad, REGISTER_BYTES):
+            x = load(u_at + p * u_step + j, like)
+            s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
+            if soft:
+                s = softplus(s)
+            store(step + i * pad + j, s)
+            store(driven + i * pad + j, s * x)
+            store(value + i * pad + j, x * load(d_row + j, like))
+
+
+@loop
+def scan(order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like):
+    """h = exp(step A) h + driven B;  value += C h."""
+    item = size_of(like)
+    for i in range(count):
+        b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
+        for j in range(0, pad, REGISTER_BYTES):
+            s = load(step + i * pad + j, like)
+            x = load(driven + i * pad + j, like)
+            y = load(value + i * pad + j, like)
+            for n in range(states):
+                at = n * pad + j
+                state = fma(
+                    exp2(s * load(a_log2 + at, like)), load(h + at, like), x * broadcast(read(b + n * item, like))
+                )
+                store(h + at, state)
+                y = fma(state, broadcast(read(c + n * item, like)), y)
+            store(value + i * pad + j, y)
+
+
+@loop
+def replay(
+    order, t, count, states, pad, plane, step, driven, value, a_log2, h, decay, b_at, b_step, c_at, c_step, like
+):
+    """`scan` from the state in h, keeping the states of position i at h + (i + 1) plane and its decays."""
+    item = size_of(like)
+    for i in range(count):
+        b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
+        for j in range(0, pad, REGISTER_BYTES):
+            s = load(step + i * pad + j, like)
+            x = load(driven + i * pad + j, like)
+            y = load(value + i * pad + j, like)
+            for n in range(states):
+                at = n * pad + j
+                a = exp2(s * load(a_log2 + at, like))
+                state = fma(a, load(h + i * plane + at, like), x * broadcast(read(b + n * item, like)))
+                store(decay + i * plane + at, a)
+                store(h + (i + 1) * plane + at, state)
+                y = fma(state, broadcast(read(c + n * item, like)), y)
+            store(value + i * pad + j, y)
+
+
+@loop
+def gate(order, t, count, pad, z_at, z_step, value, like):
+    """value *= silu(z)."""
+    for i in range(count):
+        for j in range(0, pad, REGISTER_BYTES):
+            z = load(z_at + order[t + i] * z_step + j, like)
+            store(value + i * pad + j, load(value + i * pad + j, like) * z * sigmoid(z))
+
+
+@loop
+def gate_back(order, t, count, pad, z_at, z_step, value, dvalue, dz, like):
+    """dz = dvalue value silu'(z);  dvalue *= silu(z)."""
+    for i in range(count):
+        for j in range(0, pad, REGISTER_BYTES):
+            z = load(z_at + order[t + i] * z_step + j, like)
+            s = sigmoid(z)
+            one = fill(z, 1.0)
+            d = load(dvalue + i * pad + j, like)
+            store(dz + i * pad + j, d * load(value + i * pad + j, like) * s * fma(z, one - s, one))
+            store(dvalue + i * pad + j, d * z * s)
+
+
+@loop
+def take(order, t, count, pad, at, row, tile, like):
+    """tile = the rows at the positions order[t : t + count]."""
+    for i in range(count):
+        for j in range(0, pad, REGISTER_BYTES):
+            store(tile + i * pad + j, load(at + order[t + i] * row + j, like))
+
+
+@loop
+def give(order, t, count, pad, at, row, tile, accumulate, like):
+    """The rows at the positions order[t : t + count] = tile, or += tile."""
+    for i in range(count):
+        for j in range(0, pad, REGISTER_BYTES):
+            v = load(tile + i * pad + j, like)
+            if accumulate:
+                v = v + load(at + order[t + i] * row + j, like)
+            store(at + order[t + i] * row + j, v)
+
+
+@loop
+def walk_back(
+    order, t, count, states, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
+    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, sums, lam_b, q_a, like,
+):  # fmt: skip
+    """lam = C dy + r;  r = decay lam;  q = r h[t-1];  da += q step;  lam_b = sum of lam B;  q_a = sum of q A / log 2.
+
+    dB and dC of a position are sums over channels, gathered in the registers at `sums`, then over lanes.
+    """
+    item = size_of(like)
+    for i in range(count - 1, -1, -1):
+        p = order[t + i]
+        b, c = b_at + p * b_step, c_at + p * c_step
+        for n in range(2 * states):
+            store(sums + n * REGISTER_BYTES, broadcast(like))
+        for j in range(0, pad, REGISTER_BYTES):
+            s = load(step + i * pad + j, like)
+            x = load(driven + i * pad + j, like)
+            d = load(dvalue + i * pad + j, like)
+            lb = broadcast(like)
+            qa = broadcast(like)
+            for n in range(states):
+                at = n * pad + j
+                lam = fma(broadcast(read(c + n * item, like)), d, load(r + at, like))
+                back = lam * load(decay + i * plane + at, like)
+                q = back * load(h + i * plane + at, like)
+                store(r + at, back)
+                store(da + at, fma(q, s, load(da + at, like)))
+                qa = fma(q, load(a_log2 + at, like), qa)
+                lb = fma(lam, broadcast(read(b + n * item, like)), lb)
+                k = sums + 2 * n * REGISTER_BYTES
+                store(k, fma(lam, x, load(k, like)))
+                k += REGISTER_BYTES
+                store(k, fma(d, load(h + (i + 1) * plane + at, like), load(k, like)))
+            store(lam_b + i * pad + j, lb)
+            store(q_a + i * pad + j, qa)
+        for n in range(states):
+            db = total(load(sums + 2 * n * REGISTER_BYTES, like))
+            dc = total(load(sums + (2 * n + 1) * REGISTER_BYTES, like))
+            at = p * dbc_step + n * item
+            if accumulate:
+                db += read(db_at + at, like)
+                dc += read(dc_at + at, like)
+            write(db_at + at, db)
+            write(dc_at + at, dc)
+
+
+@loop
+def finish_back(
+    order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft,
+    step, dvalue, lam_b, q_a, dbias, dd, like,
+):  # fmt: skip
+    """lam_b becomes du = D dy + step lam_b, q_a becomes ddelta = (u lam_b + q_a log 2) sigmoid(delta + bias)."""
+    for i in range(count):
+        p = order[t + i]
+        for j in range(0, pad, REGISTER_BYTES):
+            x = load(u_at + p * u_step + j, like)
+            d = load(dvalue + i * pad + j, like)
+            lb = load(lam_b + i * pad + j, like)
+            qa = load(q_a + i * pad + j, like)
+            dstep = fma(x, lb, qa * fill(x, LN_2))
+            if soft:
+                dstep = dstep * sigmoid(load(delta_at + p * delta_step + j, like) + load(bias + j, like))
+            store(lam_b + i * pad + j, fma(load(step + i * pad + j, like), lb, load(d_row + j, like) * d))
+            store(q_a + i * pad + j, dstep)
+            store(dbias + j, load(dbias + j, like) + dstep)
+            store(dd + j, fma(d, x, load(dd + j, like)))
