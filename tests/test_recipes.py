@@ -1,0 +1,54 @@
+"""Every recipe there is: it loads, says how to run it, survives JSON, names a model that exists; the tiny one learns."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+
+from ssmclip.__main__ import build_parser
+from ssmclip.config import EmaConfig, from_dict, load_recipe, to_dict
+from ssmclip.models import clip_config
+from ssmclip.results import read_rows
+from ssmclip.train.optimiser import lr_schedule
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_is_whole(path):
+    config = load_recipe(path)
+    assert from_dict(to_dict(config)) == config
+    assert f"ssmclip train recipes/{path.name}" in _docstring(path) or path.stem == "yfcc15m"
+    clip_config(config.model.name)
+    assert bool(config.validation.every) == bool(config.validation.tasks)
+
+
+def _docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_yfcc15m_is_the_papers_recipe_field_by_field():
+    config = load_recipe(next(p for p in RECIPES if p.stem == "yfcc15m"))
+    epoch = 14_689_580 // 4096
+    assert (config.batch_size, config.steps, config.schedule.warmup_steps) == (4096, 25 * epoch, epoch)
+    optimiser = config.optimiser
+    assert (optimiser.lr, optimiser.betas, optimiser.eps, optimiser.weight_decay) == (5e-4, (0.9, 0.98), 1e-8, 0.5)
+    assert (optimiser.decay_rule, optimiser.clip_norm) == ("original", None)
+    rates = lr_schedule(config.steps, config.schedule, optimiser.lr)
+    assert (rates[0], rates[epoch - 1], rates[epoch]) == (1e-6, 5e-4, 5e-4)
+    assert rates[-1] == pytest.approx(1e-5, rel=1e-4)
+    assert config.ema == EmaConfig(0.996, "cosine")
+    assert (config.precision, config.model.drop_path_rate, config.data.augment.flip) == ("fp16", 0.3, False)
+    assert (config.data.augment.scale, config.data.image_sizes) == ((0.5, 1.0), ((0.0, 224),))
+
+
+def test_tiny_learns_from_the_command_line(tmp_path, monkeypatch):
+    tiny = next(p for p in RECIPES if p.stem == "tiny")
+    monkeypatch.chdir(tmp_path)
+    command = ["train", str(tiny), "--set", "device=cpu", "tensorboard=false", "--set", "progress=false"]
+    args = build_parser().parse_args(command)
+    assert args.run(args) in (0, None)
+    rows = read_rows(tmp_path / "runs" / "tiny" / "rows.jsonl")[1]
+    losses = [r.value for r in rows if r.metric == "loss"]
+    assert losses[-1] < math.log(32) - 0.3
