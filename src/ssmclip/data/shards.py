@@ -7,7 +7,8 @@ import glob
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from gzip import GzipFile
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -17,6 +18,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from ssmclip.data.images import SUFFIXES
 from ssmclip.data.samples import Sample, permutation
 
+END_OF_ARCHIVE = bytes(512)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -102,37 +104,63 @@ class ShardSource:
 def read_shard(shard: str) -> Iterator[Sample]:
     """The samples of one shard, in order, nothing decoded.
 
-    A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem.
+    A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem. The sample
+    that was being read when it ended is not whole and is left out.
     """
-    read = 0
     failures: list[Exception] = []
     repeated: list[Exception] = []
-
-    def note(error: Exception) -> bool:
-        failures.append(error)
-        return True
-
-    def leave_out(error: Exception) -> bool:
-        repeated.append(error)
-        return True
-
     try:
         stream = gopen(shard)
     except Exception as error:  # of any kind: files, pipes and web addresses fail in their own ways
         yield Sample(shard, None, [], "missing shard", f"{shard}: {error}")
         return
     with stream:
-        files = tar_file_expander([{"url": shard, "stream": stream}], handler=note)
-        for fields in group_by_keys(files, handler=leave_out):
-            if failures:
-                break  # what was being read when the shard broke is not whole
-            read += 1
-            yield make_sample(fields)
+        watched = _Watched(GzipFile(fileobj=stream) if shard.endswith((".gz", ".tgz")) else stream)
+        files = tar_file_expander([{"url": shard, "stream": watched}], handler=_noting(failures))
+        last: dict = {}
+        read = 0
+        for fields in group_by_keys(files, handler=_noting(repeated)):
+            if last:
+                yield make_sample(last)
+                read += 1
+            last = fields
+    if not failures and not watched.ended:
+        failures.append(tarfile.ReadError("no end-of-archive mark"))
+    if last and not failures:
+        yield make_sample(last)
     for error in repeated:
         yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
     if failures:
-        reason = "truncated shard" if isinstance(failures[0], (tarfile.TarError, EOFError)) else "broken shard"
-        yield Sample(shard, None, [], reason, f"{shard} after {read} samples ({failures[0]})")
+        yield Sample(shard, None, [], "truncated shard", f"{shard} after {read} samples ({_first_words(failures[0])})")
+
+
+class _Watched:
+    """A stream that remembers how it ended: tarfile takes a tar that was cut between two files for a whole one."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.ended = False
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.stream.read(size)
+        if data:
+            self.ended = data.endswith(END_OF_ARCHIVE)
+        return data
+
+
+def _first_words(error: Exception) -> str:
+    """Without the stream's address, which webdataset adds: the same shard is to give the same words everywhere."""
+    return str(error.args[0] if error.args else error).split(" @ ")[0]
+
+
+def _noting(errors: list[Exception]) -> Callable[[Exception], bool]:
+    """A webdataset handler that keeps the error and goes on."""
+
+    def note(error: Exception) -> bool:
+        errors.append(error)
+        return True
+
+    return note
 
 
 def make_sample(fields: dict) -> Sample:

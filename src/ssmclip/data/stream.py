@@ -145,7 +145,7 @@ class ReaderBatches(IterableDataset):
         for start, window in self.source.windows(number, mine, self.readers, state["start"]):
             order = permutation(len(window), self.preparation.seed, "window", number, mine, *start)
             for place in range(taken, len(window)):
-                yield window[order[place]], {"pass": number, "start": list(start), "taken": place + 1}
+                yield window[int(order[place])], {"pass": number, "start": list(start), "taken": place + 1}
             taken = 0
 
     def _prepare(self, sample: Sample, number: int) -> tuple[str, Any, str]:

@@ -57,7 +57,7 @@ class _Picked(Sequence):
         return len(self.order)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[self.order[index]]
+        return self.samples[int(self.order[index])]
 
 
 def synthetic_source(name: str, *, seed: int) -> RowSource:
@@ -104,7 +104,7 @@ class _Rows(Sequence):
         key = f"row {index}"
         if isinstance(image, dict):  # as Hugging Face's data sets store pictures
             image = image.get("bytes") or image.get("path")
-        if isinstance(image, str):
+        if isinstance(image, str) and image:
             key, image = image, self.folder / image
         kept = [caption for caption in captions if caption is not None]
         return Sample(key, image, kept, "" if image else "no image")

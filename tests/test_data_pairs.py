@@ -1,0 +1,541 @@
+"""The stream of pairs: every sample once a pass, resumed bit for bit, bad input counted and named."""
+
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from scipy.stats import chisquare
+
+from ssmclip.data.images import open_image
+from ssmclip.data.pairs import NoUsableSamples, TableFormat, open_pairs, train_transform
+from ssmclip.data.samples import generator_for, permutation
+from ssmclip.data.shards import count_samples, find_shards, read_shard
+from ssmclip.registry import UnknownName
+
+TRANSFORM = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
+
+
+def tokenize(texts: list[str]) -> torch.Tensor:
+    """The caption's bytes, padded: a caption can be read back from its tokens."""
+    rows = [list(text.encode()[:60]) for text in texts]
+    return torch.tensor([row + [0] * (60 - len(row)) for row in rows])
+
+
+def captions_of(batch) -> list[str]:
+    return [bytes(v for v in row if v).decode() for row in batch.texts.tolist()]
+
+
+def jpeg(number: int, size: tuple[int, int] = (24, 20)) -> bytes:
+    """A picture whose colour says its number."""
+    out = io.BytesIO()
+    Image.new("RGB", size, (number * 7 % 256, number * 31 % 256, number % 256)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(number: int, captions: int = 3) -> dict[str, bytes]:
+    texts = [f"caption {c} of {number}" for c in range(captions)]
+    return {
+        f"{number:04d}.jpg": jpeg(number),
+        f"{number:04d}.txt": texts[0].encode(),
+        f"{number:04d}.json": json.dumps({"captions": texts}).encode(),
+    }
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """A folder of 5 shards with 8 + 9 + 10 + 11 + 12 = 50 samples."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    number = 0
+    for shard in range(5):
+        files = {}
+        for _ in range(8 + shard):
+            files |= sample(number)
+            number += 1
+        write_tar(folder / f"{shard:04d}.tar", files)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """A csv of 23 pictures, the first 10 with a second caption."""
+    (tmp_path / "pictures").mkdir()
+    lines = ["caption,id,filepath"]
+    for number in range(23):
+        (tmp_path / f"pictures/{number}.jpg").write_bytes(jpeg(number))
+        lines.append(f'"one, of {number}",{number},pictures/{number}.jpg')
+    lines += [f"two of {number},{number},pictures/{number}.jpg" for number in range(10)]
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def opened(source, batch_size=4, **settings):
+    settings = {"transform": TRANSFORM, "tokenize": tokenize, "seed": 0, **settings}
+    return open_pairs(source, batch_size=batch_size, **settings)
+
+
+def take(loader, count: int) -> list:
+    return [next(loader) for _ in range(count)]
+
+
+def same(a, b) -> bool:
+    return a.keys == b.keys and torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts)
+
+
+# ---- what is in a pass -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle_buffer", [7, 1000])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2), (3, 2), (7, 0)])
+def test_readers_together_see_every_sample_once_a_pass(shards, world_size, workers, shuffle_buffer):
+    # One reader's state says which pass it is in; reading one sample at a time shows what each pass holds.
+    listed = set()
+    for path in sorted(shards.iterdir()):
+        with tarfile.open(path) as tar:
+            listed |= {name.split(".")[0] for name in tar.getnames()}
+    seen = Counter()
+    readers = max(workers, 1)
+    for rank in range(world_size):
+        loader = opened(
+            shards, 1, workers=workers, rank=rank, world_size=world_size, shuffle_buffer=shuffle_buffer, cache_mib=0
+        )
+        assert loader.num_samples == len(listed) == 50
+        done = [False] * readers
+        turn = 0
+        while not all(done):
+            batch = next(loader)
+            done[turn] = loader.cursor["states"][turn]["pass"] >= 2
+            seen.update((loader.cursor["states"][turn]["pass"], key) for key in batch.keys if not done[turn])
+            turn = (turn + 1) % readers
+        loader.close()
+    for number in (0, 1):
+        assert {key: count for (n, key), count in seen.items() if n == number} == dict.fromkeys(listed, 1)
+
+
+def test_passes_are_ordered_differently_and_mixed(shards):
+    loader = opened(shards, 50, shuffle_buffer=20)
+    first, second = take(loader, 2)
+    assert sorted(first.keys) == sorted(second.keys) == [f"{n:04d}" for n in range(50)]
+    assert first.keys != second.keys
+    assert first.keys != sorted(first.keys)
+    assert opened(shards, 50, shuffle_buffer=20, seed=1).__next__().keys != first.keys
+
+
+def test_pictures_and_captions_belong_to_their_key(shards):
+    loader = opened(shards, 50, transform=train_transform(8, (0.0,) * 3, (1.0,) * 3))
+    batch = next(loader)
+    for key, picture, caption in zip(batch.keys, batch.images, captions_of(batch), strict=True):
+        number = int(key)
+        colour = torch.tensor([number * 7 % 256, number * 31 % 256, number % 256])
+        assert (picture.mean((1, 2)) * 255 - colour).abs().max() < 4
+        assert caption.endswith(f" of {number}")
+
+
+def test_captions_are_drawn_uniformly_and_anew_each_pass(tmp_path):
+    write_tar(tmp_path / "a.tar", {name: data for n in range(20) for name, data in sample(n, captions=5).items()})
+    loader = opened(tmp_path / "a.tar", 20)
+    drawn = {key: [] for key in (f"{n:04d}" for n in range(20))}
+    for batch in take(loader, 60):
+        for key, caption in zip(batch.keys, captions_of(batch), strict=True):
+            drawn[key].append(int(caption.split()[1]))
+    counts = Counter(number for numbers in drawn.values() for number in numbers)
+    assert chisquare([counts[c] for c in range(5)]).pvalue > 0.001
+    # Successive passes are independent: pairs of successive draws are uniform over 25 too.
+    pairs = Counter(pair for numbers in drawn.values() for pair in pairwise(numbers))
+    assert chisquare([pairs[a, b] for a in range(5) for b in range(5)]).pvalue > 0.001
+
+
+def test_random_numbers_are_the_same_on_every_machine():
+    # Written down once: checkpoints made elsewhere must continue here.
+    assert permutation(8, 0, "window", 3).tolist() == [5, 1, 3, 7, 6, 4, 2, 0]
+    assert torch.rand(3, generator=generator_for(0, 1, "key"), dtype=torch.float64).tolist() == pytest.approx(
+        [0.15246849788264139, 0.7805266381489042, 0.46932368734427155], rel=1e-12
+    )
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["shards", "table", "synthetic"])
+def test_cursor_continues_bit_for_bit(kind, workers, request):
+    source = "synthetic:digits" if kind == "synthetic" else request.getfixturevalue(kind)
+    batch_size, length, stops = (300, 7, (4,)) if kind == "synthetic" else (7, 16, (1, 5, 10))
+    settings = {"batch_size": batch_size, "workers": workers, "shuffle_buffer": 6}
+    whole = opened(source, **settings)
+    expected = take(whole, length)
+    for stop in stops:
+        loader = opened(source, **settings)
+        assert all(same(a, b) for a, b in zip(take(loader, stop), expected, strict=False))
+        cursor = json.loads(json.dumps(loader.cursor))
+        loader.close()
+        again = opened(source, cursor=cursor, **settings)
+        assert again.cursor == cursor
+        assert all(same(a, b) for a, b in zip(take(again, length - stop), expected[stop:], strict=True))
+        assert again.cursor == whole.cursor
+        again.close()
+    whole.close()
+
+
+def test_skipped_samples_do_not_shift_the_cursor(shards):
+    files = sample(100) | {"0101.jpg": b"broken", "0101.txt": b"x"} | sample(102) | {"0103.jpg": jpeg(1)} | sample(104)
+    write_tar(shards / "bad.tar", files)
+    expected = take(opened(shards, shuffle_buffer=10), 26)
+    for stop in (1, 2, 3, 5, 8, 13):
+        loader = opened(shards, shuffle_buffer=10)
+        take(loader, stop)
+        again = opened(shards, shuffle_buffer=10, cursor=loader.cursor)
+        assert all(same(a, b) for a, b in zip(take(again, 26 - stop), expected[stop:], strict=True))
+        assert again.skipped["no caption"] + again.skipped["broken image"] >= 2
+
+
+def test_close_and_go_on(shards):
+    expected = take(opened(shards), 6)
+    loader = opened(shards, workers=1)
+    first = take(loader, 2)
+    loader.close()
+    assert all(same(a, b) for a, b in zip(first + take(loader, 4), expected, strict=True))
+    loader.close()
+
+
+def test_the_cache_does_not_change_the_batches(shards):
+    cached, plain = opened(shards, cache_mib=64), opened(shards, cache_mib=0)
+    assert all(same(a, b) for a, b in zip(take(cached, 26), take(plain, 26), strict=True))
+
+
+def test_neither_loading_nor_workers_touch_the_global_generator(shards):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for workers in (0, 1):
+        loader = opened(shards, workers=workers)
+        take(loader, 3)
+        loader.close()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("seed", {"seed": 1}), ("batch_size", {"batch_size": 5}), ("workers", {"workers": 2})]
+)
+def test_cursor_of_another_stream_is_refused(shards, name, other):
+    cursor = opened(shards).cursor
+    with pytest.raises(ValueError, match=f"made with {name}"):
+        opened(shards, cursor=cursor, **other)
+
+
+def test_cursor_of_other_files_is_refused(shards, table):
+    with pytest.raises(ValueError, match=r"made with source 'pairs.csv 23'"):
+        opened(shards, cursor=opened(table).cursor)
+
+
+def test_any_transform_gets_a_picture_and_its_generator(shards):
+    def transform(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        return torch.rand(3, 2, 2, generator=generator) + image.width
+
+    batch = next(opened(shards, transform=transform))
+    assert torch.equal(batch.images[0], torch.rand(3, 2, 2, generator=_after_caption(batch.keys[0])) + 24)
+
+
+def _after_caption(key: str) -> torch.Generator:
+    generator = generator_for(0, 0, key)
+    torch.randint(3, (), generator=generator)
+    return generator
+
+
+# ---- where pairs come from -------------------------------------------------------------------------------------------
+
+
+def test_shards_as_folder_glob_braces_or_file(shards):
+    names = [str(path) for path in sorted(shards.iterdir())]
+    assert find_shards(shards) == names
+    assert find_shards(f"{shards}/*.tar") == names
+    assert find_shards(f"{shards}/{{0001..0003}}.tar") == names[1:4]
+    assert find_shards(names[2]) == names[2:3]
+    assert find_shards("https://host/{00..02}.tar") == [f"https://host/0{n}.tar" for n in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+def test_read_shard_is_what_webdataset_reads(shards):
+    path = shards / "0002.tar"
+    pipeline = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    expected = [(s["__key__"], s["jpg"], json.loads(s["json"])["captions"]) for s in pipeline]
+    assert [(s.key, s.image, s.captions) for s in read_shard(str(path))] == expected
+    assert count_samples(str(path)) == len(expected) == 10
+
+
+def test_a_pipe_is_read_and_its_length_unknown(shards):
+    loader = opened(f"pipe:cat {shards}/0000.tar", 8)
+    assert loader.num_samples is None
+    assert sorted(next(loader).keys) == [f"{n:04d}" for n in range(8)]
+
+
+def test_sizes_json_is_believed(shards):
+    (shards / "sizes.json").write_text(json.dumps({f"{n:04d}.tar": 100 for n in range(5)}))
+    assert opened(shards).num_samples == 500
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"txt": b" plain \n"}, [" plain \n"]),
+        ({"txt": b"text", "json": b'{"caption": "in json"}'}, ["text"]),
+        ({"json": b'{"caption": "in json"}'}, ["in json"]),
+        ({"txt": b"text", "json": b'{"captions": ["a", "b"]}'}, ["a", "b"]),
+        ({"txt": b"text", "json": b'{"captions": []}'}, ["text"]),
+        ({"json": b'{"width": 3}'}, []),
+    ],
+)
+def test_where_captions_are_looked_for(tmp_path, files, expected):
+    write_tar(tmp_path / "a.tar", {"k.jpg": jpeg(0), **{f"k.{suffix}": data for suffix, data in files.items()}})
+    (only,) = read_shard(str(tmp_path / "a.tar"))
+    assert only.captions == expected
+
+
+def test_table_rows_of_one_picture_are_its_captions(table):
+    loader = opened(table, 23)
+    assert loader.num_samples == 23
+    seen = {key: set() for key in (f"pictures/{n}.jpg" for n in range(23))}
+    for batch in take(loader, 20):
+        for key, caption in zip(batch.keys, captions_of(batch), strict=True):
+            seen[key].add(caption)
+    for number in range(23):
+        expected = {f"one, of {number}"} | ({f"two of {number}"} if number < 10 else set())
+        assert seen[f"pictures/{number}.jpg"] == expected
+
+
+def test_tables_in_every_form_give_the_same_pairs(table, tmp_path):
+    images = [f"pictures/{n}.jpg" for n in range(23)]
+    texts = [f"number {n}" for n in range(23)]
+    tsv = "\n".join(["image\ttitle", *(f"{i}\t{t}" for i, t in zip(images, texts, strict=True))])
+    (tmp_path / "a.tsv").write_text(tsv)
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(tsv.encode()))
+    pa.parquet.write_table(pa.table({"image": images, "text": texts}), tmp_path / "a.parquet")
+    encoded = [{"bytes": jpeg(n), "path": None} for n in range(23)]
+    pa.parquet.write_table(pa.table({"image": encoded, "caption": texts}), tmp_path / "b.parquet")
+    batches = {name: next(opened(tmp_path / name, 23)) for name in ("a.tsv", "a.tsv.gz", "a.parquet", "b.parquet")}
+    for batch in batches.values():
+        assert sorted(captions_of(batch)) == sorted(texts)
+    assert same(batches["a.tsv"], batches["a.tsv.gz"])
+    assert same(batches["a.tsv"], batches["a.parquet"])
+    for caption, picture in zip(captions_of(batches["b.parquet"]), batches["b.parquet"].images, strict=True):
+        number = int(caption.split()[1])
+        red = np.asarray(open_image(jpeg(number)))[..., 0].mean() / 255
+        assert abs(picture[0].mean() * 0.25 + 0.5 - red) < 0.01
+
+
+def test_captions_that_look_like_numbers_stay_text(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a.csv").write_text("image,caption\n1.jpg,007\n")
+    assert captions_of(next(opened(tmp_path / "a.csv", 1))) == ["007"]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_shards_are_named_with_what_is_there(shards):
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 3 shards are missing: .*0005\.tar, .*0006\.tar; .*holds 0000\.tar"
+    ):
+        opened(f"{shards}/{{0004..0006}}.tar")
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*/x\*\.tar; .* holds 0000\.tar"):
+        opened(f"{shards}/x*.tar")
+    with pytest.raises(FileNotFoundError, match=r"has no \.tar; it holds shards/"):
+        opened(shards.parent)
+    with pytest.raises(FileNotFoundError, match="1 of 1 shards are missing"):
+        opened(shards / "nowhere" / "0000.tar")
+
+
+def test_unknown_synthetic_source_lists_the_known():
+    with pytest.raises(UnknownName, match=r"did you mean 'digits'.*quickstart, scenes"):
+        opened("synthetic:digit")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cut", ["in a file", "in a header", "gzip"])
+def test_a_truncated_shard_is_survived_and_counted(shards, cut, workers):
+    path = shards / "0001.tar"
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        middle = tar.getmembers()[12]  # the first file of the fifth sample
+    if cut == "gzip":
+        path.unlink()
+        path = shards / "0001.tar.gz"
+        data = gzip.compress(data)[:-200]
+    path.write_bytes(data[: middle.offset_data + 10] if cut == "in a file" else data[: middle.offset + 100])
+    if cut == "gzip":
+        path.write_bytes(data)
+    loader = opened(shards, 10, workers=workers)
+    seen = {key for batch in take(loader, 30) for key in batch.keys}
+    loader.close()
+    assert loader.skipped["truncated shard"] >= 3
+    (example,) = loader.skipped_examples["truncated shard"]
+    assert f"{path} after " in example
+    assert {f"{n:04d}" for n in range(8)} | {f"{n:04d}" for n in range(17, 50)} <= seen
+    if cut != "gzip":
+        assert "after 3 samples" in example or "after 4 samples" in example
+        assert not {f"{n:04d}" for n in range(12, 17)} & seen
+
+
+def test_a_shard_that_vanishes_is_counted(shards):
+    loader = opened(shards, 10, cache_mib=0)
+    take(loader, 1)
+    (shards / "0003.tar").unlink()
+    take(loader, 20)
+    assert loader.skipped["missing shard"] >= 2
+    assert "0003.tar" in loader.skipped_examples["missing shard"][0]
+
+
+def test_a_file_that_is_no_tar_is_counted(shards):
+    (shards / "0009.tar").write_bytes(b"<html>not found</html>" * 100)
+    (shards / "0010.tar").write_bytes(b"")
+    loader = opened(shards, 10)
+    take(loader, 10)
+    assert loader.skipped["truncated shard"] >= 2
+    examples = loader.skipped_examples["truncated shard"]
+    assert {Path(text.split(":")[0]).name for text in examples} == {"0009.tar", "0010.tar"}
+
+
+BAD = {
+    "broken image": {"jpg": b"no picture", "txt": b"x"},
+    "image too small": {"jpg": jpeg(0, (1, 1)), "txt": b"x"},
+    "no image": {"txt": b"x", "mp3": b"x"},
+    "no caption": {"jpg": jpeg(0)},
+    "empty caption": {"jpg": jpeg(0), "txt": b" \n"},
+    "caption is not utf-8": {"jpg": jpeg(0), "txt": "café".encode("latin-1")},
+    "broken json": {"jpg": jpeg(0), "json": b"{"},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_skipped_is_counted_by_reason_with_examples(shards, workers):
+    files = {f"{r.replace(' ', '_')}.{s}": data for r, suffixes in BAD.items() for s, data in suffixes.items()}
+    write_tar(shards / "bad.tar", files)
+    loader = opened(shards, 50, workers=workers)
+    batches = take(loader, 8)
+    loader.close()
+    assert set(loader.skipped) == set(BAD)
+    for reason, examples in loader.skipped_examples.items():
+        assert len(examples) == 1
+        assert examples[0].startswith(reason.replace(" ", "_"))
+        assert 2 <= loader.skipped[reason] <= 16
+    assert not {key for batch in batches for key in batch.keys} & {reason.replace(" ", "_") for reason in BAD}
+
+
+def test_a_picture_of_400_million_pixels_is_skipped(shards):
+    from test_data_images import huge_png
+
+    write_tar(shards / "bad.tar", {"huge.png": huge_png(20_000, 20_000), "huge.txt": b"x"})
+    loader = opened(shards, 60)
+    take(loader, 2)
+    assert loader.skipped["image too large"] >= 1
+    assert loader.skipped_examples["image too large"][0].startswith("huge: ")
+
+
+def test_blank_captions_among_others_are_never_drawn(tmp_path):
+    files = {"a.jpg": jpeg(1), "a.json": json.dumps({"captions": ["", "full", "  "]}).encode()}
+    loader = opened(write_tar(tmp_path / "a.tar", files), 1)
+    assert {captions_of(batch)[0] for batch in take(loader, 30)} == {"full"}
+
+
+def test_a_caption_of_ten_thousand_words_is_cut_by_the_tokenizer(tmp_path):
+    import open_clip
+
+    tokenizer = open_clip.SimpleTokenizer()
+    text = " ".join(["word"] * 10_000)
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(1), "a.txt": text.encode()})
+    batch = next(opened(path, 1, tokenize=tokenizer))
+    assert batch.texts.shape == (1, 77)
+    assert batch.texts[0, -1] == tokenizer.eot_token_id
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pass_without_a_usable_sample_is_an_error_with_the_counts(tmp_path, workers):
+    files = {f"{n}.{s}": b"broken" for n in range(4) for s in ("jpg", "txt")}
+    del files["3.txt"]
+    loader = opened(write_tar(tmp_path / "a.tar", files), 2, workers=workers)
+    with pytest.raises(NoUsableSamples, match=r"no usable sample: 3 x broken image, 1 x no caption; for example"):
+        next(loader)
+
+
+def test_more_readers_than_samples_is_an_error_that_says_so(tmp_path):
+    path = write_tar(tmp_path / "a.tar", sample(1) | sample(2))
+    with pytest.raises(NoUsableSamples, match="it holds none; 4 readers"):
+        next(opened(path, 1, rank=3, world_size=4))
+
+
+def test_latin1_table_names_file_byte_and_remedy(table):
+    text = "image,caption\n" + "pictures/0.jpg,un café\n" * 3
+    for name, data in (("a.csv", text.encode("latin-1")), ("b.csv.gz", gzip.compress(text.encode("latin-1")))):
+        path = table.with_name(name)
+        path.write_bytes(data)
+        position = text.index("é")
+        with pytest.raises(ValueError, match=rf"{name} is not utf-8: byte 0xe9 at position {position} \(line 2\)"):
+            opened(path)
+        with pytest.raises(ValueError, match="encoding='latin-1'"):
+            opened(path)
+        batch = next(opened(path, 1, table_format=TableFormat(encoding="latin-1")))
+        assert captions_of(batch) == ["un café"]
+
+
+def test_tables_that_can_not_be_used_say_why(tmp_path):
+    (tmp_path / "a.csv").write_text("picture,words\nx.jpg,hello\n")
+    with pytest.raises(ValueError, match=r"no image column: looked for image, .*its columns are picture, words"):
+        opened(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"no caption column: looked for wordz, its columns are picture, words"):
+        opened(tmp_path / "a.csv", table_format=TableFormat("picture", "wordz"))
+    (tmp_path / "b.csv").write_text("image,caption\na,b\na,b,c\n")
+    with pytest.raises(ValueError, match=r"b\.csv is not a readable table: .*Expected 2 columns, got 3"):
+        opened(tmp_path / "b.csv")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"c\.parquet is not a readable parquet file"):
+        opened(tmp_path / "c.parquet")
+    with pytest.raises(FileNotFoundError, match=r"there is no table .*d\.csv"):
+        opened(tmp_path / "d.csv")
+
+
+def test_rows_without_picture_or_caption_are_counted(table):
+    lines = ["image,caption", "pictures/0.jpg,fine", "nowhere.jpg,lost", "pictures/1.jpg,", ",no picture"]
+    table.write_text("\n".join(lines) + "\n")
+    loader = opened(table, 2)
+    take(loader, 4)
+    assert set(loader.skipped) == {"missing image file", "empty caption", "no image"}
+    assert loader.skipped_examples["missing image file"][0].startswith("nowhere.jpg: ")
+
+
+def test_rank_outside_the_world():
+    with pytest.raises(ValueError, match="rank 2 of world_size 2"):
+        opened("synthetic:digits", rank=2, world_size=2)
+
+
+# ---- real data -------------------------------------------------------------------------------------------------------
+
+
+def test_flickr8k_shards(shared):
+    folder = shared / "data" / "captions"
+    loader = opened(folder / "train", 200)
+    assert loader.num_samples == 6000
+    with gzip.open(folder / "captions_train_all5.tsv.gz", "rt", encoding="utf-8") as file:
+        known = {(key, caption[:60].strip()) for key, _, _, caption in (line.split("\t") for line in list(file)[1:])}
+    for batch in take(loader, 3):
+        assert all((key, text.strip()) in known for key, text in zip(batch.keys, captions_of(batch), strict=True))
+    assert not loader.skipped
