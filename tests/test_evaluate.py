@@ -319,10 +319,10 @@ def test_a_subset_is_drawn_by_chance_and_marked(world):
     assert places == sorted(places) != [0, 1, 2, 3, 4]
 
 
-def test_validation_rows_carry_the_step_and_no_pictures(world):
+def test_validation_rows_carry_no_pictures(world):
     validate = training_validation(["levels", "captions"], "", model_name="seer", max_images=None)
     rows = validate(Seer(), see, read, 300)
-    assert {row.condition for row in rows} == {"step=300"}
+    assert {row.condition for row in rows} == {""}  # the loop writes the step
     assert [(row.metric, row.value) for row in rows if row.metric == "top1"] == [("top1", 0.75)]
     assert rows[0].extra == {"title": "Grey levels", "kind": "classification", "chance": pytest.approx(1 / 6)}
     assert all(set(row.extra) <= {"title", "kind", "chance"} for row in rows)
@@ -377,3 +377,21 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path / "file" / "rows.jsonl")))
     with pytest.raises(IsADirectoryError, match="takes a file"):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path)))
+
+
+def test_the_embedded_sets_are_evaluated_as_their_cards_say(tiny_clip, tmp_path):
+    rows = evaluate(*tiny_clip, ["digits", "scenes"], tmp_path, model_name="tiny", max_images=20, examples=2)
+    digits, scenes = (next(row for row in rows if row.task == task) for task in ("digits", "scenes"))
+    assert (digits.metric, digits.n, digits.extra["partial"]) == ("top1", 20, {"used": 20, "of": 360})
+    assert len(digits.extra["confusion"]["names"]) == 10
+    assert {len(example["found"]) for example in digits.extra["image_to_text"] + scenes.extra["image_to_text"]} == {3}
+
+
+def test_photographs_and_their_captions_are_evaluated(tiny_clip, shared):
+    rows = evaluate(
+        *tiny_clip, ["flickr8k"], shared / "data" / "captions", model_name="tiny", max_images=12, examples=2
+    )
+    counts = {row.metric: row.n for row in rows}
+    assert (counts["image_to_text_recall@1"], counts["text_to_image_recall@1"]) == (12, 60)  # five captions each
+    assert rows[0].extra["partial"] == {"used": 12, "of": 1000}
+    assert [len(example["truth"]) for example in rows[0].extra["image_to_text"]] == [5, 5]

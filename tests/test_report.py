@@ -331,6 +331,9 @@ def test_the_last_of_several_equal_measurements_counts(tmp_path):
     store = read_store([tmp_path / "a", tmp_path / "b"])
     assert [row.value for row in store.rows] == [0.2, 2.0]
     assert store.replaced == 1
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / "a", [])
+    assert [s.name for s in read_store([tmp_path / "a", tmp_path / "run" / "a"]).sources][1] == "run/a"
     assert (
         "1 numbers were given more than once"
         in Page(write_report([tmp_path / "a", tmp_path / "b"], tmp_path).read_text()).text

@@ -24,7 +24,7 @@ KS = (1, 5, 10)
 SHOWN = 5  # best matches kept of an example
 
 
-def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings, condition: str = "") -> list[Result]:
+def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
     """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, and the mean of the six.
 
     Intervals resample images, each with all its captions. The first row's `extra` has examples and a similarity matrix.
@@ -54,7 +54,7 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         value = recall().item()
         low, high = bootstrap_interval(lambda w, r=recall: r(weights=w), len(captions), seed=settings.seed)
         more = {"chance": chances[metric]} if metric in chances else {}
-        rows.append(Result(clip.name, task, condition, metric, value, low, high, n, more | ({} if rows else extra)))
+        rows.append(Result(clip.name, task, "", metric, value, low, high, n, more | ({} if rows else extra)))
     return rows
 
 

@@ -56,7 +56,7 @@ def training_validation(
     seed: int = 0,
     max_images: int | None = 1000,
 ) -> Callable[[nn.Module, Callable, Callable, int], list[Result]]:
-    """A function (model, preprocess, tokenizer, step) -> rows with the condition "step=N", for a training loop.
+    """A function (model, preprocess, tokenizer, step) -> rows, for a training loop, which adds the step to the rows.
 
     The data sets are opened now, so that a missing one stops the run before it starts. The rows carry no pictures.
     """
@@ -65,11 +65,7 @@ def training_validation(
 
     def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
         clip = Clip(model, preprocess, tokenizer, model_name)
-        rows = [
-            row
-            for name, card, dataset in opened
-            for row in KINDS[card.kind](clip, dataset, card, name, settings, f"step={step}")
-        ]
+        rows = [row for name, card, dataset in opened for row in KINDS[card.kind](clip, dataset, card, name, settings)]
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate

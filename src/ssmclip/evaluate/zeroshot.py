@@ -42,7 +42,7 @@ def class_embeddings(
     return normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings, condition: str = "") -> list[Result]:
+def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
     """Rows of one classification task: the card's metric first, then top1, mean_per_class and (above 5 classes) top5.
 
     The first row's `extra` has the classes' accuracies, the confusion matrix and examples.
@@ -69,7 +69,7 @@ def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         function = METRICS[metric].function
         value = function(scores, target).item()
         low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
-        rows.append(Result(clip.name, task, condition, metric, value, low, high, n, {} if rows else extra))
+        rows.append(Result(clip.name, task, "", metric, value, low, high, n, {} if rows else extra))
     return rows
 
 

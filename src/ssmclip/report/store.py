@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ STEP = re.compile(r"step=(\d+)\b")
 
 @dataclass(frozen=True)
 class Source:
-    """A rows file: its name (no folder: a report may be passed on), its first line, how many rows it has."""
+    """A rows file: its name (with its folder's, at most: a report may be passed on), first line, number of rows."""
 
     name: str
     run: dict[str, Any]
@@ -42,11 +43,15 @@ def read_store(files: Sequence[str | Path]) -> Store:
     """
     rows: list[Result] = []
     sources = []
-    for path in map(Path, files):
+    paths = [Path(path) for path in files]
+    same_name = Counter(path.name for path in paths)
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"there is no rows file {path}")
         run, found = read_rows(path)
-        sources.append(Source(path.name, run, len(found)))
+        sources.append(
+            Source(path.name if same_name[path.name] == 1 else f"{path.parent.name}/{path.name}", run, len(found))
+        )
         rows += found
     if not rows:
         raise ValueError(f"no rows in {', '.join(str(path) for path in files) or 'no files'}: nothing to report")
