@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint bench results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -29,3 +29,8 @@ bench: setup  ## ours against peers, as rows in results/
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
+
+# The rows behind the README's results; `make results` writes them into it.
+README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl results/scan.jsonl
+results: setup
+	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md

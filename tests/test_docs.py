@@ -1,0 +1,70 @@
+"""The README says what is so: its tree, its results, its commands. (Its Python lines run as a doctest.)"""
+
+import re
+import subprocess
+import sys
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+from pathlib import Path
+
+import pytest
+
+from ssmclip.report.tables import BEGIN, END, update_readme
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tree_names_what_is_there_and_nothing_else():
+    tree = re.search(r"```\nssmclip/\n(.*?)```", README, re.DOTALL).group(1)
+    names = [line[4:].split("  ")[0].split() for line in tree.splitlines()]
+    top = {name.rstrip("/") for line in names if line[0][:1] not in "│├└" for name in line}
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    there = {path.split("/")[0] for path in tracked} - {".gitignore", "src"}
+    assert there == top - {"src/ssmclip"}
+    package = set(re.findall(r"^    ├── (\w+(?:\.py)?)/?|^    └── (\w+\.py)", tree, re.MULTILINE))
+    named = {a or b for a, b in package} | {"registry.py", "results.py"}
+    inside = {path.split("/")[2] for path in tracked if path.startswith("src/ssmclip/")}
+    assert inside == named
+
+
+def test_the_results_are_what_the_rows_give(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(README, encoding="utf-8")
+    update_readme(copy, readme_rows())
+    between = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
+    assert between.search(README).group() == between.search(copy.read_text(encoding="utf-8")).group()
+
+
+def readme_rows() -> list[Path]:
+    """The files the README's results come from: what `make results` passes."""
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return [ROOT / name for name in re.search(r"^README_ROWS := (.*)$", make, re.MULTILINE).group(1).split()]
+
+
+def test_every_command_in_the_readme_exists():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
+    commands = set(re.findall(r"ssmclip (train|evaluate|report|quickstart|models|ops)\b", README))
+    assert {"train", "evaluate", "report", "models", "ops"} <= commands
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["report"], ["quickstart"], ["models"], ["ops"]])
+def test_every_command_has_a_help_text(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ssmclip", *command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: ssmclip")
+
+
+def test_constraints_name_every_direct_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + [dep for extra in project["optional-dependencies"].values() for dep in extra]
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    normal = {name.lower().replace("_", "-") for name in pinned}
+    assert {re.match(r"[\w-]+", dep).group().lower().replace("_", "-") for dep in wanted} - normal <= {"tomli"}

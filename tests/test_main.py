@@ -1,0 +1,44 @@
+"""The command line: what it prints, and that what a user can put right is one line and exit status 1."""
+
+import re
+
+import pytest
+import torch
+
+from ssmclip.__main__ import main
+from ssmclip.models import create_clip, list_clips
+
+
+def test_models_prints_every_clip_with_its_parameters(capsys):
+    assert main(["models"]) == 0
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert list(table) == list_clips()
+    with torch.device("meta"):
+        model = create_clip("CLIP-VMamba-S")
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    assert float(table["CLIP-VMamba-S"][2]) + float(table["CLIP-VMamba-S"][3]) == pytest.approx(total, abs=0.011)
+
+
+def test_ops_prints_every_back_end(capsys):
+    assert main(["ops"]) == 0
+    assert re.search(r"selective_scan +reference +yes", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "recipes/none.py"], "none.py"),
+        (["train", "recipes/tiny.py", "--set", "learning_rte=1"], "unknown"),
+        (["evaluate", "--model", "CLIP-VMamba-Nanno", "--tasks", "digits", "--out", "x.jsonl"], "CLIP-VMamba-Nano"),
+        (["evaluate", "--model", "CLIP-VMamba-Nano", "--tasks", "digit", "--out", "x.jsonl"], "did you mean 'digits'"),
+        (["report", "none.jsonl", "--out", "."], "none.jsonl"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(capsys, monkeypatch, tmp_path, request, arguments, says):
+    recipes = request.config.rootpath / "recipes"
+    monkeypatch.chdir(tmp_path)
+    arguments = [a.replace("recipes/", f"{recipes}/") for a in arguments]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"ssmclip {arguments[0]}: ")
+    assert says in error
