@@ -107,7 +107,7 @@ class _Rows(Sequence):
         if isinstance(image, str) and image:
             key, image = image, self.folder / image
         kept = [caption for caption in captions if caption is not None]
-        return Sample(key, image, kept, "" if image else "no image")
+        return Sample(key, image or None, kept, "" if image else "no image")
 
 
 def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
