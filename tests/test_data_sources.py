@@ -82,8 +82,8 @@ def test_unknown_names_and_keys_list_the_known():
         read_card("x", text + 'layouts=[]\ntemples=["a"]\nmetrics=""')
     with pytest.raises(ValueError, match=r"card x: .*missing .*required .*argument: 'layouts'"):
         read_card("x", text)
-    with pytest.raises(UnknownName, match="unknown layout 'idx'; did you mean 'idx_files'"):
-        read_card("x", text + 'layouts=["idx"]')
+    with pytest.raises(UnknownName, match="unknown layout 'idx_file'; did you mean 'idx_files'"):
+        read_card("x", text + 'layouts=["idx_file"]')
     with pytest.raises(ValueError, match=r"card x: class names that occur more than once: cat"):
         read_card("x", text + 'layouts=[]\nclassnames=["cat", "dog", "cat"]')
     with pytest.raises(ValueError, match="kind 'regression', there are classification, retrieval"):

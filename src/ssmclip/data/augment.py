@@ -1,5 +1,4 @@
-"""The training transform: a random crop, resized, as a normalised tensor. Every draw comes from the generator it is
-given."""
+"""The training transform: a random crop, resized, normalised. Every draw comes from the generator it is given."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mi
 class TrainTransform:
     """`transform(picture, generator)` is a float tensor (3, image_size, image_size).
 
-    scale: range of the crop's share of the area; ratio: range of its width / height; flip: mirror half of the pictures
-    (off by default: captions say "on the left"); color_jitter: strength of random brightness, contrast and saturation,
-    0 is none.
+    scale: range of the crop's share of the area; ratio: range of its width / height.
+    flip: mirror half of the pictures; off by default, as captions say "on the left".
+    color_jitter: strength of random brightness, contrast and saturation; 0 is none.
     """
 
     image_size: int

@@ -1,9 +1,7 @@
-"""Opening pictures nobody has checked. Whatever the file is, out comes an 8-bit RGB picture or a BadImage that says why
-not.
+"""Opening pictures nobody has checked: out comes an 8-bit RGB picture, or a BadImage that says why not.
 
-CMYK is converted by Pillow; greyscale is repeated over the channels; 16-bit values keep their upper 8 bits;
-transparency is
-laid over white; of an animation the first frame is taken. Orientation tags are ignored, as open_clip ignores them.
+CMYK is converted by Pillow; greyscale is repeated over the channels; 16-bit values keep their upper 8 bits; what is
+transparent is laid over white; of an animation the first frame is taken. Orientation tags are ignored, as in open_clip.
 """
 
 from __future__ import annotations
@@ -33,9 +31,8 @@ class BadImage(ValueError):
 def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Image.Image:
     """The picture in `source` (encoded bytes, or a path), decoded, in mode RGB.
 
-    Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels), or "image too
-    small"
-    (a side under min_side pixels). The size is read from the header, before anything is decoded.
+    Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels) or
+    "image too small" (a side under min_side pixels). The size is read from the header, before anything is decoded.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else _open_file(Path(source))
     with stream, warnings.catch_warnings():

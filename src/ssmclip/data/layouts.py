@@ -1,6 +1,7 @@
-"""The forms in which test sets lie on disks. A layout is a function (folder, class names, kind) -> Found, or the name
-of what is
-not there; files that are there but damaged raise ValueError or FileNotFoundError.
+"""The forms in which test sets lie on disks.
+
+A layout is a function (folder, class names, kind) -> Found, or a string that names what is not there. Files that are
+there but damaged raise ValueError or FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from ssmclip.registry import Registry
 
 @dataclass(frozen=True)
 class Found:
-    """A test set. pictures[i] opens picture i; keys name the pictures in messages; labels or captions belong to its
-    kind.
+    """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
 
     classnames, templates: when the files bring their own.
     """
@@ -86,8 +86,7 @@ def _draw(items: list[synthetic.Item], index: int) -> Image.Image:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles containers, numbers, strings and NumPy arrays; anything else, such as a call to the system, is
-    refused."""
+    """Unpickles containers, numbers, strings and NumPy arrays. Anything else could run code, and is refused."""
 
     ALLOWED = frozenset(
         [("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")]
@@ -127,8 +126,7 @@ def _text(value: object) -> str:
 
 @LAYOUTS.register("idx_files")
 def idx_files(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
-    """MNIST's format, `t10k-images-idx3-ubyte` and `t10k-labels-idx1-ubyte`, gzipped or not, in the folder, raw/ or
-    NAME/raw/."""
+    """MNIST's format: t10k-images-idx3-ubyte and its labels, gzipped or not, in the folder, raw/ or NAME/raw/."""
     stem = "t10k-images-idx3-ubyte"
     places = [folder, folder / "raw", *sorted(folder.glob("*/raw"))]
     found = [place / name for place in places for name in (stem, stem + ".gz") if (place / name).is_file()]
@@ -166,8 +164,7 @@ def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
 
 @LAYOUTS.register("class_folders")
 def class_folders(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
-    """`test/CLASS/picture.jpg`, or the same in val/ or the folder itself. Case and punctuation of folder names don't
-    matter.
+    """test/CLASS/picture.jpg, or val/..., or CLASS/.... Case and punctuation of folder names don't matter.
 
     Raises ValueError for folders without a class, two of one class, and folders without a picture.
     """

@@ -1,9 +1,7 @@
 """Endless batches of image-caption pairs that can be stopped anywhere and continued with exactly the next one.
 
-Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So where a reader
-stands is
-three numbers: the pass, where its shuffle window starts, and how many samples of the window were taken, whether usable
-or not.
+What a batch holds, and how a stream's place is written down, is decided in `stream.py`; where samples come from, in
+`shards.py` and `tables.py`.
 """
 
 from __future__ import annotations
@@ -46,24 +44,20 @@ def open_pairs(
 ) -> PairLoader:
     """An endless, reshuffled stream of batches from `source`.
 
-    source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL), a csv, tsv or parquet
-    table of
-        (image, caption), or "synthetic:NAME".
-    transform(picture, generator) -> (3, H, W) draws from that generator only; tokenize(list of B texts) -> (B,
-    context).
+    source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL),
+        a csv, tsv or parquet table of (image, caption), or "synthetic:NAME".
+    transform(picture, generator) -> (3, H, W), drawing from that generator only.
+    tokenize(B texts) -> int64 (B, context_length).
     workers: processes that prepare batches, 0: none. rank, world_size: this process among those that train together.
-    cursor: a PairLoader's `.cursor`; the new loader continues with the batch after it, bit for bit. Needs the same
-    source, seed,
-        batch size, number of workers (0 and 1 are the same) and world size.
+    cursor: a PairLoader's `.cursor`; the new loader continues with the batch after it, bit for bit. It takes the same
+        source, seed, batch size, number of workers (0 and 1 are the same) and world size.
     shuffle_buffer: samples of a shard stream that are shuffled together, per reader.
-    cache_mib: memory for keeping decoded pictures of a small source, over all workers; 0 keeps none. It never changes
-    the batches.
+    cache_mib: memory for keeping the decoded pictures of a small source, over all workers; 0 keeps none.
+        It never changes the batches.
 
-    Samples that can't be used are counted in `.skipped`, not raised; a pass without a single usable one raises
-    NoUsableSamples.
-    Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't be used,
-    UnknownName for an
-    unknown synthetic source.
+    Samples that can't be used are counted in `.skipped`, not raised; a pass without one that can be raises
+    NoUsableSamples. Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't
+    be used, UnknownName for an unknown synthetic source.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")
@@ -88,8 +82,8 @@ class PairLoader:
     """Iterate it for Batches; it never ends. Made by `open_pairs`.
 
     num_samples: samples in the source, all ranks together, None when that can't be known without reading it.
-    skipped: how often each reason for not using a sample occurred (again in every pass); skipped_examples: a few names
-    for each.
+    skipped: how often each reason for not using a sample occurred, anew in every pass.
+    skipped_examples: a few names for each reason.
     cursor: where it stands after the batch last yielded, as JSON-able values.
     """
 

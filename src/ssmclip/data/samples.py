@@ -16,8 +16,7 @@ from PIL import Image
 class Sample:
     """key names it in reports. image: encoded bytes, a file, a function that makes the picture, or the picture.
 
-    captions: one is drawn each time the sample is seen. problem: why it can't be used, "" when nothing is known against
-    it.
+    captions: one is drawn each time the sample is seen. problem: why it can't be used; "": nothing known against it.
     Not frozen: a source that stays in memory keeps its pictures decoded.
     """
 

@@ -1,5 +1,4 @@
-"""Image-caption samples in webdataset tar shards: a picture and its `.txt` or `.json` share a name up to the first
-dot."""
+"""Image-caption samples in webdataset shards: tars in which a picture and its .txt or .json share a name."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 def find_shards(source: str | Path) -> list[str]:
-    """The shards meant by a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar"), or a URL of any of
-    these forms.
+    """The shards meant by a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar") or a URL.
 
     Raises FileNotFoundError naming what is missing and what is there instead. URLs are not looked up.
     """
@@ -50,11 +48,10 @@ def find_shards(source: str | Path) -> list[str]:
 
 
 class ShardSource:
-    """Samples in shards, in windows: a pass reads the shards in a new order, `window` samples at a time, each window
-    shuffled.
+    """Samples in shards. A pass reads the shards in a new order, `window` samples at a time; each window is shuffled.
 
-    Shards are dealt out to the readers; when there are fewer shards than readers every reader reads all and takes each
-    n-th sample.
+    Shards are dealt out to the readers. When there are fewer shards than readers, every reader reads all of them and
+    takes each n-th sample.
     """
 
     def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int):
@@ -192,8 +189,7 @@ def _captions(fields: dict) -> list[str]:
 
 
 def count_samples(shard: str) -> int:
-    """How many samples a local shard holds, from its headers (or a `sizes.json` beside it, as img2dataset's tools
-    write)."""
+    """How many samples a local shard holds, by a `sizes.json` beside it ({shard: samples}) or else by its headers."""
     sizes = Path(shard).with_name("sizes.json")
     if sizes.is_file():
         counted = json.loads(sizes.read_text(encoding="utf-8"))

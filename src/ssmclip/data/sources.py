@@ -30,9 +30,8 @@ class Card:
     """What is known of a data set without its files.
 
     kind: "classification" or "retrieval"; metric: the headline one; test_size: images in the whole test set;
-    classnames: in label order; templates: prompts with {} for the class name; layouts: names in layouts.LAYOUTS, tried
-    in order;
-    folders: names it goes by under a root, besides its own.
+    classnames: in label order; templates: prompts with {} for the class name;
+    layouts: names in layouts.LAYOUTS, tried in order; folders: names it goes by under a root, besides its own.
     """
 
     name: str
@@ -70,8 +69,7 @@ class _Pictures(Dataset):
 
 
 class Classification(_Pictures):
-    """`ds[i]` is (PIL picture, label); ds.labels, ds.classnames, ds.templates. A picture that can't be opened raises
-    BadImage."""
+    """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates."""
 
     def __init__(self, card: Card, found: Found):
         super().__init__(card, found)
@@ -108,8 +106,7 @@ def load_card(name: str) -> Card:
 
 
 def read_card(name: str, text: str) -> Card:
-    """A card from its TOML text. Raises ValueError naming unknown or missing keys, layouts and kinds, and names given
-    twice."""
+    """A card from its TOML text. Raises ValueError naming keys and kinds nobody knows, missing keys, double names."""
     values: dict[str, Any] = tomllib.loads(text)
     known = {field.name for field in fields(Card)} - {"name"}
     if unknown := sorted(set(values) - known):
@@ -132,9 +129,8 @@ def open_dataset(card: Card | str, root: str | Path) -> Classification | Retriev
     """The test set of a card, found under `root`: in it, or in a folder of the card's name (or one of card.folders).
 
     A copy with fewer images than the card's test_size is used, and says so (`partial`, `n`, `expected`).
-    Raises UnknownName; FileNotFoundError listing what was looked for and where; ValueError for files that are damaged,
-    labels
-    without a class, class folders without images or names that occur twice.
+    Raises UnknownName; FileNotFoundError listing what was looked for and where; ValueError for damaged files, labels
+    without a class, class folders without pictures and names that occur twice.
     """
     card = load_card(card) if isinstance(card, str) else card
     root = Path(root)

@@ -1,9 +1,8 @@
 """From raw samples to batches, in one reader: in a worker process, or in the training process when there is none.
 
-Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So where a reader
-stands is
-three numbers: the pass, where its shuffle window starts, and how many samples of the window were taken, whether usable
-or not.
+Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So three things say
+where a reader stands: the pass, where its shuffle window starts, and how many samples of the window were taken, whether
+they could be used or not.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Made:
-    """A batch on its way from its reader, with what the reader skipped for it, (reason, example), and where it stands
-    now."""
+    """A batch from a reader, what the reader skipped for it as (reason, example), and where it stands now."""
 
     batch: Batch
     reader: int
@@ -74,8 +72,7 @@ class Source(Protocol):
     def windows(
         self, number: int, reader: int, readers: int, start: Sequence[int]
     ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
-        """Pass `number` of one reader from `start` on, [0, 0] being its beginning: (where the window starts, its
-        samples)."""
+        """Pass `number` of one reader from `start` on ([0, 0]: all), as (where a window starts, its samples)."""
 
 
 class _Unusable(Exception):

@@ -1,13 +1,10 @@
-"""Pairs that need no file: scikit-learn's handwritten digits, and scenes of coloured, textured shapes drawn from an
-index and a seed.
+"""Pairs that need no file: scikit-learn's handwritten digits, and drawn scenes of coloured, textured shapes.
 
-An `Item` draws itself at any size and knows its captions and class. The same index and seed give the same picture, byte
-for byte.
+An `Item` draws itself at any size and knows its captions and class. The same index and seed give the same picture,
+byte for byte.
 
-Some colour-shape pairs (`HELD_OUT`) never occur in training, though each of their colours and each of their shapes
-does.
-Every colour and every shape is in exactly two held-out pairs: who sees colours only, or shapes only, gets half of them
-right.
+Some colour-shape pairs (`HELD_OUT`) never occur in training, though each of their colours and shapes does. Every colour
+and every shape is in exactly two held-out pairs: who sees only colours, or only shapes, gets half of them right.
 """
 
 from __future__ import annotations
@@ -58,8 +55,7 @@ TEST_EVERY = 5
 
 
 def digits(split: str = "train") -> list[Item]:
-    """The 1,797 digits of scikit-learn (8 x 8 pixels, scaled up); every fifth is a test item. Class names:
-    DIGIT_NAMES."""
+    """The 1,797 digits of scikit-learn, 8 x 8 pixels scaled up; every fifth is for testing. Classes: DIGIT_NAMES."""
     _check(split)
     _, labels = _digits_table()
     chosen = [i for i in range(len(labels)) if (i % TEST_EVERY == 0) == (split == "test")]
@@ -158,8 +154,7 @@ class Scene:
 
 
 def scenes(split: str = "train", count: int | None = None, seed: int = 0) -> list[Item]:
-    """Captioned scenes. "train" has the SEEN pairs, "test" the HELD_OUT ones, each equally often; label: index into
-    that tuple."""
+    """Captioned scenes: "train" of SEEN pairs, "test" of HELD_OUT ones, each equally often. label: place in it."""
     _check(split)
     pairs, default = (SEEN, TRAIN_SCENES) if split == "train" else (HELD_OUT, TEST_SCENES)
     items = []
@@ -219,8 +214,7 @@ def describe(scene: Scene, draws: random.Random) -> tuple[str, ...]:
 def render(scene: Scene, size: int = NATIVE_SIZE) -> Image.Image:
     """The scene as an RGB picture of size x size pixels.
 
-    Drawn four times as large in integers and averaged, so edges are smooth and bytes do not depend on the machine's
-    arithmetic.
+    Drawn four times as large, in integers, and averaged: edges are smooth, and the bytes are the same on any machine.
     """
     big = 4 * size
     mask = Image.new("L", (big, big))

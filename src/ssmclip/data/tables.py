@@ -1,5 +1,4 @@
-"""Image-caption pairs in a csv, tsv or parquet file, and pairs drawn in memory: sources of which any row can be had at
-once."""
+"""Image-caption pairs in a csv, tsv or parquet file, and drawn ones: sources any row of which can be had at once."""
 
 from __future__ import annotations
 
