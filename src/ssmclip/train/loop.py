@@ -204,7 +204,8 @@ class _Run:
         if limit is None and not is_sharded(self.accelerator):
             self.accelerator.unscale_gradients()
             return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        return sharding.gathered(norm)
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "mean")
@@ -220,7 +221,9 @@ class _Run:
         numbers = {
             "loss": loss,
             "grad_norm": norm,
-            "logit_scale": float(self.accelerator.unwrap_model(self.model).logit_scale.detach().exp()),
+            "logit_scale": float(
+                sharding.gathered(self.accelerator.unwrap_model(self.model).logit_scale.detach()).exp()
+            ),
             "lr": float(lr),
             "image_size": size,
             "samples_skipped": sum(stream.skipped.values()),

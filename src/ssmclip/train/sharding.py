@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.tensor import DTensor
 
 from ssmclip import models
 from ssmclip.train.build import is_sharded
@@ -23,6 +24,11 @@ def prepare_scalars(model: nn.Module) -> nn.Module:
         if value is not None:
             setattr(model, name, nn.Parameter(value.detach().reshape(1)))
     return model
+
+
+def gathered(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be spread over processes (collective then)."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
