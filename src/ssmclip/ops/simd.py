@@ -10,6 +10,7 @@ a count of lanes where an array may end inside the vector: lanes beyond it read 
 
 from __future__ import annotations
 
+import inspect
 import operator
 
 from llvmlite import ir
@@ -17,8 +18,12 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-LOG2_E = 1.4426950408889634
 REGISTER_BYTES = 32  # AVX2; two registers on NEON, half of one on AVX-512
+
+
+def compiled(**options):
+    """numba.njit for the function itself: the tests' shape checks wrap every function of the package."""
+    return lambda function: njit(**options)(inspect.unwrap(function))
 
 
 class Vector(types.Type):
@@ -30,7 +35,7 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({scalar}, {self.lanes})")
 
 
-def _llvm(vector: Vector) -> ir.VectorType:
+def llvm_type(vector: Vector) -> ir.VectorType:
     return ir.VectorType(ir.DoubleType() if vector.scalar == types.float64 else ir.FloatType(), vector.lanes)
 
 
@@ -38,17 +43,17 @@ def _bits(vector: Vector) -> ir.VectorType:
     return ir.VectorType(ir.IntType(vector.scalar.bitwidth), vector.lanes)
 
 
-def _suffix(vector: Vector) -> str:
+def suffix(vector: Vector) -> str:
     return f"v{vector.lanes}f{vector.scalar.bitwidth}"
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, vector):
-        super().__init__(manager, vector, _llvm(vector))
+        super().__init__(manager, vector, llvm_type(vector))
 
 
-def _call(builder, name: str, result, args):
+def call(builder, name: str, result, args):
     function_type = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
 
@@ -79,7 +84,7 @@ def fma(typing, a, b, c):
     """a * b + c, rounded once."""
 
     def generate(context, builder, sig, args):
-        return _call(builder, f"llvm.fma.{_suffix(a)}", _llvm(a), args)
+        return call(builder, f"llvm.fma.{suffix(a)}", llvm_type(a), args)
 
     return a(a, a, a), generate
 
@@ -107,7 +112,7 @@ def maximum(typing, a, b):
 @intrinsic
 def absolute(typing, a):
     def generate(context, builder, sig, args):
-        return _call(builder, f"llvm.fabs.{_suffix(a)}", _llvm(a), args)
+        return call(builder, f"llvm.fabs.{suffix(a)}", llvm_type(a), args)
 
     return a(a), generate
 
@@ -134,7 +139,7 @@ def where_negative(typing, x, yes, no):
     """yes where x < 0, else no."""
 
     def generate(context, builder, sig, args):
-        negative = builder.fcmp_ordered("<", args[0], ir.Constant(_llvm(x), [0.0] * x.lanes))
+        negative = builder.fcmp_ordered("<", args[0], ir.Constant(llvm_type(x), [0.0] * x.lanes))
         return builder.select(negative, args[1], args[2])
 
     return x(x, yes, no), generate
@@ -149,7 +154,7 @@ def shift_exponent(typing, a, n):
         bits = _bits(a)
         places = ir.Constant(bits, [mantissa] * a.lanes)
         moved = builder.shl(builder.bitcast(args[1], bits), places)
-        return builder.bitcast(builder.add(builder.bitcast(args[0], bits), moved), _llvm(a))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], bits), moved), llvm_type(a))
 
     return a(a, n), generate
 
@@ -206,7 +211,7 @@ def load(typing, address, like):
     vector = Vector(like)
 
     def generate(context, builder, sig, args):
-        kind = _llvm(vector)
+        kind = llvm_type(vector)
         return builder.load(builder.inttoptr(args[0], kind.as_pointer()), align=like.bitwidth // 8, typ=kind)
 
     return vector(address, like), generate
@@ -217,7 +222,7 @@ def store(typing, address, v):
     """Put the lanes at an address."""
 
     def generate(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], _llvm(v).as_pointer())
+        pointer = builder.inttoptr(args[0], llvm_type(v).as_pointer())
         builder.store(args[1], pointer, align=v.scalar.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -238,12 +243,12 @@ def load_part(typing, address, like, count):
     vector = Vector(like)
 
     def generate(context, builder, sig, args):
-        kind = _llvm(vector)
+        kind = llvm_type(vector)
         pointer = builder.inttoptr(args[0], kind.as_pointer())
         align = ir.Constant(ir.IntType(32), like.bitwidth // 8)
         rest = ir.Constant(kind, [0.0] * vector.lanes)
         parts = [pointer, align, _mask(builder, vector, args[2]), rest]
-        return _call(builder, f"llvm.masked.load.{_suffix(vector)}.p0", kind, parts)
+        return call(builder, f"llvm.masked.load.{suffix(vector)}.p0", kind, parts)
 
     return vector(address, like, count), generate
 
@@ -253,10 +258,10 @@ def store_part(typing, address, v, count):
     """Put the first `count` lanes at an address."""
 
     def generate(context, builder, sig, args):
-        pointer = builder.inttoptr(args[0], _llvm(v).as_pointer())
+        pointer = builder.inttoptr(args[0], llvm_type(v).as_pointer())
         align = ir.Constant(ir.IntType(32), v.scalar.bitwidth // 8)
         parts = [args[1], pointer, align, _mask(builder, v, args[2])]
-        _call(builder, f"llvm.masked.store.{_suffix(v)}.p0", ir.VoidType(), parts)
+        call(builder, f"llvm.masked.store.{suffix(v)}.p0", ir.VoidType(), parts)
         return context.get_dummy_value()
 
     return types.void(address, v, count), generate
@@ -269,7 +274,7 @@ def load_transposed(typing, address, step, like):
     result = types.UniTuple(vector, vector.lanes)
 
     def generate(context, builder, sig, args):
-        kind, i64 = _llvm(vector), ir.IntType(64)
+        kind, i64 = llvm_type(vector), ir.IntType(64)
         block = []
         for i in range(vector.lanes):
             row = builder.add(args[0], builder.mul(args[1], ir.Constant(i64, i)))
@@ -300,7 +305,7 @@ def fill(typing, v, value):
     """A vector of v's type, the constant `value` in all lanes."""
 
     def generate(context, builder, sig, args):
-        kind = _llvm(v).element
+        kind = llvm_type(v).element
         number = args[1] if v.scalar == types.float64 else builder.fptrunc(args[1], kind)
         return _splat(builder, v, number)
 
@@ -308,146 +313,7 @@ def fill(typing, v, value):
 
 
 def _splat(builder, vector, number):
-    undefined = ir.Constant(_llvm(vector), ir.Undefined)
+    undefined = ir.Constant(llvm_type(vector), ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.lanes), [0] * vector.lanes)
     return builder.shuffle_vector(first, undefined, lanes)
-
-
-# ---- functions
-
-
-def polynomial(single: tuple[float, ...], double: tuple[float, ...]):
-    """The function c[0] + c[1] x + ..., by Horner's rule, with the coefficients of x's type."""
-
-    @intrinsic
-    def evaluate(typing, x):
-        coefficients = double if x.scalar == types.float64 else single
-
-        def generate(context, builder, sig, args):
-            vector = _llvm(x)
-            constants = [ir.Constant(vector, [c] * x.lanes) for c in coefficients]
-            value = constants[-1]
-            for c in reversed(constants[:-1]):
-                value = _call(builder, f"llvm.fma.{_suffix(x)}", vector, [value, args[0], c])
-            return value
-
-        return x(x), generate
-
-    return evaluate
-
-
-# Coefficients: Chebyshev interpolation in 60 digits; relative errors 2e-7 and 1e-17, 3e-8 and 1e-17.
-
-# (2^f - 1) / f on [-1/2, 1/2]; exact at 0, because 1 + f q(f) there is a slow decay that acts many times
-_exp2_slope = polynomial(
-    (
-        0.693147180559945309,
-        0.240223490380203614,
-        0.0555038101379645743,
-        0.00966636851538544831,
-        0.00133813025373207962,
-    ),
-    (
-        0.693147180559945309,
-        0.240226506959100982,
-        0.0555041086648215943,
-        0.00961812910760688853,
-        0.00133335581464169353,
-        0.000154035304417360502,
-        0.0000152527338298361184,
-        1.32154424879216897e-6,
-        1.01780624458457735e-7,
-        7.0725859492692237e-9,
-        4.45496059818651839e-10,
-    ),
-)
-
-# log(1 + e) / e on [0, 1]
-_log1p_slope = polynomial(
-    (
-        0.999999965925509634,
-        -0.499994449763400949,
-        0.333181217075331907,
-        -0.248353989885155441,
-        0.190768807357477941,
-        -0.13602247622479405,
-        0.0775160867403694124,
-        -0.0290740646774942013,
-        0.0051261021409669134,
-    ),
-    (
-        0.99999999999999999,
-        -0.49999999999999079,
-        0.333333333331975252,
-        -0.249999999920095234,
-        0.199999997498565228,
-        -0.166666618482485386,
-        0.142856519752759262,
-        -0.124994270635143811,
-        0.111072115852995379,
-        -0.0997976809658656833,
-        0.0900909581519863245,
-        -0.0807095457843020583,
-        0.0701529623652647141,
-        -0.0571897853419390586,
-        0.0419257098539041573,
-        -0.0263987794807432172,
-        0.0135987780906172537,
-        -0.00542173399100160966,
-        0.00155352440343343336,
-        -0.000282742113937410716,
-        0.0000244379739485809471,
-    ),
-)
-
-
-def _by_type(name: str, single: float, double: float):
-    """A number that depends on the vector's type: `name(v)` is v's type filled with it."""
-
-    @intrinsic
-    def constant(typing, v):
-        value = double if v.scalar == types.float64 else single
-
-        def generate(context, builder, sig, args):
-            return ir.Constant(_llvm(v), [value] * v.lanes)
-
-        return v(v), generate
-
-    constant.__name__ = name
-    return constant
-
-
-_rounder = _by_type("_rounder", 1.5 * 2.0**23, 1.5 * 2.0**52)  # adding it leaves no room for a fraction
-_lowest = _by_type("_lowest", -127.0, -1023.0)  # 2^lowest comes out as 0, as its exponent field is 0
-_highest = _by_type("_highest", 128.0, 1024.0)  # 2^highest comes out as infinity
-
-
-@njit(forceinline=True)
-def exp2(x):
-    """2^x: 0 and infinity outside the type's range, NaN for NaN."""
-    x = minimum(_highest(x), maximum(_lowest(x), x))
-    shifted = x + _rounder(x)
-    f = x - (shifted - _rounder(x))
-    return shift_exponent(fma(f, _exp2_slope(f), fill(f, 1.0)), shifted)
-
-
-@njit(forceinline=True)
-def exp(x):
-    """e^x. Relative error below 1e-6 for float32 down to x = -10 (that of x / log 2 rounded), 1e-5 at -80."""
-    return exp2(x * fill(x, LOG2_E))
-
-
-@njit(forceinline=True)
-def softplus(x):
-    """log(1 + e^x)."""
-    e = exp(fill(x, 0.0) - absolute(x))
-    return fma(e, _log1p_slope(e), maximum(fill(x, 0.0), x))
-
-
-@njit(forceinline=True)
-def sigmoid(x):
-    """1 / (1 + e^-x)."""
-    e = exp(fill(x, 0.0) - absolute(x))
-    one = fill(x, 1.0)
-    return where_negative(x, e, one) / (one + e)

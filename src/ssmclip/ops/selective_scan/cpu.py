@@ -15,7 +15,8 @@ from ssmclip.ops.selective_scan.launch import Problem, launch
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
 _library.define(
-    f"selective_scan({_INPUTS}, bool delta_softplus, bool want_last, bool save) -> (Tensor y, Tensor last, Tensor saved)"
+    f"selective_scan({_INPUTS}, bool delta_softplus, bool want_last, bool save) -> "
+    "(Tensor y, Tensor last, Tensor saved)"
 )
 _library.define(
     f"selective_scan_backward(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor saved, bool delta_softplus) -> "
@@ -42,14 +43,14 @@ def _sequence(x: Tensor | None, width: int):
     """(batch, dim, length) with its strides over (batch, group, channel, position, state)."""
     if x is None:
         return None
-    b, c, l = x.stride()
-    return x, (b, width * c, c, l, 0)
+    batch, channel, position = x.stride()
+    return x, (batch, width * channel, channel, position, 0)
 
 
 def _per_state(x: Tensor):
     """(batch, groups, state, length)."""
-    b, g, n, l = x.stride()
-    return x, (b, g, 0, l, n)
+    batch, group, state, position = x.stride()
+    return x, (batch, group, 0, position, state)
 
 
 def _parameter(x: Tensor | None, width: int):
@@ -140,8 +141,8 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, saved, delta_softp
         if x is not None:
             tensors[name] = x, (x.stride(0), width * x.stride(1), x.stride(1), 0, 1)
     for name, x in {"DB": each_b, "DC": each_c}.items():
-        s, b, g, l, n = x.stride()
-        tensors[name] = x, (b, g, s, l, n)
+        part, b, g, position, n = x.stride()
+        tensors[name] = x, (b, g, part, position, n)
     for name, x in {"DD": each_d, "DBIAS": each_bias}.items():
         tensors[name] = x, (x.stride(0), width, 1, 0, 0)
     launch("backward", problem, tensors)

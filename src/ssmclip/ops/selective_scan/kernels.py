@@ -18,14 +18,17 @@ backward pass starts from there, keeps the states of `steps` positions in the se
 
 from __future__ import annotations
 
-from numba import njit
+import hashlib
+import logging
+from pathlib import Path
 
+from ssmclip.ops import simd, vector_math
 from ssmclip.ops.selective_scan import loops
 from ssmclip.ops.selective_scan.loops import loop
 from ssmclip.ops.simd import (
-    LOG2_E,
     REGISTER_BYTES,
     broadcast,
+    compiled,
     fill,
     load,
     load_part,
@@ -36,6 +39,9 @@ from ssmclip.ops.simd import (
     store_part,
     write,
 )
+from ssmclip.ops.vector_math import LOG2_E
+
+log = logging.getLogger(__name__)
 
 # Rows of `views`. In SAVED a position is a saved state, in DB and DC a channel is a slice of them.
 U, DELTA, Z, Y, A, B, C, D, BIAS, SAVED, LAST, DY, DU, DDELTA, DZ, DA, DB, DC, DD, DBIAS, DLAST = range(21)
@@ -186,18 +192,6 @@ def _pad(count, like):
 # ---- forward
 
 
-@njit(nogil=True, cache=True)
-def forward(views, sizes, order, scratch, first, last, like):
-    """Tasks first to last of the forward pass. order: (1 or groups, length); scratch: `scratch_bytes` of memory."""
-    base = (scratch.ctypes.data + 63) // 64 * 64
-    for task in range(first, last):
-        b, g_first, g_end, _, block_first, block_end = _task(sizes, task)
-        for block in range(block_first, block_end):
-            for g in range(g_first, g_end):
-                turn = order[g if sizes[MERGE] else 0]
-                _forward_block(views, sizes, turn, base, b, g, block * sizes[BLOCK], g > g_first, like)
-
-
 @loop
 def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
     length, states, steps = sizes[LENGTH], sizes[STATES], sizes[STEPS]
@@ -245,19 +239,6 @@ def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
 
 
 # ---- backward
-
-
-@njit(nogil=True, cache=True)
-def backward(views, sizes, order, scratch, first, last, like):
-    """Tasks first to last of the backward pass. order: (1 or groups, length); scratch: `scratch_bytes` of memory."""
-    base = (scratch.ctypes.data + 63) // 64 * 64
-    for task in range(first, last):
-        b, g_first, g_end, part, block_first, block_end = _task(sizes, task)
-        for block in range(block_first, block_end):
-            c = block * sizes[BLOCK]
-            for g in range(g_first, g_end):
-                turn = order[g if sizes[MERGE] else 0]
-                _backward_block(views, sizes, turn, base, b, g, c, part, g > g_first, block > block_first, like)
 
 
 @loop
@@ -331,6 +312,63 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
     _scatter(da, pad, _at(views, DA, b, g, c), views[DA, CHANNEL], views[DA, STATE], width, states, like)
     _scatter(dd, pad, _at(views, DD, b, g, c), item, 0, width, 1, like)
     _scatter(dbias, pad, _at(views, DBIAS, b, g, c), item, 0, width, 1, like)
+
+
+# ---- entry points
+
+
+# (views, sizes, order, scratch, first, last, like): the tasks first to last of a pass. order: (1 or groups, length);
+# scratch: `scratch_bytes` of memory; like: a zero of the scalar type. Numba keeps what it compiled until the file with
+# the entry point changes and looks at no other file, but it does look at what a function closes over: `sources`.
+
+
+def _forward_entry(sources: int):
+    def forward(views, sizes, order, scratch, first, last, like):
+        if sources == 0:
+            return
+        base = (scratch.ctypes.data + 63) // 64 * 64
+        for task in range(first, last):
+            b, g_first, g_end, _, block_first, block_end = _task(sizes, task)
+            for block in range(block_first, block_end):
+                for g in range(g_first, g_end):
+                    turn = order[g if sizes[MERGE] else 0]
+                    _forward_block(views, sizes, turn, base, b, g, block * sizes[BLOCK], g > g_first, like)
+
+    return _compiled(forward)
+
+
+def _backward_entry(sources: int):
+    def backward(views, sizes, order, scratch, first, last, like):
+        if sources == 0:
+            return
+        base = (scratch.ctypes.data + 63) // 64 * 64
+        for task in range(first, last):
+            b, g_first, g_end, part, block_first, block_end = _task(sizes, task)
+            for block in range(block_first, block_end):
+                c = block * sizes[BLOCK]
+                for g in range(g_first, g_end):
+                    turn = order[g if sizes[MERGE] else 0]
+                    _backward_block(views, sizes, turn, base, b, g, c, part, g > g_first, block > block_first, like)
+
+    return _compiled(backward)
+
+
+def _compiled(function):
+    try:
+        return compiled(nogil=True, cache=True)(function)
+    except RuntimeError as error:  # neither the package nor the user's cache folder can be written to
+        log.warning("CPU kernels are compiled again in every process: %s (NUMBA_CACHE_DIR names another folder)", error)
+        return compiled(nogil=True)(function)
+
+
+def _fingerprint() -> int:
+    sources = [Path(module.__file__).read_bytes() for module in (simd, vector_math, loops)] + [
+        Path(__file__).read_bytes()
+    ]
+    return int.from_bytes(hashlib.sha256(b"".join(sources)).digest()[:7], "little") + 1
+
+
+forward, backward = _forward_entry(_fingerprint()), _backward_entry(_fingerprint())
 
 
 def scratch_bytes(block: int, steps: int, states: int, item: int) -> int:

@@ -7,28 +7,24 @@ stay in registers, which is why it is a function of its own.
 
 from __future__ import annotations
 
-from numba import njit
-
 from ssmclip.ops.simd import (
-    LOG2_E,
     REGISTER_BYTES,
     broadcast,
-    exp2,
+    compiled,
     fill,
     fma,
     load,
     read,
-    sigmoid,
     size_of,
-    softplus,
     store,
     total,
     write,
 )
+from ssmclip.ops.vector_math import LOG2_E, exp2, sigmoid, softplus
 
 LN_2 = 1 / LOG2_E
 
-loop = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @loop
