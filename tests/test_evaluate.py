@@ -252,6 +252,20 @@ def test_images_that_cannot_be_read_are_counted_and_not_measured(world, caplog):
         evaluate(Seer(), see, read, ["levels"], "", model_name="seer")
 
 
+def test_a_file_cut_short_is_found_when_it_is_decoded(vit):
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(whole, "JPEG")
+    half = whole.getvalue()[: len(whole.getvalue()) // 2]
+
+    class Files(Pictures):
+        def __getitem__(self, i):
+            return Image.open(io.BytesIO(half)) if i == 1 else super().__getitem__(i)
+
+    images = embed_images(vit, Files([10, 20, 30]), Settings())
+    assert images.index.tolist() == [0, 2]
+    assert "truncated" in images.unreadable[1]
+
+
 def test_embeddings_that_are_not_finite_are_named(world):
     class Overflowing(Seer):
         def encode_image(self, images, normalize=False):

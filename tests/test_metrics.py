@@ -45,6 +45,12 @@ def test_metric_equals_scikit_learn_also_when_weighted(name):
     torch.testing.assert_close(function(*tensors, torch.from_numpy(weights)).tolist(), expected)
 
 
+def test_of_equal_scores_the_first_class_is_the_answer():
+    scores = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]] * 6)
+    assert METRICS["top1"].function(scores, torch.arange(6)).item() == pytest.approx(1 / 6)
+    assert METRICS["top5"].function(scores, torch.arange(6)).item() == pytest.approx(5 / 6)
+
+
 def test_mean_per_class_leaves_out_classes_that_do_not_occur():
     scores = torch.eye(4)[[0, 0, 1, 1]].double()
     target = torch.tensor([0, 1, 1, 1])  # class 0: 1/1, class 1: 2/3, classes 2 and 3 never

@@ -21,7 +21,7 @@ from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.words import summary
 from ssmclip.results import Result, write_rows
 
-HOSTILE = '<script>alert("1")</script> & $\\frac{'
+HOSTILE = '<script>alert("1")</script> & $\\frac{$'
 CLASSES = ["cat", "dog", "<b>fish</b>"]
 
 

@@ -333,7 +333,10 @@ def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool
     if percent:
         scale(axes.xaxis, "top1")
     if len(models) > 1:
-        patches = [Patch(facecolor=looks[m].colour, hatch=looks[m].hatch, edgecolor="white", label=m) for m in models]
+        patches = [
+            Patch(facecolor=looks[m].colour, hatch=looks[m].hatch, edgecolor="white", linewidth=0, label=m)
+            for m in models
+        ]
         axes.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if len(models) < 4 else 2)
     else:
         axes.set_title(models[0], loc="left")
