@@ -233,7 +233,7 @@ class PerClass(Drawing):
             order = order[: MOST_CLASSES // 2] + order[-MOST_CLASSES // 2 :]
         place = {name: i for i, name in enumerate(order)}
         picture, axes = canvas(0.8 + 0.19 * len(order))
-        for model in models_of(frame):
+        for i, model in enumerate(models_of(frame)):
             mine = [entry for entry in frame if entry["model"] == model and entry["class"] in place]
             look = self.styles[model]
             axes.plot(
@@ -242,7 +242,7 @@ class PerClass(Drawing):
                 linestyle="",
                 color=look.colour,
                 marker=look.marker,
-                markersize=6,
+                markersize=max(3, 8 - 2 * i),  # so that an equal one below still shows
                 label=model,
             )
         axes.set_yticks(range(len(order)), [shortened(name, 24) for name in order])
