@@ -48,8 +48,8 @@ def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_sof
 def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     """h[t] = exp(log_decay[t]) h[t-1] + drive[t] from h = 0, along the first dimension, shapes alike."""
     length = len(drive)
-    if length == 0:
-        return drive
+    if length <= 1:
+        return drive + 0 * log_decay  # nothing decays yet, but a gradient of zero is a gradient
     size = math.ceil(math.sqrt(length))
     count = math.ceil(length / size)
     # The padding comes last and nothing reads it.
@@ -62,9 +62,13 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     for t in range(1, size):
         local.append(decay[:, t] * local[-1] + drive[:, t])
 
-    total = torch.exp(log_decay.cumsum(1))
-    inherited = [torch.zeros_like(drive[0, 0])]
-    for k in range(count - 1):
-        inherited.append(total[k, -1] * inherited[-1] + local[-1][k])
-    h = torch.stack(local, dim=1) + total * torch.stack(inherited)[:, None]
+    # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
+    local = torch.stack(local, dim=1)
+    total = torch.exp(log_decay[1:].cumsum(1))
+    inherited = [local[0, -1]]
+    for k in range(1, count - 1):
+        inherited.append(total[k - 1, -1] * inherited[-1] + local[k, -1])
+    h = local
+    if count > 1:
+        h = torch.cat([local[:1], local[1:] + total * torch.stack(inherited)[:, None]])
     return h.flatten(0, 1)[:length]
