@@ -27,17 +27,17 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 def flickr8k() -> TrainConfig:
     return TrainConfig(
-        steps=1400,
+        steps=1100,
         batch_size=128,
         model=ModelConfig(name="CLIP-VMamba-Nano", drop_path_rate=0.05),
         data=DataConfig(
             source=str(SHARED / "captions" / "train"),
-            image_sizes=((0.0, 48), (0.6, 64), (0.9, 80)),
-            augment=AugmentConfig(scale=(0.4, 1.0), flip=True, color_jitter=0.2),
+            image_sizes=((0.0, 48), (0.7, 64)),
+            augment=AugmentConfig(scale=(0.5, 1.0), flip=True, color_jitter=0.2),
             shuffle_buffer=6000,
         ),
-        optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.2),
+        optimiser=OptimiserConfig(lr=5e-4, weight_decay=0.2),
         schedule=ScheduleConfig(warmup_steps=100),
-        validation=ValidationConfig(every=350, tasks=("flickr8k",), root=str(SHARED)),
-        checkpoint=CheckpointConfig(every=350),
+        validation=ValidationConfig(every=275, tasks=("flickr8k",), root=str(SHARED)),
+        checkpoint=CheckpointConfig(every=275),
     )

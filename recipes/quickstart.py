@@ -4,10 +4,12 @@
     ssmclip train recipes/quickstart.py --set model.name=CLIP-ViT-Nano --out runs/quickstart-vit
 
 `make quickstart` runs both, evaluates them and writes the report: under 6 minutes on two cores.
-Images grow from 32 to 48 pixels, as the first half of training needs no detail: a third of the time is saved.
+The images are drawn at 32 pixels, where VMamba-Nano starts from 8 x 8 patches and ViT-Nano has 2 x 2 in all: this is a
+demonstration, not a comparison of encoders. Learning rates above 5e-4 learn the colours and miss the shapes.
 """
 
 from ssmclip.config import (
+    AugmentConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -20,12 +22,14 @@ from ssmclip.config import (
 
 def quickstart() -> TrainConfig:
     return TrainConfig(
-        steps=200,
-        batch_size=128,
-        model=ModelConfig(name="CLIP-VMamba-Nano"),
-        data=DataConfig(source="synthetic:quickstart", image_sizes=((0.0, 32), (0.5, 48))),
-        optimiser=OptimiserConfig(lr=1e-3, weight_decay=0.1),
+        steps=600,
+        batch_size=64,
+        model=ModelConfig(name="CLIP-VMamba-Nano", changes={"text_cfg": {"context_length": 16, "layers": 2}}),
+        data=DataConfig(
+            source="synthetic:quickstart", image_sizes=((0.0, 32),), augment=AugmentConfig(scale=(0.8, 1.0))
+        ),
+        optimiser=OptimiserConfig(lr=5e-4, weight_decay=0.1),
         schedule=ScheduleConfig(warmup_steps=30),
-        validation=ValidationConfig(every=100, tasks=("digits", "scenes"), best="digits/top1"),
-        checkpoint=CheckpointConfig(every=100),
+        validation=ValidationConfig(every=200, tasks=("digits", "scenes")),
+        checkpoint=CheckpointConfig(every=200),
     )

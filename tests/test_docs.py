@@ -20,17 +20,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_tree_names_what_is_there_and_nothing_else():
     tree = re.search(r"```\nssmclip/\n(.*?)```", README, re.DOTALL).group(1)
-    names = [line[4:].split("  ")[0].split() for line in tree.splitlines()]
-    top = {name.rstrip("/") for line in names if line[0][:1] not in "│├└" for name in line}
+    top = {name.rstrip("/") for line in tree.splitlines() if line[0] in "├└" for name in named(line[4:])}
+    package = {name.rstrip("/") for line in tree.splitlines() if line[4] in "├└" for name in named(line[8:])}
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    there = {path.split("/")[0] for path in tracked} - {".gitignore", "src"}
-    assert there == top - {"src/ssmclip"}
-    package = set(re.findall(r"^    ├── (\w+(?:\.py)?)/?|^    └── (\w+\.py)", tree, re.MULTILINE))
-    named = {a or b for a, b in package} | {"registry.py", "results.py"}
-    inside = {path.split("/")[2] for path in tracked if path.startswith("src/ssmclip/")}
-    assert inside == named
+    assert {path.split("/")[0] for path in tracked} - {".gitignore", "src"} == top - {"src/ssmclip"}
+    assert {path.split("/")[2] for path in tracked if path.startswith("src/ssmclip/")} == package
+
+
+def named(entry: str) -> list[str]:
+    """The names of a line of the tree, without what is said of them."""
+    return entry.split("  ")[0].split()
 
 
 def test_the_results_are_what_the_rows_give(tmp_path):
