@@ -1,4 +1,4 @@
-"""Every recipe there is: it loads, says how to run it, survives JSON, names a model that exists; the tiny one learns."""
+"""Every recipe: it loads, says how to run it, survives JSON, names a model that exists; the tiny one learns."""
 
 import ast
 import math

@@ -100,7 +100,9 @@ class Log:
         seconds = time.perf_counter() - self._since
         speed = {"images_per_s": self._steps * self._config.batch_size / seconds, "memory_mib": peak_memory_mib(device)}
         numbers = {**numbers, **speed}
-        self.rows(step, [Result(self._config.model.name, "train", f"step={step}", k, v) for k, v in numbers.items()])
+        self.rows(
+            step, [Result(self._config.model.name, "train", f"step={step}", k, float(v)) for k, v in numbers.items()]
+        )
         shown = {
             "images/s": "images_per_s",
             "loss": "loss",
