@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmclip.ops.cross_scan import plain
 from ssmclip.ops.selective_scan.cpu import second_gradient
-from ssmclip.ops.selective_scan.launch import Problem, launch
+from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 
 CHANNELS = 8  # rows of the map are read as whole registers; other numbers of channels are padded
 
@@ -27,14 +27,15 @@ _library.define(
 def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
     """See `ssmclip.ops.cross_selective_scan`."""
     state = torch.promote_types(x.dtype, torch.float32)
-    inputs = [None if t is None else t.to(state) for t in (x, delta, A, B, C, D, delta_bias)]
+    inputs = [t if t is None or t.dtype == state else t.to(state) for t in (x, delta, A, B, C, D, delta_bias)]
     dim = x.shape[-1]
     if missing := -dim % CHANNELS:
         pads = [(0, missing), (0, missing), (0, 0, 0, missing), None, None, (0, missing), (0, missing)]
         inputs = [t if t is None or p is None else F.pad(t, p) for t, p in zip(inputs, pads, strict=True)]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, _ = torch.ops.ssmclip.cross_selective_scan(*inputs, delta_softplus, save)
-    return y[..., :dim].to(x.dtype)
+    y = y if y.shape[-1] == dim else y[..., :dim]
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _problem(x: Tensor, A: Tensor, delta_softplus: bool) -> Problem:
@@ -92,7 +93,9 @@ def _saved(x: Tensor, dim: int):
 
 
 def _new_outputs(x, A, save):
-    return x.new_empty(x.shape), x.new_empty(_problem(x, A, False).saved_shape if save else (0,))
+    batch, height, width, dim = x.shape
+    saved = saved_shape(batch, 4 * dim, height * width, A.shape[2]) if save else (0,)
+    return x.new_empty(x.shape), x.new_empty(saved)
 
 
 @torch.library.impl(_library, "cross_selective_scan", "CPU")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssmclip.ops.selective_scan import chunked
-from ssmclip.ops.selective_scan.launch import Problem, launch
+from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
@@ -27,10 +27,10 @@ _library.define(
 def selective_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """See `ssmclip.ops.selective_scan`. B and C have four dimensions here."""
     state = torch.promote_types(u.dtype, torch.float32)
-    inputs = [None if x is None else x.to(state) for x in (u, delta, A, B, C, D, z, delta_bias)]
+    inputs = [x if x is None or x.dtype == state else x.to(state) for x in (u, delta, A, B, C, D, z, delta_bias)]
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, _ = torch.ops.ssmclip.selective_scan(*inputs, delta_softplus, return_last_state, save)
-    y = y.to(u.dtype)
+    y = y if y.dtype == u.dtype else y.to(u.dtype)
     return (y, last) if return_last_state else y
 
 
@@ -89,7 +89,7 @@ def _inputs(problem, u, delta, A, B, C, D, z, delta_bias):
 def _new_outputs(u, A, B, want_last, save):
     """Memory for (y, last, saved)."""
     last = u.new_empty((u.shape[0], *A.shape) if want_last else (0,))
-    saved = u.new_empty(_problem(u, A, B, False).saved_shape if save else (0,))
+    saved = u.new_empty(saved_shape(*u.shape, A.shape[1]) if save else (0,))
     return _like(u), last, saved
 
 

@@ -19,6 +19,20 @@ log = logging.getLogger(__name__)
 PARALLEL_FROM = 1_000_000
 
 
+# The sizes given to these two are symbols where torch.compile traces dynamic shapes.
+
+
+def steps_between_saved_states(states):
+    """In positions: fewer cost memory for the saved states, more outgrow the second-level cache."""
+    return 32 if states <= 16 else 64
+
+
+def saved_shape(batch, channels, length, states):
+    """(batch, saved states, state, channel)."""
+    steps = steps_between_saved_states(states)
+    return batch, (length + steps - 1) // steps, states, channels
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a scan is about, apart from its tensors.
@@ -37,12 +51,7 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Positions between two saved states: fewer cost memory for those, more outgrow the second-level cache."""
-        return 32 if self.states <= 16 else 64
-
-    @property
-    def saved_shape(self) -> tuple[int, ...]:
-        return self.batch, -(-self.length // self.steps), self.states, self.groups * self.width
+        return steps_between_saved_states(self.states)
 
     @property
     def slices(self) -> int:
@@ -69,19 +78,47 @@ def _order(length: int, image: tuple[int, int] | None) -> np.ndarray:
     return np.stack([rows, columns, rows[::-1], columns[::-1]])
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How a kernel goes over a problem: what all calls of the same shapes share."""
+
+    sizes: np.ndarray
+    order: np.ndarray
+    tasks: int
+    scratch_bytes: int
+    parallel: bool
+
+
+@lru_cache(maxsize=256)
+def _plan(kernel: str, problem: Problem, item: int) -> _Plan:
+    from ssmclip.ops.selective_scan.kernels import scratch_bytes
+
+    block, merge = problem.block(kernel), problem.image is not None
+    slices = -(-problem.width // block) if kernel == "forward" else problem.slices
+    shape = problem.groups, problem.width, problem.length, problem.states
+    channels = problem.batch * problem.groups * problem.width
+    return _Plan(
+        sizes=np.array([*shape, block, problem.steps, slices, merge, problem.delta_softplus], np.int64),
+        order=_order(problem.length, problem.image),
+        tasks=problem.batch * slices * (1 if merge else problem.groups),
+        scratch_bytes=scratch_bytes(block, problem.steps, problem.states, item),
+        parallel=channels * problem.length * (problem.states + 3 * problem.delta_softplus) >= PARALLEL_FROM,
+    )
+
+
 @lru_cache(maxsize=4)
 def _kernel(name: str, dtype: torch.dtype):
-    """The compiled function; said once per process, because the first call on a machine takes a while."""
+    """(the compiled function, a zero of its type, the rows of its table); compiled before it is returned."""
     from ssmclip.ops.selective_scan import kernels
 
     start = time.perf_counter()
-    kernel = getattr(kernels, name)
+    run = getattr(kernels, name)
     like = np.float64(0) if dtype == torch.float64 else np.float32(0)
     log.info("loading the CPU kernel %s for %s; compiling it takes up to a minute, once per machine", name, dtype)
     nothing = np.zeros(9, np.int64)
-    kernel(np.zeros((len(kernels.VIEWS), 6), np.int64), nothing, nothing[None], np.zeros(0, np.uint8), 0, 0, like)
+    run(np.zeros((len(kernels.VIEWS), 6), np.int64), nothing, nothing[None], np.zeros(0, np.uint8), 0, 0, like)
     log.info("%s is ready after %.1f s", name, time.perf_counter() - start)
-    return kernel, like
+    return run, like, kernels.VIEWS
 
 
 def launch(kernel: str, problem: Problem, tensors: dict[str, tuple[Tensor, tuple[int, ...]] | None]) -> None:
@@ -90,29 +127,28 @@ def launch(kernel: str, problem: Problem, tensors: dict[str, tuple[Tensor, tuple
     tensors: by the names in `kernels.VIEWS`, each with its strides in elements over (batch, group, channel, position,
     state). All of the state's type; the kernel writes the results in place.
     """
-    from ssmclip.ops.selective_scan.kernels import VIEWS, scratch_bytes
-
     if problem.batch * problem.groups * problem.width * problem.length == 0:
         return
     u = tensors["U"][0]
     item = u.element_size()
-    views = np.zeros((len(VIEWS), 6), np.int64)
+    run, like, rows = _kernel(kernel, u.dtype)
+    plan = _plan(kernel, problem, item)
+    table = [0] * (6 * len(rows))
     for name, entry in tensors.items():
         if entry is not None:
-            tensor, strides = entry
-            views[VIEWS[name]] = (tensor.data_ptr(), *(s * item for s in strides))
-
-    block, groups, merge = problem.block(kernel), problem.groups, problem.image is not None
-    slices = -(-problem.width // block) if kernel == "forward" else problem.slices
-    tasks = problem.batch * slices * (1 if merge else groups)
-    sizes = (groups, problem.width, problem.length, problem.states, block, problem.steps, slices, merge)
-    sizes = np.array((*sizes, problem.delta_softplus), np.int64)
-    order = _order(problem.length, problem.image)
-    run, like = _kernel(kernel, u.dtype)
-    room = scratch_bytes(block, problem.steps, problem.states, item)
+            tensor, (batch, group, channel, position, state) = entry
+            at = 6 * rows[name]
+            table[at : at + 6] = (
+                tensor.data_ptr(),
+                batch * item,
+                group * item,
+                channel * item,
+                position * item,
+                state * item,
+            )
+    views = np.array(table, np.int64).reshape(-1, 6)
 
     def work(first: int, last: int) -> None:
-        run(views, sizes, order, np.empty(room, np.uint8), first, last, like)
+        run(views, plan.sizes, plan.order, np.empty(plan.scratch_bytes, np.uint8), first, last, like)
 
-    updates = problem.batch * groups * problem.width * problem.length * (problem.states + 3 * problem.delta_softplus)
-    run_tasks(work, tasks, parallel=updates >= PARALLEL_FROM)
+    run_tasks(work, plan.tasks, plan.parallel)
