@@ -190,7 +190,7 @@ def test_ema_averages_weights_and_buffers():
     "overrides",
     [
         ["kind=clip", "steps=50", "optimiser.lr=1e-2"],
-        ["kind=siglip", "steps=100", "optimiser.lr=3e-3", "micro_batch=3"],
+        ["kind=siglip", "steps=50", "optimiser.lr=3e-3", "micro_batch=5"],
     ],
 )
 def test_overfits_eight_pairs(tmp_path, eight_pairs, overrides):

@@ -123,10 +123,9 @@ def test_every_piece_of_state_matters(tmp_path, uninterrupted):
     for name in ("rng", "cursor", "optimiser", "online"):
         out = tmp_path / name
         shutil.copytree(uninterrupted, out)
-        for folder in checkpoints(out)[1:]:
-            shutil.rmtree(folder)
-        path = checkpoints(out)[0] / "state.pt"
-        state = load_training_state(checkpoints(out)[0])
+        shutil.rmtree(checkpoints(out)[-1])
+        path = checkpoints(out)[-1] / "state.pt"
+        state = load_training_state(checkpoints(out)[-1])
         if name == "rng":
             torch.manual_seed(12345)
             state["ranks"][0]["rng"]["torch"] = [torch.get_rng_state()]
