@@ -78,7 +78,8 @@ def test_ss2d_equals_the_original(shared, name, dtype):
 def test_text_tower_equals_the_original(shared, dtype):
     fixture = torch.load(shared / "parity" / "text_clip.pt")
     original = fixture["config"]
-    config = clip_config("CLIP-VMamba-Nano")
+    config = clip_config("CLIP-VMamba-S")
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "test_vmamba"
     config["model_cfg"]["embed_dim"] = original["embed_dim"]
     config["model_cfg"]["text_cfg"] = {
         "context_length": original["context_length"],
