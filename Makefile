@@ -31,6 +31,6 @@ clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
 
 # The rows behind the README's results; `make results` writes them into it.
-README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl results/scan.jsonl
+README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
 results: setup
 	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md

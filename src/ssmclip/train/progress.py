@@ -81,7 +81,12 @@ class Log:
 
             self._writer = SummaryWriter(out / "tensorboard", purge_step=start + 1)
         self._bar = tqdm(
-            total=config.steps, initial=start, unit="step", disable=not config.logging.progress, file=sys.stderr
+            total=config.steps,
+            initial=start,
+            unit="step",
+            disable=not config.logging.progress,
+            file=sys.stderr,
+            mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
         )
         self._restart_clock()
 
