@@ -117,19 +117,33 @@ def absolute(typing, a):
     return a(a), generate
 
 
+def _reduce(builder, vector, v, combine):
+    """Halves on halves until one lane is left: always in the same order."""
+    n, i32 = vector.lanes, ir.IntType(32)
+    while n > 1:
+        n //= 2
+        low = ir.Constant(ir.VectorType(i32, n), list(range(n)))
+        high = ir.Constant(ir.VectorType(i32, n), list(range(n, 2 * n)))
+        v = combine(builder.shuffle_vector(v, v, low), builder.shuffle_vector(v, v, high))
+    return builder.extract_element(v, ir.Constant(i32, 0))
+
+
 @intrinsic
 def total(typing, a):
-    """The sum of the lanes, a scalar; always added in the same order."""
+    """The sum of the lanes, a scalar."""
 
     def generate(context, builder, sig, args):
-        (v,), n = args, a.lanes
-        while n > 1:
-            n //= 2
-            i32 = ir.IntType(32)
-            low = ir.Constant(ir.VectorType(i32, n), list(range(n)))
-            high = ir.Constant(ir.VectorType(i32, n), list(range(n, 2 * n)))
-            v = builder.fadd(builder.shuffle_vector(v, v, low), builder.shuffle_vector(v, v, high))
-        return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
+        return _reduce(builder, a, args[0], builder.fadd)
+
+    return a.scalar(a), generate
+
+
+@intrinsic
+def largest(typing, a):
+    """The largest lane, a scalar."""
+
+    def generate(context, builder, sig, args):
+        return _reduce(builder, a, args[0], lambda x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
 
     return a.scalar(a), generate
 

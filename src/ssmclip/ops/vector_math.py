@@ -129,13 +129,21 @@ _lowest = _by_type("_lowest", -127.0, -1023.0)  # 2^lowest comes out as 0, as it
 _highest = _by_type("_highest", 128.0, 1024.0)  # 2^highest comes out as infinity
 
 
+NEAR = 120.0
+
+
 @compiled(forceinline=True)
-def exp2(x):
-    """2^x: 0 and infinity outside the type's range, NaN for NaN."""
-    x = minimum(_highest(x), maximum(_lowest(x), x))
+def exp2_near(x):
+    """2^x for |x| <= NEAR, NaN for NaN."""
     shifted = x + _rounder(x)
     f = x - (shifted - _rounder(x))
     return shift_exponent(fma(f, _exp2_slope(f), fill(f, 1.0)), shifted)
+
+
+@compiled(forceinline=True)
+def exp2(x):
+    """2^x: 0 and infinity outside the type's range, NaN for NaN."""
+    return exp2_near(minimum(_highest(x), maximum(_lowest(x), x)))
 
 
 @compiled(forceinline=True)

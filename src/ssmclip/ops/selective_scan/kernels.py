@@ -39,7 +39,7 @@ from ssmclip.ops.simd import (
     store_part,
     write,
 )
-from ssmclip.ops.vector_math import LOG2_E
+from ssmclip.ops.vector_math import LOG2_E, NEAR
 
 log = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
     for j in range(0, states * pad, REGISTER_BYTES):
         store(h + j, broadcast(like))
     _parameters(views, b, g, c, a_log2, d_row, bias, pad, width, states, like)
+    a_reach = loops.magnitude(a_log2, states * pad, like)
     for t in range(0, length, steps):
         count = min(steps, length - t)
         if views[SAVED, ADDRESS]:
@@ -222,13 +223,15 @@ def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
         delta_at, delta_step = _rows(views, DELTA, b, g, c, delta_tile, pad, width, t, count, like)
         b_at, b_step = _state_rows(views, B, b, g, b_tile, pad_bc, states, t, count, like)
         c_at, c_step = _state_rows(views, C, b, g, c_tile, pad_bc, states, t, count, like)
-        loops.prepare(
+        reach = loops.prepare(
             order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, sizes[SOFTPLUS], step, driven, value,
             like,
         )  # fmt: skip
-        loops.scan(
-            order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like
-        )  # fmt: skip
+        run = order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like
+        if reach * a_reach < NEAR:
+            loops.scan_near(*run)
+        else:
+            loops.scan(*run)
         if views[Z, ADDRESS]:
             z_at, z_step = _rows(views, Z, b, g, c, u_tile, pad, width, t, count, like)
             loops.gate(order, t, count, pad, z_at, z_step, value, like)
@@ -274,6 +277,7 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
         store(dd + j, broadcast(like))
     _planes(views, DLAST, b, g, c, r, pad, width, states, like)
     _parameters(views, b, g, c, a_log2, d_row, bias, pad, width, states, like)
+    a_reach = loops.magnitude(a_log2, states * pad, like)
 
     for chunk in range((length + steps - 1) // steps - 1, -1, -1):
         t = chunk * steps
@@ -284,13 +288,15 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
         delta_at, delta_step = _rows(views, DELTA, b, g, c, delta_tile, pad, width, t, count, like)
         b_at, b_step = _state_rows(views, B, b, g, b_tile, pad_bc, states, t, count, like)
         c_at, c_step = _state_rows(views, C, b, g, c_tile, pad_bc, states, t, count, like)
-        loops.prepare(
+        reach = loops.prepare(
             order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, sizes[SOFTPLUS], step, driven, value,
             like,
         )  # fmt: skip
-        loops.replay(
-            order, t, count, states, pad, plane, step, driven, value, a_log2, h, decay, b_at, b_step, c_at, c_step, like
-        )  # fmt: skip
+        planes = states, pad, plane, step, driven, value, a_log2, h, decay
+        if reach * a_reach < NEAR:
+            loops.replay_near(order, t, count, *planes, b_at, b_step, c_at, c_step, like)
+        else:
+            loops.replay(order, t, count, *planes, b_at, b_step, c_at, c_step, like)
         dy_at, dy_step = _rows(views, DY, b, g, c, lam_b, pad, width, t, count, like)
         loops.take(order, t, count, pad, dy_at, dy_step, dvalue, like)
         if views[Z, ADDRESS]:

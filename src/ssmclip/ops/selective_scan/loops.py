@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from ssmclip.ops.simd import (
     REGISTER_BYTES,
+    absolute,
     broadcast,
     compiled,
     fill,
     fma,
+    largest,
     load,
+    maximum,
     read,
     size_of,
     store,
     total,
     write,
 )
-from ssmclip.ops.vector_math import LOG2_E, exp2, sigmoid, softplus
+from ssmclip.ops.vector_math import LOG2_E, exp2, exp2_near, sigmoid, softplus
 
 LN_2 = 1 / LOG2_E
 
@@ -29,7 +32,11 @@ loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 @loop
 def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, value, like):
-    """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count]."""
+    """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count].
+
+    Returns the largest absolute step.
+    """
+    reach = broadcast(like)
     for i in range(count):
         p = order[t + i]
         for j in range(0, pad, REGISTER_BYTES):
@@ -37,51 +44,70 @@ def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_ro
             s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
             if soft:
                 s = softplus(s)
+            reach = maximum(reach, absolute(s))
             store(step + i * pad + j, s)
             store(driven + i * pad + j, s * x)
             store(value + i * pad + j, x * load(d_row + j, like))
+    return largest(reach)
+
+
+def _recurrences(power):
+    """(scan, replay) with this function for 2^x."""
+
+    @loop
+    def scan(order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like):
+        """h = exp(step A) h + driven B;  value += C h."""
+        item = size_of(like)
+        for i in range(count):
+            b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
+            for j in range(0, pad, REGISTER_BYTES):
+                s = load(step + i * pad + j, like)
+                x = load(driven + i * pad + j, like)
+                y = load(value + i * pad + j, like)
+                for n in range(states):
+                    at = n * pad + j
+                    state = fma(
+                        power(s * load(a_log2 + at, like)), load(h + at, like), x * broadcast(read(b + n * item, like))
+                    )
+                    store(h + at, state)
+                    y = fma(state, broadcast(read(c + n * item, like)), y)
+                store(value + i * pad + j, y)
+
+    @loop
+    def replay(
+        order, t, count, states, pad, plane, step, driven, value, a_log2, h, decay, b_at, b_step, c_at, c_step, like
+    ):
+        """`scan` from the state in h, keeping the states of position i at h + (i + 1) plane and its decays."""
+        item = size_of(like)
+        for i in range(count):
+            b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
+            for j in range(0, pad, REGISTER_BYTES):
+                s = load(step + i * pad + j, like)
+                x = load(driven + i * pad + j, like)
+                y = load(value + i * pad + j, like)
+                for n in range(states):
+                    at = n * pad + j
+                    a = power(s * load(a_log2 + at, like))
+                    state = fma(a, load(h + i * plane + at, like), x * broadcast(read(b + n * item, like)))
+                    store(decay + i * plane + at, a)
+                    store(h + (i + 1) * plane + at, state)
+                    y = fma(state, broadcast(read(c + n * item, like)), y)
+                store(value + i * pad + j, y)
+
+    return scan, replay
+
+
+scan, replay = _recurrences(exp2)
+scan_near, replay_near = _recurrences(exp2_near)  # where no step of the tile times A / log 2 exceeds NEAR: 10 % faster
 
 
 @loop
-def scan(order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like):
-    """h = exp(step A) h + driven B;  value += C h."""
-    item = size_of(like)
-    for i in range(count):
-        b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
-        for j in range(0, pad, REGISTER_BYTES):
-            s = load(step + i * pad + j, like)
-            x = load(driven + i * pad + j, like)
-            y = load(value + i * pad + j, like)
-            for n in range(states):
-                at = n * pad + j
-                state = fma(
-                    exp2(s * load(a_log2 + at, like)), load(h + at, like), x * broadcast(read(b + n * item, like))
-                )
-                store(h + at, state)
-                y = fma(state, broadcast(read(c + n * item, like)), y)
-            store(value + i * pad + j, y)
-
-
-@loop
-def replay(
-    order, t, count, states, pad, plane, step, driven, value, a_log2, h, decay, b_at, b_step, c_at, c_step, like
-):
-    """`scan` from the state in h, keeping the states of position i at h + (i + 1) plane and its decays."""
-    item = size_of(like)
-    for i in range(count):
-        b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
-        for j in range(0, pad, REGISTER_BYTES):
-            s = load(step + i * pad + j, like)
-            x = load(driven + i * pad + j, like)
-            y = load(value + i * pad + j, like)
-            for n in range(states):
-                at = n * pad + j
-                a = exp2(s * load(a_log2 + at, like))
-                state = fma(a, load(h + i * plane + at, like), x * broadcast(read(b + n * item, like)))
-                store(decay + i * plane + at, a)
-                store(h + (i + 1) * plane + at, state)
-                y = fma(state, broadcast(read(c + n * item, like)), y)
-            store(value + i * pad + j, y)
+def magnitude(at, count, like):
+    """The largest absolute value in `count` bytes."""
+    m = broadcast(like)
+    for j in range(0, count, REGISTER_BYTES):
+        m = maximum(m, absolute(load(at + j, like)))
+    return largest(m)
 
 
 @loop
