@@ -36,7 +36,7 @@ PUBLISHED_CLIP_PARAMETERS = {
     "CLIP-VMamba-S": 113_200_065,
     "CLIP-VMamba-B": 151_485_185,
 }
-SMALL = ["test_vmamba", "vit_nano_patch16"]
+SMALL = ["test_vmamba", "test_simba", "vit_nano_patch16"]
 TINY_FIELDS = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_classes=5)
 
 
