@@ -36,7 +36,7 @@ PUBLISHED_CLIP_PARAMETERS = {
     "CLIP-VMamba-S": 113_200_065,
     "CLIP-VMamba-B": 151_485_185,
 }
-SMALL = ["test_vmamba", "vit_nano_patch16"]
+SMALL = ["test_vmamba", "test_simba", "vit_nano_patch16"]
 TINY_FIELDS = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_classes=5)
 
 
@@ -45,7 +45,8 @@ def parameters(model):
 
 
 def test_every_published_vmamba_is_registered():
-    assert set(PUBLISHED_PARAMETERS) | {"vmamba_nano", "test_vmamba"} == set(vmamba.VARIANTS) <= set(timm.list_models())
+    ours = {"vmamba_tiny_gated_conv", "vmamba_nano", "test_vmamba"}
+    assert set(PUBLISHED_PARAMETERS) | ours == set(vmamba.VARIANTS) <= set(timm.list_models())
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)

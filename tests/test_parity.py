@@ -1,4 +1,4 @@
-"""Outputs of the original VMamba and CLIP-Mamba code, kept outside the repository: float64 to 1e-9, float32 to 1e-4."""
+"""Outputs of the original VMamba, SiMBA and CLIP-Mamba code, kept elsewhere: float64 to 1e-9, float32 to 1e-4."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ssmclip.models import build_tokenizer, clip_config, create_clip
+from ssmclip.models.simba import EinFFT, Mamba, SiMBA
 from ssmclip.models.vmamba import SS2D, VMamba
 
 VMAMBAS = ["mc_small_v3noz", "mc_t220_v2", "up_s1_v05noz_ln2d", "up_s2_v05noz_ln2d", "up_v0"]
@@ -71,6 +72,57 @@ def test_ss2d_equals_the_original(shared, name, dtype):
     op.load_state_dict(state)
     op.to(dtype)
     assert relative(op(fixture["input_bhwc"].to(dtype)), fixture["output"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["mlp", "einfft"])
+@torch.no_grad()
+def test_simba_equals_the_original(shared, name, dtype):
+    fixture = torch.load(shared / "parity" / f"simba_{name}.pt")
+    config = fixture["config"]
+    model = SiMBA(
+        depths=config["depths"],
+        dims=config["embed_dims"],
+        mlp_ratios=config["mlp_ratios"],
+        stem_dim=config["stem_hidden_dim"],
+        channel_mixer=config["cm_type"].lower(),
+        num_classes=config["num_classes"],
+        **config["mamba"],
+    ).eval()
+    model.load_state_dict(fixture["state_dict"])
+    model.to(dtype)
+    for image, output in (("input", "output"), ("input2", "output2")):
+        assert relative(model(fixture[image].to(dtype)), fixture[output]) < TOLERANCE[dtype]
+    maps, normed = (
+        model.forward_intermediates(fixture["input"].to(dtype), norm=norm, intermediates_only=True, output_fmt="NHWC")
+        for norm in (False, True)
+    )
+    for i, depth in enumerate(config["depths"]):
+        assert relative(maps[i].flatten(1, 2), fixture["features"][f"block{i + 1}.{depth - 1}"]) < TOLERANCE[dtype]
+    for i in range(3):
+        assert relative(normed[i].flatten(1, 2), fixture["features"][f"norm{i + 1}"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_mamba_block_equals_the_original(shared, dtype):
+    fixture = torch.load(shared / "parity" / "ops.pt")["mamba1_block"]
+    config = fixture["config"]
+    block = Mamba(config["d_model"], d_state=config["d_state"], d_conv=config["d_conv"], expand=config["expand"])
+    block.load_state_dict(fixture["state_dict"])
+    block.to(dtype)
+    assert relative(block(fixture["input_bld"].to(dtype)), fixture["output"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@torch.no_grad()
+def test_einfft_equals_the_original(shared, dtype):
+    fixture = torch.load(shared / "parity" / "ops.pt")["einfft"]
+    op = EinFFT(fixture["config"]["dim"])
+    op.load_state_dict(fixture["state_dict"])
+    op.to(dtype)
+    x = fixture["input_bnc"].unflatten(1, (fixture["config"]["H"], fixture["config"]["W"])).to(dtype)
+    assert relative(op(x).flatten(1, 2), fixture["output"]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

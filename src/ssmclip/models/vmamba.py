@@ -6,6 +6,7 @@ between the published versions is a field of `VMamba`. Parameter names are those
     image -> patch embedding (1/4) -> 4 stages of blocks, a halving between stages -> norm -> mean -> head
     block:  x += SS2D(LN(x));  x += MLP(LN(x))
     SS2D:   in_proj -> depthwise conv -> SiLU -> scan along 4 directions, summed -> LN [-> * SiLU(z)] -> out_proj
+            (mixer="gated_conv": the same without the scan, to ask what the scan is good for)
 
 There is no positional table: any height and width work.
 """
@@ -13,7 +14,7 @@ There is no positional table: any height and width work.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from ssmclip import ops
 
-__all__ = ["SS2D", "VMamba"]
+__all__ = ["SS2D", "GatedConv", "VMamba"]
 
 
 class SS2D(nn.Module):
@@ -104,13 +105,33 @@ class SS2D(nn.Module):
         )
 
 
-class Block(nn.Module):
-    """x += SS2D(LN(x)); x += MLP(LN(x)). mlp_ratio 0 leaves the second half out."""
+class GatedConv(nn.Module):
+    """A gated SS2D without its scan: what MambaOut asks of Mamba's block (Yu and Wang 2025, arXiv:2405.07992).
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **ss2d):
+    dim, ssm_ratio, conv_bias: as in `SS2D`, and so are the names of the parameters. The gate is always there.
+    """
+
+    def __init__(self, dim: int, ssm_ratio: float = 2.0, conv_bias: bool = False):
+        super().__init__()
+        inner = int(ssm_ratio * dim)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
+        self.out_norm = nn.LayerNorm(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y = F.silu(self.conv2d(rearrange(x, "b h w d -> b d h w")))
+        return self.out_proj(self.out_norm(rearrange(y, "b d h w -> b h w d")) * F.silu(z))
+
+
+class Block(nn.Module):
+    """x += mixer(LN(x)); x += MLP(LN(x)). mlp_ratio 0 leaves the second half out; mixer is built from dim."""
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, mixer: Callable[[int], nn.Module]):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.op = SS2D(dim, **ss2d)
+        self.op = mixer(dim)
         self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if mlp_ratio > 0:
             self.norm2 = nn.LayerNorm(dim)
@@ -226,7 +247,9 @@ class Classifier(nn.Module):
 class VMamba(nn.Module):
     """VMamba for images of any size, with timm's interface.
 
-    depths, dims: blocks and channels of the four stages; d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
+    depths, dims: blocks and channels of the four stages; mixer: "ss2d" | "gated_conv", the same block without the
+    state-space model, always gated (so that beside it gated=True changes the scan alone; d_state means nothing to it);
+    d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch", which learns faster from few images;
     drop_path_rate: of the last block, growing linearly from 0.
@@ -238,6 +261,7 @@ class VMamba(nn.Module):
         self,
         depths: Sequence[int] = (2, 2, 8, 2),
         dims: Sequence[int] = (96, 192, 384, 768),
+        mixer: Literal["ss2d", "gated_conv"] = "ss2d",
         d_state: int = 1,
         ssm_ratio: float = 2.0,
         gated: bool = False,
@@ -264,9 +288,13 @@ class VMamba(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm])
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
-        block = partial(
-            Block, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, mlp_ratio=mlp_ratio
-        )
+        if mixer == "ss2d":
+            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias)
+        elif mixer == "gated_conv":
+            op = partial(GatedConv, ssm_ratio=ssm_ratio, conv_bias=conv_bias)
+        else:
+            raise ValueError(f"mixer {mixer!r}: 'ss2d' or 'gated_conv'")
+        block = partial(Block, mlp_ratio=mlp_ratio, mixer=op)
         self.layers = nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             blocks = [block(dim, drop_path=next(rates)) for _ in range(depth)]
@@ -390,6 +418,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
     "vmamba_tiny_s1l8": ((2, 2, 8, 2), TINY, dict(ssm_ratio=1.0)),
     "vmamba_tiny_s2l5": ((2, 2, 5, 2), TINY, {}),
     "vmamba_tiny_gated": ((2, 2, 4, 2), TINY, dict(gated=True)),
+    "vmamba_tiny_gated_conv": ((2, 2, 4, 2), TINY, dict(gated=True, mixer="gated_conv")),  # not published
     "vmamba_small_s1l20": ((2, 2, 20, 2), TINY, dict(ssm_ratio=1.0)),
     "vmamba_small_s2l15": ((2, 2, 15, 2), TINY, {}),
     "vmamba_base_s1l20": ((2, 2, 20, 2), BASE, dict(ssm_ratio=1.0)),

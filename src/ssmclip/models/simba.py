@@ -1,0 +1,410 @@
+"""SiMBA: a pyramid whose tokens are mixed by Mamba, read once from the top left to the bottom right, as a timm model.
+
+Patro and Agneeswaran 2024, "SiMBA: Simplified Mamba-based Architecture for Vision and Multivariate Time Series"; the
+widths and depths are those of CLIP-Mamba. Maps are channels last (B, H, W, C) throughout. Parameter names are those
+of the published checkpoints.
+
+    image -> stem (1/4) -> 4 stages of blocks, each begun by a halving (the stem for the first) and ended by a LN
+          -> the mean of the last map, through one more block -> LN -> head
+    block:  x += Mamba(LN(x));  x += channel mixer(LN(x))
+    Mamba:  in_proj -> causal depthwise conv -> SiLU -> selective scan -> * SiLU(z) -> out_proj
+
+There is no positional table: any height and width work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ssmclip import ops
+
+__all__ = ["EinFFT", "Mamba", "SiMBA"]
+
+EPS = 1e-6  # of the norms between blocks; those inside Mamba layers and patch embeddings have PyTorch's 1e-5
+
+
+class Mamba(nn.Module):
+    """The first Mamba's block (Gu and Dao 2023, section 3.4) over a sequence, in one direction.
+
+    dim: channels in and out; d_state: N, states per channel; d_conv: positions the causal convolution sees;
+    expand: inner channels D = expand * dim.
+    """
+
+    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2):
+        super().__init__()
+        inner = expand * dim
+        self.d_state, self.dt_rank = d_state, math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, d_conv, padding=d_conv - 1, groups=inner)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, d_state))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+        """Mamba's initialisation: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+
+    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
+        length = x.shape[1]
+        x, z = rearrange(self.in_proj(x), "b l (two d) -> two b d l", two=2)
+        x = F.silu(self.conv1d(x)[..., :length])
+        dt, B, C = self.x_proj(rearrange(x, "b d l -> b l d")).split([self.dt_rank, self.d_state, self.d_state], -1)
+        y = ops.selective_scan(
+            x,
+            rearrange(F.linear(dt, self.dt_proj.weight), "b l d -> b d l"),
+            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            rearrange(B, "b l n -> b n l"),
+            rearrange(C, "b l n -> b n l"),
+            self.D,
+            z,
+            self.dt_proj.bias,
+            delta_softplus=True,
+        )
+        return self.out_proj(rearrange(y, "b d l -> b l d"))
+
+
+class MambaLayer(nn.Module):
+    """LN, then Mamba over the map's positions, row by row."""
+
+    def __init__(self, dim: int, **mamba):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mamba = Mamba(dim, **mamba)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        y = self.mamba(rearrange(self.norm(x), "b h w c -> b (h w) c"))
+        return rearrange(y, "b (h w) c -> b h w c", h=x.shape[1])
+
+
+class DepthwiseConv(nn.Module):
+    """3x3, each channel by itself. A module of its own to keep the published parameter names."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return rearrange(self.dwconv(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+
+
+class Mlp(nn.Module):
+    """fc1 -> 3x3 depthwise convolution, where `conv` -> GELU -> fc2."""
+
+    def __init__(self, dim: int, hidden: int, conv: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden) if conv else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return self.fc2(F.gelu(self.dwconv(self.fc1(x))))
+
+
+class EinFFT(nn.Module):
+    """SiMBA's channel mixer (section 3.2): a two-layer complex MLP on the Fourier transform over positions and blocks.
+
+    The channels are cut into `blocks` blocks with a matrix each. The transform is in float32, or float64 for float64.
+    Raises ValueError when `blocks` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, blocks: int = 4, shrink: float = 0.01):
+        super().__init__()
+        if dim % blocks:
+            raise ValueError(f"EinFFT cuts its channels into {blocks} blocks, which does not divide {dim}")
+        size = dim // blocks
+        self.blocks, self.shrink = blocks, shrink
+        # The first axis is real and imaginary part: optimisers and checkpoints see real numbers.
+        self.complex_weight_1 = nn.Parameter(0.02 * torch.randn(2, blocks, size, size))
+        self.complex_weight_2 = nn.Parameter(0.02 * torch.randn(2, blocks, size, size))
+        self.complex_bias_1 = nn.Parameter(0.02 * torch.randn(2, blocks, size))
+        self.complex_bias_2 = nn.Parameter(0.02 * torch.randn(2, blocks, size))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y = rearrange(x.to(dtype), "b h w (k d) -> b (h w) k d", k=self.blocks)
+        y = torch.fft.fft2(y, dim=(1, 2), norm="ortho")
+        y = _on_parts(F.relu, self._linear(y, self.complex_weight_1, self.complex_bias_1))
+        y = self._linear(y, self.complex_weight_2, self.complex_bias_2)
+        y = _on_parts(lambda part: F.softshrink(part, self.shrink), y)
+        y = torch.fft.ifft2(y, dim=(1, 2), norm="ortho").real
+        return rearrange(y, "b (h w) k d -> b h w (k d)", h=x.shape[1]).to(x.dtype)
+
+    @staticmethod
+    def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight, bias = (torch.complex(*p.to(x.real.dtype)) for p in (weight, bias))
+        return torch.einsum("bnkd,kde->bnke", x, weight) + bias
+
+
+def _on_parts(function, x: Tensor) -> Tensor:
+    return torch.view_as_complex(function(torch.view_as_real(x)))
+
+
+class Block(nn.Module):
+    """x += Mamba(LN(x)); x += channel_mixer(LN(x))."""
+
+    def __init__(self, dim: int, channel_mixer: nn.Module, drop_path: float = 0.0, **mamba):
+        super().__init__()
+        self.attn = MambaLayer(dim, **mamba)  # the published name; there is no attention
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = channel_mixer
+        self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        x = x + self.drop_path(self.attn(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """The halving that begins a stage: a 3x3 convolution of stride 2, then LN.
+
+    stem_dim: before it, the stem: three convolutions of so many channels, the first of them 7x7 with stride 2.
+    """
+
+    def __init__(self, in_chans: int, dim: int, stem_dim: int = 0):
+        super().__init__()
+        self.conv = nn.Identity()
+        if stem_dim:
+            layers = []
+            for channels, size, stride in ((in_chans, 7, 2), (stem_dim, 3, 1), (stem_dim, 3, 1)):
+                conv = nn.Conv2d(channels, stem_dim, size, stride=stride, padding=size // 2, bias=False)
+                layers += [conv, nn.BatchNorm2d(stem_dim), nn.ReLU(inplace=True)]
+            self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(stem_dim or in_chans, dim, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
+        return self.norm(rearrange(self.proj(self.conv(x)), "b d h w -> b h w d"))
+
+
+class SiMBA(nn.Module):
+    """SiMBA for images of any size, with timm's interface.
+
+    depths, dims, mlp_ratios: blocks, channels and hidden channels over dim of the stages; stem_dim: channels of the
+    stem; d_state, d_conv, expand: see `Mamba`; channel_mixer: "mlp" (with a depthwise convolution, as in CLIP-Mamba) |
+    "einfft"; drop_path_rate: of the last block, growing linearly from 0; global_pool: "token" (the mean of the last
+    map, through the class block) | "" for that map itself.
+
+    forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 4, 6, 3),
+        dims: Sequence[int] = (64, 128, 320, 448),
+        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
+        stem_dim: int = 32,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int = 2,
+        channel_mixer: Literal["mlp", "einfft"] = "mlp",
+        drop_path_rate: float = 0.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "token",
+    ):
+        super().__init__()
+        if not len(depths) == len(dims) == len(mlp_ratios):
+            raise ValueError(
+                f"depths {depths}, dims {dims} and mlp_ratios {mlp_ratios} must name the same number of stages"
+            )
+        if channel_mixer not in ("mlp", "einfft"):
+            raise ValueError(f"channel_mixer {channel_mixer!r}: 'mlp' or 'einfft'")
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_stages = len(dims)
+        self.grad_checkpointing = False
+        mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand)
+        rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+
+        def mixer(dim: int, ratio: int, conv: bool = True) -> nn.Module:
+            return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, ratio * dim, conv)
+
+        channels = in_chans
+        for i, (depth, dim, ratio) in enumerate(zip(depths, dims, mlp_ratios, strict=True), start=1):
+            blocks = [Block(dim, mixer(dim, ratio), next(rates), **mamba) for _ in range(depth)]
+            self.add_module(f"patch_embed{i}", PatchEmbed(channels, dim, stem_dim if i == 1 else 0))
+            self.add_module(f"block{i}", nn.ModuleList(blocks))
+            self.add_module(f"norm{i}", nn.LayerNorm(dim, eps=EPS))  # the last one is the class token's
+            channels = dim
+        self.post_network = nn.ModuleList([Block(dims[-1], mixer(dims[-1], mlp_ratios[-1], conv=False), **mamba)])
+        self.reset_classifier(num_classes, global_pool)
+        self.feature_info = [
+            dict(num_chs=dim, reduction=4 * 2**i, module=f"block{i + 1}") for i, dim in enumerate(dims)
+        ]
+        self.apply(_init_weights)
+
+    def _forward_stage(self, i: int, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b h w d"]:
+        """Stage i, counted from 1, on the image or on the map of the stage before."""
+        if i > 1:
+            x = rearrange(getattr(self, f"norm{i - 1}")(x), "b h w c -> b c h w")
+        x = getattr(self, f"patch_embed{i}")(x)
+        for block in getattr(self, f"block{i}"):
+            x = checkpoint(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+    def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
+        """The last map, channels last, not normalised: the class block begins with a norm of its own."""
+        for i in range(1, self.num_stages + 1):
+            x = self._forward_stage(i, x)
+        return x
+
+    def forward_head(self, x: Float[Tensor, "b h w d"], pre_logits: bool = False) -> Tensor:
+        """The class block on a map of one position, the mean of all, and its norm; then the head."""
+        if self.global_pool == "token":
+            x = x.mean(dim=(1, 2), keepdim=True)
+            for block in self.post_network:
+                x = block(x)
+            x = getattr(self, f"norm{self.num_stages}")(x[:, 0, 0])
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "b c h w"],
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """timm's: the maps after each chosen stage's blocks (and, with norm, its norm), and the final one."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
+        take, last = feature_take_indices(self.num_stages, indices)
+        maps = []
+        for i in range(last + 1 if stop_early else self.num_stages):
+            x = self._forward_stage(i + 1, x)
+            if i in take:
+                y = getattr(self, f"norm{i + 1}")(x) if norm else x
+                maps.append(rearrange(y, "b h w c -> b c h w").contiguous() if output_fmt == "NCHW" else y)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drop what the chosen stages do not need."""
+        take, last = feature_take_indices(self.num_stages, indices)
+        for i in range(last + 2, self.num_stages + 1):
+            for name in ("patch_embed", "block", "norm"):
+                delattr(self, f"{name}{i}")
+        self.num_stages = last + 1
+        if prune_norm:
+            self.add_module(f"norm{self.num_stages}", nn.Identity())
+        if prune_head:
+            self.post_network = nn.ModuleList()
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if global_pool not in (None, "", "token"):
+            raise ValueError(f"global_pool {global_pool!r}: SiMBA pools by its class block, 'token', or '' for the map")
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".mamba.D", "dt_proj.bias"))}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        between = rf"^norm([1-{self.num_stages - 1}])\."
+        return dict(
+            stem=r"^patch_embed1\.",
+            blocks=r"^(?:patch_embed|block)(\d+)|" + between
+            if coarse
+            else [
+                (r"^patch_embed(\d+)", (-1,)),
+                (r"^block(\d+)\.(\d+)", None),
+                (between, (99999,)),
+            ],
+            class_block=rf"^(?:post_network|norm{self.num_stages})\.",
+        )
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, Mamba):
+        module.reset_parameters()  # the original loses delta's initialisation to the lines above, unintended
+
+
+def _cfg(**kwargs) -> dict:
+    return dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed1.conv.0",
+        classifier="head",
+        license="mit",
+        **kwargs,
+    )
+
+
+# name: the fields that make it
+VARIANTS: dict[str, dict] = {
+    "simba_small": dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 448), stem_dim=32),
+    "simba_base": dict(depths=(3, 4, 12, 3), dims=(64, 128, 320, 512), stem_dim=64),
+    "simba_large": dict(depths=(3, 6, 18, 3), dims=(96, 192, 384, 512), stem_dim=64),
+    "test_simba": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), mlp_ratios=(2, 2, 2, 2), stem_dim=8, d_state=8),
+}
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+
+
+def _register(name: str) -> None:
+    fields = VARIANTS[name]
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        settings = {**fields, **kwargs}
+        return build_model_with_cfg(
+            SiMBA,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
+            **settings,
+        )
+
+    entrypoint.__name__ = name
+    entrypoint.__module__ = __name__  # timm reads default_cfgs from the module a model was defined in
+    entrypoint.__doc__ = f"SiMBA with {fields}."
+    register_model(entrypoint)
+
+
+for _name in VARIANTS:
+    _register(_name)
