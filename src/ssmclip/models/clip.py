@@ -91,7 +91,7 @@ def _create_with_mamba(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: An
     """text_cfg: the arguments of `MambaText`, and `hf_tokenizer_name`, which `build_tokenizer` reads."""
     text_cfg.pop("hf_tokenizer_name", None)
     # open_clip has no list of text towers to add one to: it makes its smallest, which ours replaces.
-    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 0}
+    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     model = open_clip.CustomTextCLIP(embed_dim, text_cfg=smallest, output_dict=True, **model_cfg)
     model.text = MambaText(embed_dim, **text_cfg)
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
