@@ -56,7 +56,7 @@ def _models(args: argparse.Namespace) -> None:
 
     from ssmclip.models import clip_config, create_clip, list_clips
 
-    print(f"{'name':18} {'image tower':24} {'image M':>8} {'text M':>8}")
+    print(f"{'name':26} {'image tower':24} {'image M':>8} {'text M':>8}")
     for name in list_clips():
         config = clip_config(name)
         with torch.device("meta"):
@@ -64,7 +64,7 @@ def _models(args: argparse.Namespace) -> None:
         total = sum(p.numel() for p in model.parameters())
         image = sum(p.numel() for p in model.visual.parameters())
         trunk = config["model_cfg"]["vision_cfg"]["timm_model_name"]
-        print(f"{name:18} {trunk:24} {image / 1e6:8.2f} {(total - image) / 1e6:8.2f}")
+        print(f"{name:26} {trunk:24} {image / 1e6:8.2f} {(total - image) / 1e6:8.2f}")
 
 
 def _ops(args: argparse.Namespace) -> None:

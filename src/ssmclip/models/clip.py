@@ -1,4 +1,8 @@
-"""CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`."""
+"""CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`.
+
+A file there is an open_clip model configuration, which open_clip then knows by its name; or, where it needs a
+preprocessing of its own or a text tower that open_clip cannot build, {"model_cfg": ..., "preprocess_cfg": ...}.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import open_clip
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ssmclip.models.mamba_text import MambaText
+from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
 from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
 from ssmclip.registry import UnknownName
 
@@ -49,7 +55,8 @@ def clip_config(name: str, *, image_size: int | None = None, drop_path_rate: flo
         if model_cfg is None:
             raise UnknownName("open_clip model", name.removeprefix(OPEN_CLIP), open_clip.list_models())
     elif name in list_clips():
-        model_cfg, preprocess_cfg = json.loads((CONFIGS / f"{name}.json").read_text()), dict(PREPROCESS)
+        made = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+        model_cfg, preprocess_cfg = made.get("model_cfg", made), PREPROCESS | made.get("preprocess_cfg", {})
     else:
         raise UnknownName("model", name, list_clips())
     model_cfg = copy.deepcopy(model_cfg)
@@ -69,10 +76,25 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     """
     config = clip_config(config) if isinstance(config, str) else config
     model_cfg = copy.deepcopy(config["model_cfg"])
-    custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg.get("text_cfg", {})
-    model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
+    text_cfg = model_cfg.get("text_cfg", {})
+    custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
+    if "mamba" in text_cfg:
+        model = _create_with_mamba(**model_cfg)
+    else:
+        model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
     if grad_checkpointing:
         model.set_grad_checkpointing()
+    return model
+
+
+def _create_with_mamba(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any) -> open_clip.CustomTextCLIP:
+    """text_cfg: the arguments of `MambaText`, and `hf_tokenizer_name`, which `build_tokenizer` reads."""
+    text_cfg.pop("hf_tokenizer_name", None)
+    # open_clip has no list of text towers to add one to: it makes its smallest, which ours replaces.
+    smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
+    model = open_clip.CustomTextCLIP(embed_dim, text_cfg=smallest, output_dict=True, **model_cfg)
+    model.text = MambaText(embed_dim, **text_cfg)
+    model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
     return model
 
 
@@ -82,9 +104,23 @@ def build_preprocess(config: dict[str, Any], image_size: int | None = None):
     return open_clip.image_transform(size, is_train=False, **config.get("preprocess_cfg", {}))
 
 
-def build_tokenizer(config: dict[str, Any]) -> open_clip.SimpleTokenizer:
-    """CLIP's byte-pair tokenizer at the model's context length. A longer caption is cut and keeps its end token."""
-    return open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
+def build_tokenizer(
+    config: dict[str, Any], folder: Path | None = None
+) -> open_clip.SimpleTokenizer | LanguageModelTokenizer:
+    """The model's tokenizer at its context length: a language model's own where `text_cfg.hf_tokenizer_name` names it
+    or `folder` holds its tokenizer.json, else CLIP's byte pairs, where a caption that is cut keeps its end token.
+
+    Raises FileNotFoundError when a language model's tokenizer is not on disk and cannot be downloaded.
+    """
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if "mamba" in text_cfg:
+        beside = folder is not None and (folder / FILE_NAME).is_file()
+        name = str(folder / FILE_NAME) if beside else text_cfg.get("hf_tokenizer_name")
+        if name:
+            return LanguageModelTokenizer(
+                find_tokenizer(name), text_cfg.get("context_length"), text_cfg.get("pad_id", 0)
+            )
+    return open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length") or 77)
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:
@@ -98,6 +134,7 @@ def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name, device, image_size)
+    folder = None
     if Path(name).is_dir():
         folder = find_checkpoint(Path(name))
         config = load_config(folder)
@@ -110,7 +147,7 @@ def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None
         model = create_clip(config)
     if image_size is not None and hasattr(model.visual, "set_input_size"):
         model.visual.set_input_size(image_size)
-    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config))
+    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
 
 
 def find_checkpoint(folder: Path) -> Path:

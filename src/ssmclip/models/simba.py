@@ -7,14 +7,12 @@ of the published checkpoints.
     image -> stem (1/4) -> 4 stages of blocks, each begun by a halving (the stem for the first) and ended by a LN
           -> the mean of the last map, through one more block -> LN -> head
     block:  x += Mamba(LN(x));  x += channel mixer(LN(x))
-    Mamba:  in_proj -> causal depthwise conv -> SiLU -> selective scan -> * SiLU(z) -> out_proj
 
 There is no positional table: any height and width work.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,59 +26,11 @@ from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs,
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ssmclip import ops
+from ssmclip.models.mamba import Mamba
 
-__all__ = ["EinFFT", "Mamba", "SiMBA"]
+__all__ = ["EinFFT", "SiMBA"]
 
 EPS = 1e-6  # of the norms between blocks; those inside Mamba layers and patch embeddings have PyTorch's 1e-5
-
-
-class Mamba(nn.Module):
-    """The first Mamba's block (Gu and Dao 2023, section 3.4) over a sequence, in one direction.
-
-    dim: channels in and out; d_state: N, states per channel; d_conv: positions the causal convolution sees;
-    expand: inner channels D = expand * dim.
-    """
-
-    def __init__(self, dim: int, d_state: int = 16, d_conv: int = 4, expand: int = 2):
-        super().__init__()
-        inner = expand * dim
-        self.d_state, self.dt_rank = d_state, math.ceil(dim / 16)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, padding=d_conv - 1, groups=inner)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
-        self.A_log = nn.Parameter(torch.empty(inner, d_state))
-        self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """Mamba's initialisation: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        with torch.no_grad():
-            dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-            self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
-            self.D.fill_(1.0)
-
-    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
-        length = x.shape[1]
-        x, z = rearrange(self.in_proj(x), "b l (two d) -> two b d l", two=2)
-        x = F.silu(self.conv1d(x)[..., :length])
-        dt, B, C = self.x_proj(rearrange(x, "b d l -> b l d")).split([self.dt_rank, self.d_state, self.d_state], -1)
-        y = ops.selective_scan(
-            x,
-            rearrange(F.linear(dt, self.dt_proj.weight), "b l d -> b d l"),
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
-            rearrange(B, "b l n -> b n l"),
-            rearrange(C, "b l n -> b n l"),
-            self.D,
-            z,
-            self.dt_proj.bias,
-            delta_softplus=True,
-        )
-        return self.out_proj(rearrange(y, "b d l -> b l d"))
 
 
 class MambaLayer(nn.Module):

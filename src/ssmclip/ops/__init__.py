@@ -5,6 +5,7 @@ Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (N
 `python -m ssmclip ops` prints which exist on this machine.
 """
 
+from ssmclip.ops.causal_conv import causal_conv1d
 from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from ssmclip.ops.dispatch import Backend, using
 from ssmclip.ops.selective_scan import selective_scan
@@ -13,6 +14,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "available",
+    "causal_conv1d",
     "cross_merge",
     "cross_scan",
     "cross_selective_scan",

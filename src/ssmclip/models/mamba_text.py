@@ -1,0 +1,214 @@
+"""Mamba language models as text towers.
+
+Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv:2312.00752, section 3.4).
+Fields and parameters are named as in Hugging Face's `MambaModel`, so that its checkpoints load as they are.
+
+    tokens -> embeddings -> blocks, x += Mamba(RMSNorm(x)) -> the last real token -> RMSNorm -> projection
+
+B batch · L positions · E embedding dimensions. There is no positional table: any length works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from ssmclip.models.mamba import Mamba, at_least_float32
+from ssmclip.models.weights import CheckpointError, load_into, load_state
+from ssmclip.registry import UnknownName
+
+__all__ = ["LanguageModel", "MambaConfig", "MambaText", "load_language_model"]
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Mamba-1. The fields and defaults of Hugging Face's `MambaConfig` that decide what is computed."""
+
+    vocab_size: int = 50280  # rows of the token table
+    hidden_size: int = 768  # width between blocks
+    num_hidden_layers: int = 32
+    state_size: int = 16  # N, states per channel
+    expand: int = 2  # inner channels over hidden_size
+    conv_kernel: int = 4  # positions the convolution sees
+    time_step_rank: int | str = "auto"  # of the projection to delta; "auto": hidden_size / 16, rounded up
+    layer_norm_epsilon: float = 1e-5
+    use_bias: bool = False  # of in_proj and out_proj
+    use_conv_bias: bool = True
+
+
+# model_type in a checkpoint's config.json: what builds it
+CONFIGS: dict[str, type] = {"mamba": MambaConfig}
+
+
+class Block(nn.Module):
+    """x += Mamba(RMSNorm(x)). The sum is at least float32 whatever the weights are."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = Mamba(
+            config.hidden_size,
+            d_state=config.state_size,
+            d_conv=config.conv_kernel,
+            expand=config.expand,
+            dt_rank=None if config.time_step_rank == "auto" else config.time_step_rank,
+            bias=config.use_bias,
+            conv_bias=config.use_conv_bias,
+        )
+
+    def forward(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
+        return at_least_float32(x) + self.mixer(self.norm(x.to(self.norm.weight.dtype)))
+
+
+class LanguageModel(nn.Module):
+    """A Mamba language model without its output head; `state_dict` has the keys of Hugging Face's model."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.grad_checkpointing = False
+        nn.init.normal_(self.embeddings.weight, std=0.02)
+        with torch.no_grad():
+            for layer in self.layers:  # what the blocks add up to keeps its size however many there are
+                layer.mixer.out_proj.weight /= math.sqrt(config.num_hidden_layers)
+
+    def forward_blocks(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
+        """Hidden states before the last norm. What stands after a token has no part in its state."""
+        x = self.embeddings(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x) if self.grad_checkpointing and torch.is_grad_enabled() else layer(x)
+        return x
+
+    def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
+        """Hidden states at every position: what Hugging Face calls `last_hidden_state`."""
+        return self.norm_f(self.forward_blocks(tokens).to(self.norm_f.weight.dtype))
+
+
+class MambaText(nn.Module):
+    """A language model as open_clip text tower: the state after the last real token, projected.
+
+    embed_dim: E; mamba: fields of the language model's config, with `model_type` ("mamba" when left out);
+    context_length: tokens its tokenizer cuts a text at, None for no limit; pad_id: the token that fills up a text,
+    before its first or after its last token; proj_bias: of the projection.
+
+    An embedding depends neither on the other texts of the batch nor on how far, or on which side, a text was padded.
+    Raises UnknownName for another model_type, TypeError for a field it does not have.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mamba: dict[str, Any],
+        context_length: int | None = None,
+        pad_id: int = 0,
+        proj_bias: bool = False,
+    ):
+        super().__init__()
+        config = read_config(mamba)
+        self.context_length, self.vocab_size, self.pad_id = context_length, config.vocab_size, pad_id
+        self.transformer = LanguageModel(config)
+        self.proj = nn.Linear(config.hidden_size, embed_dim, bias=proj_bias)
+        nn.init.normal_(self.proj.weight, std=config.hidden_size**-0.5)
+
+    def forward(self, text: Int[Tensor, "B L"]) -> Float[Tensor, "B E"]:
+        tokens, last = left_align(text, self.pad_id)
+        x = self.transformer.forward_blocks(tokens)
+        x = x[torch.arange(len(x), device=x.device), last]
+        norm = self.transformer.norm_f
+        return self.proj(norm(x.to(norm.weight.dtype)))
+
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """open_clip's: freeze the language model, but for its last layers; the projection goes on learning.
+
+        unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too.
+        """
+        model = self.transformer
+        model.requires_grad_(False)
+        if unlocked_layers:
+            for module in [*[model.embeddings, *model.layers][-unlocked_layers:], model.norm_f]:
+                module.requires_grad_(True)
+        if not freeze_layer_norm:
+            for module in model.modules():
+                if isinstance(module, nn.RMSNorm):
+                    module.requires_grad_(True)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", "bias"))}
+
+
+def left_align(text: Int[Tensor, "B L"], pad_id: int) -> tuple[Int[Tensor, "B K"], Int[Tensor, " B"]]:
+    """Every text moved to position 0 and the batch cut after its longest; with where each text ends.
+
+    A text reaches from the first token that is not padding to the last; one of padding alone is a single token.
+    Raises ValueError when L is 0.
+    """
+    if text.shape[1] == 0:
+        raise ValueError("texts of no tokens at all; an empty text is one padding token")
+    real = (text != pad_id).int()
+    last_place = text.shape[1] - 1
+    first = real.argmax(1)
+    last = torch.where(real.any(1), last_place - real.flip(1).argmax(1) - first, 0)
+    # A traced graph has one length for all batches: it keeps the padding, which nothing reads.
+    length = last_place + 1 if torch.compiler.is_compiling() else int(last.max()) + 1 if len(text) else 1
+    places = (first[:, None] + torch.arange(length, device=text.device)).clamp(max=last_place)
+    return text.gather(1, places), last
+
+
+def load_language_model(folder: str | Path) -> LanguageModel:
+    """The language model in a folder that Hugging Face's `save_pretrained` wrote, or that was downloaded from its hub.
+
+    Reads config.json and model.safetensors, whole or in shards; a `...ForCausalLM`'s output head is left out.
+    Raises FileNotFoundError, CheckpointError, UnknownName for a model_type that is none of these.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no model folder: config.json cannot be read ({error})") from error
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{folder}: hidden_act {config['hidden_act']!r}; only 'silu' is known")
+    known = {field.name for field in dataclasses.fields(_config_type(config.get("model_type", "")))}
+    model = LanguageModel(read_config({k: v for k, v in config.items() if k in known or k == "model_type"}))
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state = {}
+    for name in names:
+        state |= {_own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
+    load_into(model, state, folder)
+    return model
+
+
+def read_config(fields: dict[str, Any]) -> MambaConfig:
+    """The config of a language model from its fields and its `model_type`. Raises UnknownName, TypeError."""
+    fields = dict(fields)
+    return _config_type(fields.pop("model_type", "mamba"))(**fields)
+
+
+def _config_type(model_type: str) -> type:
+    if model_type not in CONFIGS:
+        raise UnknownName("language model", model_type, CONFIGS)
+    return CONFIGS[model_type]
+
+
+def _own_key(key: str) -> str:
+    """Of a `...ForCausalLM`, or of the first converted checkpoints, which said "embedding"."""
+    return key.removeprefix("backbone.").replace("embedding.", "embeddings.")

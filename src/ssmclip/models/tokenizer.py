@@ -1,0 +1,63 @@
+"""Tokenizers of language models, from the checkpoint's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from torch import Tensor
+
+FILE_NAME = "tokenizer.json"
+
+
+class LanguageModelTokenizer:
+    """Texts to tokens as the language model was trained on, padded on the right.
+
+    file: a `tokenizer.json`; context_length: a text is cut after so many tokens, and all are padded to it (None: never
+    cut, padded to the longest); pad_id: what fills up.
+    """
+
+    def __init__(self, file: str | Path, context_length: int | None = None, pad_id: int = 0):
+        self.tokenizer = Tokenizer.from_file(str(file))
+        # The file may hold settings of its own for both.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.context_length, self.pad_id = context_length, pad_id
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Int[Tensor, "n L"]:
+        """texts: n strings, or one; context_length: in place of the tokenizer's own."""
+        context_length = context_length or self.context_length
+        texts = [texts] if isinstance(texts, str) else texts
+        # One by one: batches start threads of their own, which a worker process would inherit half alive.
+        ids = [self.tokenizer.encode(text).ids[:context_length] for text in texts]
+        width = context_length or max([1, *map(len, ids)])
+        tokens = torch.full((len(ids), width), self.pad_id)
+        for row, own in zip(tokens, ids, strict=True):
+            row[: len(own)] = torch.tensor(own, dtype=torch.int64)
+        return tokens
+
+
+def find_tokenizer(name: str) -> Path:
+    """The tokenizer.json of a name: a file, a folder that holds one, or a repository of the Hugging Face hub.
+
+    A repository's file is downloaded once, with a progress bar; where it is on disk the network is not asked.
+    Raises FileNotFoundError saying where it was looked for.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / FILE_NAME).is_file():
+            raise FileNotFoundError(f"no {FILE_NAME} in the folder {path}")
+        return path / FILE_NAME
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
+        return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(name, FILE_NAME))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({str(error).splitlines()[0]}). "
+            f"Give the path of its {FILE_NAME}, or of the folder that holds it, as text_cfg.hf_tokenizer_name"
+        ) from error
