@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 from ssmclip.ops import selective_scan
-from ssmclip.results import Result, describe_run, write_rows
+from ssmclip.results import Result, append_rows, describe_run, write_rows
 
 OURS = "ssmclip"
 STAGES = [(4 * 192, 3136), (4 * 384, 784), (4 * 768, 196), (4 * 1536, 49)]  # VMamba-T/S/B at 224 px
 MEMORY_LIMIT = 8 * 2**30
 SLOW_SECONDS = 2.0  # a run longer than this is not repeated
-REPETITIONS = 15
+REPETITIONS = 7
 
 
 @dataclass(frozen=True)
@@ -188,16 +188,20 @@ def main() -> None:
     shapes, repetitions = (QUICK, 3) if args.quick else (SHAPES, REPETITIONS)
     for backward in (False, True):  # compiles the kernels
         one_run(PEERS[OURS], make_inputs(Shape(1, 16, 8, 1)), backward)
-    rows = []
+    write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads()))
+
+    def keep(row: Result) -> None:
+        append_rows(args.out, [row])
+        print(
+            f"{row.condition:60} {row.model:13} {row.metric:20} {row.value:.5g} {row.extra.get('over', '')}", flush=True
+        )
+
     for shape in shapes:
         for backward in (False, True):
             for row in measure(shape, backward, repetitions):
-                rows.append(row)
-                print(f"{row.condition:60} {row.model:13} {row.metric:20} {row.value:.5g} {row.extra.get('over', '')}")
+                keep(row)
     for shape in [s for s in shapes if s.batch == 8 and s.length > 100]:
-        rows.append(measure_memory(shape))
-        print(f"{rows[-1].condition:60} {rows[-1].metric} {rows[-1].value:.2f}")
-    write_rows(args.out, rows, describe_run(seed=0, threads=torch.get_num_threads()))
+        keep(measure_memory(shape))
 
 
 if __name__ == "__main__":
