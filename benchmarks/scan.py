@@ -1,6 +1,6 @@
 """The selective scan on a CPU: ours against a plain loop, transformers without mamba_ssm, and mambapy's parallel scan.
 
-    python benchmarks/scan.py --out results/scan.jsonl          about 20 minutes on two idle cores; --quick: one minute
+    python benchmarks/scan.py --out results/scan.jsonl          an hour on two idle cores; --quick: one minute
 
 One process, the same inputs for all, turns taken, medians. Peers run their own code: `mamba_selective_scan` of
 transformers is what its Mamba layers call for a whole sequence when mamba_ssm is absent; mambapy's is
