@@ -1,0 +1,96 @@
+"""Names and folders of the published stimuli, against the names and fields in the human data."""
+
+import tarfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS, BadName, find_stimuli, parse_stimulus_name
+
+
+def test_every_name_in_the_human_data(shared):
+    """The table's own columns are what the names should parse into; image ids are those of the compact table."""
+    columns = ["dataset", "imagename", "condition", "category", "trial", "subject"]
+    table = pq.read_table(shared / "data/ood/human.parquet", columns=columns)
+    compact = pq.read_table(shared / "data/ood/human_compact.parquet", columns=["dataset", "image_id", "condition"])
+    wanted = {tuple(row.values()) for row in compact.to_pylist()}
+    found = {}
+    for row in table.to_pylist():
+        stimulus = parse_stimulus_name(row["imagename"], row["dataset"])
+        assert (stimulus.condition, stimulus.category) == (row["condition"], row["category"])
+        assert stimulus.subject == f"s{row['subject']:02}"
+        found.setdefault(row["dataset"], set()).add((row["dataset"], stimulus.image_id, stimulus.condition))
+    assert set.union(*found.values()) == wanted
+    assert {name: len(keys) for name, keys in found.items()} == {s.name: s.count for _, s in STIMULUS_SETS.items()}
+    for name, keys in found.items():
+        assert {condition for _, _, condition in keys} == set(STIMULUS_SETS[name].conditions)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "complaint"),
+    [
+        ("0001_hp_dnn_0.7_boat_10.png", "high-pass", "6 fields"),
+        ("0001_lp_dnn_0.7_boat_10_n03662601_12531.png", "high-pass", "code 'lp'"),
+        (
+            "0001_hp_dnn_0.8_boat_10_n03662601_12531.png",
+            "high-pass",
+            "'0.8' is no condition of high-pass; there are inf",
+        ),
+        ("0001_hp_dnn_0.7_ship_10_n03662601_12531.png", "high-pass", "'ship'"),
+        ("000x_hp_dnn_0.7_boat_10_n03662601_12531.png", "high-pass", "'000x' should be a number"),
+        ("0001_hp_dnn_0.7_boat_10_n03662601.png", "high-pass", "no image id"),
+        ("0001_hp_dnn_0.7_boat_10_n03662601_12531.jpg", "high-pass", "no image id"),
+        ("0001_edg_s01_0_oven_00_boat10.png", "edge", "'oven' is not its category"),
+        ("spoon1.png", "edge", "'spoon' is not one of"),
+        ("boat1-.png", "cue-conflict", "no image id"),
+    ],
+)
+def test_names_that_do_not_parse(name, dataset, complaint):
+    with pytest.raises(BadName, match=complaint.replace(".", r"\.")):
+        parse_stimulus_name(name, dataset)
+
+
+def test_real_stimuli(shared, tmp_path):
+    with tarfile.open(shared / "data/ood/stimuli.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    counts = {name: len(find_stimuli(tmp_path / "stimuli", name)) for name in ("edge", "silhouette", "cue-conflict")}
+    assert counts == {"edge": 160, "silhouette": 160, "cue-conflict": 320}
+    edges = find_stimuli(tmp_path / "stimuli/edges", "edge")
+    assert [e.category for e in edges] == [e.path.parent.name for e in edges]
+    assert {e.category for e in edges} == set(CATEGORIES)
+
+
+def test_session_folders(tmp_path):
+    session = tmp_path / "datasets/high-pass/dnn/session-1"
+    session.mkdir(parents=True)
+    names = ["0001_hp_dnn_3_boat_10_n03662601_12531.png", "0002_hp_dnn_inf_boat_10_n03662601_12531.png", "notes.txt"]
+    for name in (*names, "._0001_hp_dnn_3_boat_10_n03662601_12531.png"):
+        (session / name).touch()
+    for root in (tmp_path, tmp_path / "datasets", tmp_path / "datasets/high-pass"):
+        found = find_stimuli(root, "high-pass")
+        assert [(s.number, s.subject, s.condition, s.path) for s in found] == [
+            (1, "dnn", "3.0", session / names[0]),
+            (2, "dnn", "inf", session / names[1]),
+        ]
+
+    for i in range(7):
+        (session / f"bad{i}.png").touch()
+    with pytest.raises(BadName, match=r"7 of 9 files .* and 2 more"):
+        find_stimuli(tmp_path, "high-pass")
+    rejected: list[str] = []
+    assert len(find_stimuli(tmp_path, "high-pass", rejected=rejected)) == 2
+    assert len(rejected) == 7
+    assert "bad0.png" in rejected[0]
+
+    (session / "0003_hp_dnn_3.0_boat_10_n03662601_12531.png").touch()
+    with pytest.raises(ValueError, match="same image in the same condition"):
+        find_stimuli(tmp_path, "high-pass", rejected=[])
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="filled-silhouettes"):
+        find_stimuli(tmp_path, "silhouette")
+    (Path(tmp_path) / "edge").mkdir()
+    with pytest.raises(FileNotFoundError, match="0 PNG files"):
+        find_stimuli(tmp_path, "edge")
