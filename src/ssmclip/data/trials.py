@@ -1,0 +1,439 @@
+"""Who said what of which stimulus: the trials of people and of models on the sets of `stimuli.py`, as arrays.
+
+s subjects · n stimuli · t trials
+
+Read are parquet and csv files, and folders of csv files as model-vs-human keeps them (raw-data/SET/SET_WHO_*.csv).
+Columns in any order and any case: dataset, subject (subj), image_id (imagename), condition, category, object_response;
+or a table with a column s01, s02, ... of response codes for each person.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
+
+NO_ANSWER = -1  # the subject was asked and gave none of the categories: an error
+NOT_SHOWN = -2
+UNKNOWN = -1  # of a condition or category: the table doesn't say
+
+SETS = tuple(STIMULUS_SETS)
+NAMES = {"subj": "subject", "imagename": "image_id", "image": "image_id", "response": "object_response"}
+NEEDED = ("subject", "image_id", "object_response")
+PERSON = re.compile(r"s\d+")
+A_PERSON = re.compile(r"(subject|s)?\d+")  # of a name without marks: subject-01, s01, 1
+NOTHING = ("", "na", "nan", "none", "null", "<na>")
+# The id is the last field; an ImageNet id, n04111531_14126, is the last two.
+IMAGE_ID = r"(?:^|[_/])(?P<id>n0[^_/]*_[^_/]+|[^_/]+)$"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """A table of trials, as codes. dataset: place in SETS; subject: place in `subjects`; image: place in `images`
+    (image ids, lower case, no suffix); condition: place in the set's `conditions`; category, response: place in
+    CATEGORIES. UNKNOWN stands for a condition or category the table leaves out, NO_ANSWER for a missing response.
+    notes: what was odd, in words, with counts."""
+
+    dataset: np.ndarray
+    subject: np.ndarray
+    image: np.ndarray
+    condition: np.ndarray
+    category: np.ndarray
+    response: np.ndarray
+    subjects: tuple[str, ...]
+    images: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One data set: the stimuli people saw, in the order of conditions and image ids, and what each subject said.
+
+    images, conditions, categories: (n,), condition and category as places in the set's conditions and in CATEGORIES.
+    humans, models: names; human, model: responses, (s, n), a place in CATEGORIES, NO_ANSWER or NOT_SHOWN.
+    """
+
+    dataset: str
+    images: np.ndarray
+    conditions: np.ndarray
+    categories: np.ndarray
+    humans: tuple[str, ...]
+    human: np.ndarray
+    models: tuple[str, ...]
+    model: np.ndarray
+
+
+def read_trials(source: str | Path | Iterable[str | Path]) -> Trials:
+    """The trials in a parquet or csv file, in a folder of them (with folders in it), or in several of these.
+
+    A csv file without a column `dataset` is of the set its name begins with, or its folder's. Raises
+    FileNotFoundError, and ValueError for columns that are missing, data sets nobody knows and category names that are
+    none of the 16. Responses that are no category are counted in `notes` and stand as errors, as in the literature.
+    """
+    files = [file for one in ([source] if isinstance(source, (str, Path)) else source) for file in _files(Path(one))]
+    if not files:
+        raise ValueError("no file of trials given")
+    return _joined([_trials(_read(file), str(file)) for file in files])
+
+
+def match_trials(humans: Trials, models: Trials) -> tuple[list[Answers], list[str]]:
+    """The models' trials beside the people's, data set by data set; and what could not be used, with counts.
+
+    A trial is matched by data set, image id and, where the set has several and the table gives it, condition. People
+    are told by their names (subject-01, s01, 1), so both tables may be one. Left out and noted: data sets and stimuli
+    no person saw. Models that lack stimuli of a data set are noted and kept. Raises ValueError for two trials of one
+    subject and stimulus, for people who did not see all stimuli of their data set, and for two tables that give a
+    stimulus different categories.
+    """
+    notes = [*humans.notes, *models.notes]
+    humans = _named(humans, True, "the table of people has subjects that are no people by their names", notes)
+    models = _named(models, False, "the table of decisions has people", notes)
+    images = np.unique(np.concatenate([humans.images, models.images]))
+    humans, models = (_recoded(trials, images) for trials in (humans, models))
+    found = []
+    for code, name in enumerate(SETS):
+        seen, asked = _select(humans, humans.dataset == code), _select(models, models.dataset == code)
+        if not len(seen):
+            if len(asked):
+                notes.append(f"{name}: left out, {len(asked):,} decisions but no trials of people")
+            continue
+        found.append(_matched(name, seen, asked, notes))
+    if not found:
+        raise ValueError("the table of people has no trial of a data set: there is nothing to compare with")
+    return found, notes
+
+
+def _named(trials: Trials, people: bool, says: str, notes: list[str]) -> Trials:
+    person = np.array([A_PERSON.fullmatch(_plain(name)) is not None for name in trials.subjects], bool)
+    fits = (person == people)[trials.subject]
+    if not fits.all():
+        others = [name for name, other in zip(trials.subjects, person != people, strict=True) if other]
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        notes.append(f"{says}, left out: {', '.join(others[:5])}{more} ({(~fits).sum():,} trials)")
+    return _select(trials, fits)
+
+
+def _matched(name: str, seen: Trials, asked: Trials, notes: list[str]) -> Answers:
+    several = len(STIMULUS_SETS[name].conditions) > 1
+    if several and (seen.condition == UNKNOWN).any():
+        raise ValueError(f"{name}: {(seen.condition == UNKNOWN).sum()} trials of people have no condition")
+    if (seen.category == UNKNOWN).any():
+        raise ValueError(f"{name}: {(seen.category == UNKNOWN).sum()} trials of people have no category")
+    keys = _keys(seen)
+    stimuli, first = np.unique(keys, return_index=True)
+    place_human = np.searchsorted(stimuli, keys)
+    human = _responses(name, seen, place_human, len(stimuli))
+    if (lacking := (human == NOT_SHOWN).sum(axis=1)).any():
+        who = _used(seen)[int(lacking.argmax())]
+        raise ValueError(
+            f"{name}: person {who} has {len(stimuli) - lacking.max():,} of the {len(stimuli):,} stimuli of the others; "
+            "agreement with people takes people who all saw the same"
+        )
+    categories = seen.category[first]
+    _same_category(name, seen, place_human, categories)
+    place = _places(asked, stimuli)
+    if strangers := (place < 0).sum():
+        example = seen.images[asked.image[place < 0][0]]
+        notes.append(
+            f"{name}: {strangers:,} of {len(asked):,} decisions are of stimuli no person saw, such as {example}"
+        )
+    asked, place = _select(asked, place >= 0), place[place >= 0]
+    _same_category(name, asked, place, categories)
+    model = _responses(name, asked, place, len(stimuli))
+    for who, missing in zip(_used(asked), (model == NOT_SHOWN).sum(axis=1), strict=True):
+        if missing:
+            notes.append(f"{name}: {who} has {len(stimuli) - missing:,} of {len(stimuli):,} stimuli")
+    return Answers(
+        name, seen.images[seen.image[first]], seen.condition[first], categories, _used(seen), human, _used(asked), model
+    )
+
+
+def _keys(trials: Trials) -> np.ndarray:
+    return trials.condition.astype(np.int64) * len(trials.images) + trials.image
+
+
+def _places(asked: Trials, stimuli: np.ndarray) -> np.ndarray:
+    """Each trial's place among the stimuli people saw, -1 where they saw none; without a condition, by the image."""
+    keys = _keys(asked)
+    if (unknown := asked.condition == UNKNOWN).any():
+        image_of = stimuli % len(asked.images)
+        order = np.argsort(image_of, kind="stable")
+        at = np.searchsorted(image_of[order], asked.image[unknown]).clip(max=len(order) - 1)
+        keys[unknown] = np.where(image_of[order][at] == asked.image[unknown], stimuli[order][at], -1)
+    place = np.searchsorted(stimuli, keys).clip(max=len(stimuli) - 1)
+    return np.where(stimuli[place] == keys, place, -1)
+
+
+def _responses(name: str, trials: Trials, place: np.ndarray, n: int) -> np.ndarray:
+    codes = np.unique(trials.subject)
+    cell = np.searchsorted(codes, trials.subject) * n + place
+    counts = np.bincount(cell, minlength=len(codes) * n)
+    if (counts > 1).any():
+        twice = np.flatnonzero(counts > 1)
+        trial = int(np.flatnonzero(cell == twice[0])[0])
+        raise ValueError(
+            f"{name}: {len(twice):,} stimuli have more than one trial of the same subject; the first: "
+            f"{trials.subjects[trials.subject[trial]]}, {trials.images[trials.image[trial]]}. Remove the repetitions, "
+            "or name the subjects apart"
+        )
+    responses = np.full(len(codes) * n, NOT_SHOWN, np.int8)
+    responses[cell] = trials.response
+    return responses.reshape(len(codes), n)
+
+
+def _same_category(name: str, trials: Trials, place: np.ndarray, categories: np.ndarray) -> None:
+    other = (trials.category != UNKNOWN) & (trials.category != categories[place])
+    if other.any():
+        trial = int(np.flatnonzero(other)[0])
+        raise ValueError(
+            f"{name}: {other.sum():,} trials have another category than other trials of their stimulus; the first: "
+            f"{trials.subjects[trials.subject[trial]]}, {trials.images[trials.image[trial]]} is "
+            f"{CATEGORIES[trials.category[trial]]!r} or {CATEGORIES[categories[place[trial]]]!r}"
+        )
+
+
+def _used(trials: Trials) -> tuple[str, ...]:
+    return tuple(trials.subjects[code] for code in np.unique(trials.subject))
+
+
+def _select(trials: Trials, where: np.ndarray) -> Trials:
+    columns = (trials.dataset, trials.subject, trials.image, trials.condition, trials.category, trials.response)
+    return Trials(*(column[where] for column in columns), trials.subjects, trials.images)
+
+
+def _recoded(trials: Trials, images: np.ndarray) -> Trials:
+    place = np.searchsorted(images, trials.images)
+    columns = (trials.dataset, trials.subject, place[trials.image], trials.condition, trials.category, trials.response)
+    return Trials(*columns, trials.subjects, images, trials.notes)
+
+
+def _joined(parts: Sequence[Trials]) -> Trials:
+    if len(parts) == 1:
+        return parts[0]
+    images = np.unique(np.concatenate([part.images for part in parts]))
+    spelling: dict[str, str] = {}
+    for part in parts:
+        for name in part.subjects:
+            spelling.setdefault(_plain(name), name)
+    subjects = tuple(spelling.values())
+    code = {plain: i for i, plain in enumerate(spelling)}
+    moved = [
+        (_recoded(part, images), np.array([code[_plain(name)] for name in part.subjects], np.int32)) for part in parts
+    ]
+    return Trials(
+        np.concatenate([part.dataset for part in parts]),
+        np.concatenate([codes[part.subject] for part, codes in moved]),
+        np.concatenate([part.image for part, _ in moved]),
+        np.concatenate([part.condition for part in parts]),
+        np.concatenate([part.category for part in parts]),
+        np.concatenate([part.response for part in parts]),
+        subjects,
+        images,
+        tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".csv", ".parquet"))
+        if not found:
+            raise FileNotFoundError(f"{path} holds no csv and no parquet file")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of trials {path}")
+    return [path]
+
+
+def _read(file: Path) -> pa.Table:
+    """The file's table, its columns named as here; a csv file's values as text, as they stand there."""
+    try:
+        if file.suffix.lower() == ".csv":
+            with csv.open_csv(file) as opened:
+                header = opened.schema.names
+            as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)
+            table = csv.read_csv(file, convert_options=as_text)
+        else:
+            table = pq.read_table(file)
+            table = table.drop_columns([name for name in table.column_names if name.lower() == "probabilities"])
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is no table: {error}") from error
+    names = [NAMES.get(name.strip().lower(), name.strip().lower()) for name in table.column_names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} has more than one column for {', '.join(twice)}")
+    table = table.rename_columns(names)
+    if "dataset" not in names:
+        table = table.append_column("dataset", pa.array([_set_of(file)] * len(table)))
+    return table
+
+
+def _set_of(file: Path) -> str:
+    """The data set a csv file is of: its name's beginning, contrast_subject-01_session_1.csv, or its folder."""
+    for word in (file.name.split("_")[0], file.parent.name):
+        if _plain(word) in _SET_CODES:
+            return word
+    raise ValueError(
+        f"{file} does not say its data set: it takes a column `dataset`, a name that begins with SET_ or a folder SET; "
+        f"there are {', '.join(SETS)}"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_SET_CODES = {_plain(name): code for code, name in enumerate(SETS)}
+
+
+def _trials(table: pa.Table, where: str) -> Trials:
+    if "object_response" not in table.column_names and any(map(PERSON.fullmatch, table.column_names)):
+        table = _long(table, where)
+    if missing := [name for name in NEEDED if name not in table.column_names]:
+        raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    sets, of_set = _encoded(table["dataset"])
+    if unknown := [name for name in sets if _plain(name) not in _SET_CODES]:
+        raise ValueError(f"{where}: unknown data sets {unknown[:5]} ({len(unknown)} in all); known: {', '.join(SETS)}")
+    dataset = np.array([_SET_CODES[_plain(name)] for name in sets], np.int64)[of_set]
+    images, image = _image_ids(table["image_id"], where)
+    subjects, subject = _subjects(*_encoded(table["subject"]))
+    notes: list[str] = []
+    return Trials(
+        dataset,
+        subject,
+        image,
+        _conditions(table, dataset, where, notes),
+        _categories(table, where),
+        _object_responses(table["object_response"], where, notes),
+        subjects,
+        images,
+        tuple(notes),
+    )
+
+
+def _long(table: pa.Table, where: str) -> pa.Table:
+    """One row per person and stimulus, of a table with a column of response codes for each person."""
+    people = [name for name in table.column_names if PERSON.fullmatch(name)]
+    rest = table.drop_columns(people)
+    words = pa.array([*CATEGORIES, "na"])
+    parts = []
+    for name in people:
+        codes = table[name].combine_chunks()
+        keep = pc.is_valid(codes)
+        codes = codes.filter(keep).cast(pa.int64())
+        if len(codes) and not (-1 <= pc.min(codes).as_py() and pc.max(codes).as_py() < len(CATEGORIES)):
+            raise ValueError(f"{where}: column {name} has codes outside -1 .. {len(CATEGORIES) - 1}")
+        said = pc.take(words, pc.if_else(pc.less(codes, 0), len(CATEGORIES), codes))
+        part = rest.filter(keep)
+        parts.append(
+            part.append_column("subject", pa.array([name] * len(part), pa.string())).append_column(
+                "object_response", said
+            )
+        )
+    return pa.concat_tables(parts)
+
+
+def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """A column as (its different values as text, "" for none; each row's place among them)."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # of several dictionaries
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.string())
+    if not pa.types.is_dictionary(array.type):
+        array = array.dictionary_encode()
+    values = ["" if value is None else str(value) for value in array.dictionary.to_pylist()]
+    codes = array.indices.cast(pa.int32()).fill_null(len(values)).to_numpy(zero_copy_only=False)
+    return values + [""] * bool(array.null_count), codes
+
+
+def _subjects(names: list[str], codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names that differ in case and in marks only (swag-vit-b16, SWAG_ViT_B16) are one; the first spelling stands."""
+    kept: dict[str, str] = {}
+    for name in names:
+        kept.setdefault(_plain(name), name)
+    code = {plain: i for i, plain in enumerate(kept)}
+    return tuple(kept.values()), np.array([code[_plain(name)] for name in names], np.int32)[codes]
+
+
+def _image_ids(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    names, codes = _encoded(column)
+    lower = pc.replace_substring_regex(pc.utf8_lower(pa.array(names)), r"\.(png|jpe?g)$", "")
+    ids = pc.struct_field(pc.extract_regex(lower, IMAGE_ID), "id")
+    if (bad := np.flatnonzero(np.isin(codes, np.flatnonzero(pc.is_null(ids).to_numpy(zero_copy_only=False))))).size:
+        raise ValueError(f"{where}: {bad.size:,} trials have no image id; the first: {names[codes[bad[0]]]!r}")
+    ids = ids.fill_null("").dictionary_encode()
+    images, place = np.unique(np.array(ids.dictionary.to_pylist(), dtype=str), return_inverse=True)
+    return images, place[ids.indices.to_numpy(zero_copy_only=False)][codes]
+
+
+def _conditions(table: pa.Table, dataset: np.ndarray, where: str, notes: list[str]) -> np.ndarray:
+    """The place of each trial's label among its set's. Files write 0.90, 3 and true for 0.9, 3.0 and True."""
+    condition = np.full(len(dataset), UNKNOWN, np.int16)
+    labels, codes = (
+        _encoded(table["condition"]) if "condition" in table.column_names else ([""], np.zeros_like(dataset))
+    )
+    for code in np.unique(dataset):
+        known = STIMULUS_SETS[SETS[code]].conditions
+        here = dataset == code
+        if len(known) == 1:  # whatever the label says: models' files say nan
+            condition[here] = 0
+            continue
+        place = np.array([_condition(label, known) for label in labels], np.int16)
+        condition[here] = place[codes[here]]
+        unknown = [labels[c] for c in np.unique(codes[here]) if place[c] == UNKNOWN and not _nothing(labels[c])]
+        if unknown:
+            raise ValueError(
+                f"{where}: {SETS[code]} has no condition {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+            )
+    return condition
+
+
+def _condition(label: str, known: Sequence[str]) -> int:
+    for place, name in enumerate(known):
+        if _spelled(label) == _spelled(name):
+            return place
+    return UNKNOWN
+
+
+def _spelled(label: str) -> str | float:
+    try:
+        return float(label)
+    except ValueError:
+        return label.strip().lower()
+
+
+def _nothing(label: str) -> bool:
+    return label.strip().lower() in NOTHING
+
+
+def _categories(table: pa.Table, where: str) -> np.ndarray:
+    if "category" not in table.column_names:
+        return np.full(len(table), UNKNOWN, np.int8)
+    names, codes = _encoded(table["category"])
+    place = {name: i for i, name in enumerate(CATEGORIES)}
+    used = [names[code] for code in np.unique(codes)]
+    if unknown := [name for name in used if name.strip().lower() not in place and not _nothing(name)]:
+        raise ValueError(f"{where}: {unknown[:5]} are none of the categories {', '.join(CATEGORIES)}")
+    return np.array([place.get(name.strip().lower(), UNKNOWN) for name in names], np.int8)[codes]
+
+
+def _object_responses(column: pa.ChunkedArray, where: str, notes: list[str]) -> np.ndarray:
+    names, codes = _encoded(column)
+    place = {name: i for i, name in enumerate(CATEGORIES)}
+    coded = np.array([place.get(name.strip().lower(), NO_ANSWER) for name in names], np.int8)
+    odd = {code: names[code] for code in np.unique(codes) if coded[code] < 0 and not _nothing(names[code])}
+    if odd:
+        count = int(np.isin(codes, list(odd)).sum())
+        words = ", ".join(map(repr, list(odd.values())[:5]))
+        notes.append(f"{where}: {count:,} responses are no category ({words}); they count as errors")
+    return coded[codes]
