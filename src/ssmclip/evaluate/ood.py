@@ -98,6 +98,7 @@ def score_decisions(humans: Trials, models: Trials, *, resamples: int = 0, seed:
     scored = {
         answers.dataset: score_dataset(answers, resamples, np.random.default_rng([seed, i]))
         for i, answers in enumerate(found)
+        if answers.models  # people alone are compared with nobody
     }
     for name in dict.fromkeys(name for answers in found for name in answers.models):
         if lacking := [
@@ -189,7 +190,7 @@ def average_rows(label: str, names: Sequence[str], scored: dict[str, Scores]) ->
 def dataset_rows(scores: Scores) -> list[Result]:
     """The rows of one data set: its four measures, each of its conditions, and shape bias where there is one."""
     task, labels = f"{TASK}/{scores.dataset}", STIMULUS_SETS[scores.dataset].conditions
-    title = {"title": scores.dataset}
+    title = {"title": f"{TITLE}, {scores.dataset}"}
     rows = []
     for (measure, subject), samples in scores.values.items():
         extra = title | scores.extra.get((measure, subject), {}) | _partial(scores, subject)

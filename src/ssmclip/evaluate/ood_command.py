@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from ssmclip.evaluate.command import line, require_writable
+from ssmclip.evaluate.command import labelled, line, require_writable
+from ssmclip.results import Result
 
-HELP = "out-of-distribution images: scores of models beside people"
+HELP = "out-of-distribution images: what models decide, and their scores beside people"
+TIMM = "timm:"
+RESAMPLES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +24,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument("--humans", required=True, nargs="+", type=Path, help="the same of people")
     score.add_argument("--out", required=True, type=Path, help="the rows file to write (JSON lines)")
     score.add_argument(
-        "--resamples", type=int, default=1000, help="of the bootstrap intervals; 0: none (default: %(default)s)"
+        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap intervals; 0: none (default: %(default)s)"
     )
     score.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    decide = commands.add_parser("decide", help="the decisions of models on stimuli, as a parquet file")
+    decide.add_argument(
+        "--model",
+        required=True,
+        help="as `ssmclip evaluate` takes them, and timm:NAME, timm:NAME.TAG, timm:NAME/FILE; several with commas",
+    )
+    decide.add_argument("--data", required=True, help="the folder the data sets of stimuli are under")
+    decide.add_argument("--sets", help="data sets, with commas: edge,contrast (default: those that are there)")
+    decide.add_argument("--out", required=True, type=Path, help="the parquet file to write, or to continue")
+    decide.add_argument(
+        "--prompts",
+        default="imagenet",
+        help="of a CLIP: imagenet, 207 classes with 80 templates, or categories, 16 (default: %(default)s)",
+    )
+    decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+    decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
+    decide.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    decide.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    decide.add_argument("--max-images", type=int, help="a random subset of the stimuli")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"score": _score}[args.ood_command](args)
+    return {"score": _score, "decide": _decide}[args.ood_command](args)
+
+
+def _decide(args: argparse.Namespace) -> int:
+    from ssmclip.evaluate.decide import open_stimuli
+    from ssmclip.evaluate.embed import Settings
+
+    require_writable(args.out)
+    stimuli = open_stimuli(args.data, args.sets.split(",") if args.sets else None)
+    settings = Settings(args.batch_size, args.workers, max_images=args.max_images)
+    for label, name in labelled(args.model).items():
+        made = decide_model(
+            label, name, stimuli, args.out, settings, args.prompts, device=args.device, image_size=args.image_size
+        )
+        sys.stdout.write(f"{label}: {made:,} decisions added to {args.out}\n")
+    return 0
+
+
+def decide_and_score(models: dict[str, str], args: argparse.Namespace) -> list[Result]:
+    """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
+    from ssmclip.data.trials import read_trials
+    from ssmclip.evaluate.decide import open_stimuli
+    from ssmclip.evaluate.embed import Settings
+    from ssmclip.evaluate.ood import score_decisions
+
+    humans, stimuli = read_trials(args.humans), open_stimuli(args.data)
+    decisions = args.out.with_suffix(".decisions.parquet")
+    settings = Settings(args.batch_size, args.workers, args.seed, args.max_images)
+    for label, name in models.items():
+        decide_model(
+            label, name, stimuli, decisions, settings, args.prompts, device=args.device, image_size=args.image_size
+        )
+    return score_decisions(humans, read_trials(decisions), resamples=RESAMPLES, seed=args.seed)
+
+
+def decide_model(
+    label: str, name: str, stimuli, out: Path, settings, prompts: str, *, device: str, image_size: int | None
+) -> int:
+    """Load a model by its name on the command line and let it decide; returns how many decisions were added.
+
+    The embeddings of a CLIP's prompts are kept in the folder `zero_shot` beside `out`.
+    """
+    import ssmclip
+    from ssmclip.evaluate.decide import clip_decider, decide, timm_decider
+    from ssmclip.evaluate.embed import Clip
+
+    if name.startswith(TIMM):
+        decider = timm_decider(name.removeprefix(TIMM), device=device, label=label.removeprefix(TIMM))
+    else:
+        clip = Clip(*ssmclip.load(name, device=device, image_size=image_size), label)
+        decider = clip_decider(clip, settings, prompts=prompts, cache=out.parent / "zero_shot")
+    return decide(decider, stimuli, out, settings)
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -39,6 +113,11 @@ def _score(args: argparse.Namespace) -> int:
         read_trials(args.humans), read_trials(args.decisions), resamples=args.resamples, seed=args.seed
     )
     write_rows(args.out, rows, describe_run(args.seed, resamples=args.resamples))
-    shown = [row for row in rows if row.task == TASK] or [row for row in rows if not row.condition.startswith(LEVEL)]
+    averaged = {row.model for row in rows if row.task == TASK}
+    shown = [
+        replace(row, task=row.condition or row.task)
+        for row in rows
+        if row.task == TASK or (row.model not in averaged and not row.condition.startswith(LEVEL))
+    ]
     sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0

@@ -2,16 +2,22 @@
 
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
+from ssmclip.report.ood_figures import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, WithoutLevels
 from ssmclip.report.page import write_report
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.tables import table, update_readme
 
 __all__ = [
     "FIGURES",
+    "AccuracyByLevel",
+    "ConsistencyMatrix",
     "Drawing",
     "Examples",
+    "Overall",
+    "ShapeBias",
     "Similarity",
     "Store",
+    "WithoutLevels",
     "drawings",
     "figure",
     "read_store",

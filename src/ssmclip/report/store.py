@@ -12,6 +12,7 @@ from typing import Any
 from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
+LEVEL = "level="
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def step_of(row: Result) -> int | None:
     """The training step a row was measured at, None for a row that isn't part of a training curve."""
     match = STEP.match(row.condition)
     return int(match[1]) if match else None
+
+
+def level_of(row: Result) -> str | None:
+    """The level of distortion a row was measured at, None for a row that isn't part of such a curve."""
+    return row.condition.removeprefix(LEVEL) if row.condition.startswith(LEVEL) else None
 
 
 def by_task(rows: Iterable[Result]) -> list[Result]:

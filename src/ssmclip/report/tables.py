@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ssmclip.report.store import Source, final, latest, read_store, step_of
+from ssmclip.report.store import Source, final, latest, level_of, read_store, step_of
 from ssmclip.report.words import caveats, interval, metric_name, number, title_of
 from ssmclip.results import Result
 
@@ -29,8 +29,8 @@ class Line:
 
 
 def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
-    """One line for each (task, condition, metric) outside the training curves, and one for the speed of training."""
-    measured = [*final(rows), *speeds(rows)]
+    """One line for each (task, condition, metric) outside curves, and one for the speed of training."""
+    measured = [*(row for row in final(rows) if level_of(row) is None), *speeds(rows)]
     found = {(row.model, row.task, row.condition, row.metric): row for row in measured}
     tasks = dict.fromkeys(row.task for row in measured)
     keys = dict.fromkeys(

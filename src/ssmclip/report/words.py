@@ -26,8 +26,13 @@ NAMES = {
     "roc_auc": "area under the ROC curve",
     "mean_recall": "mean of the recalls",
     "images_per_s": "images per second",
+    "ood_accuracy": "accuracy",
+    "accuracy_difference": "squared accuracy difference to humans",
+    "observed_consistency": "observed consistency with humans",
+    "error_consistency": "error consistency with humans (kappa)",
 }
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall", "accuracy", "ood_accuracy", "shape_bias")
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
 
@@ -43,9 +48,7 @@ def metric_name(metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether a metric's values are fractions, written as percentages."""
-    return (
-        metric in ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall") or RECALL.fullmatch(metric) is not None
-    )
+    return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 
 def number(value: float | None, metric: str) -> str:

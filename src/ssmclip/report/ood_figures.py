@@ -1,0 +1,265 @@
+"""Figures of models beside people out of distribution, after Geirhos et al. 2021 (arXiv:2106.07411), figures 1 to 4.
+
+People are drawn in the ink of the page, so that no model's colour, marker or hatch is theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ssmclip.report.figures import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
+from ssmclip.report.store import final, level_of
+from ssmclip.report.style import INK, WIDTH, Style, drawing
+from ssmclip.report.words import metric_name, number, title_of
+from ssmclip.results import Result
+
+HUMANS = "humans"
+SET = "ood/"  # begins the task of a data set
+AVERAGE = "ood"
+MEASURES = {  # and which way is better
+    "ood_accuracy": "more is better",
+    "accuracy_difference": "less is better",
+    "observed_consistency": "more is better",
+    "error_consistency": "more is better",
+}
+COLUMNS = 2
+
+
+def _look(styles: dict[str, Style], model: str) -> Style:
+    return Style(INK, "-", "", "") if model == HUMANS else styles[model]
+
+
+def _humans_first(rows: Sequence[Result]) -> list[Result]:
+    return sorted(rows, key=lambda row: row.model != HUMANS)
+
+
+def _set(row: Result) -> str:
+    return row.task.removeprefix(SET)
+
+
+def _point(row: Result, **more: Any) -> dict[str, Any]:
+    return {"model": row.model, "value": row.value, "ci_low": row.ci_low, "ci_high": row.ci_high, **more}
+
+
+@figure("ood_accuracy_by_level", needs=["accuracy"])
+class AccuracyByLevel(Drawing):
+    """Accuracy over the level of distortion, a panel for each data set."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.metric in cls.needs and row.task.startswith(SET) and level_of(row)]
+        yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(mine), looks)
+
+    def frame(self):
+        return [_point(row, set=_set(row), level=level_of(row)) for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        sets = list(dict.fromkeys(point["set"] for point in frame))
+        picture, panels = grid(math.ceil(len(sets) / COLUMNS), COLUMNS, 1.55)
+        for axes, name in zip(panels, sets, strict=False):
+            levels = list(dict.fromkeys(point["level"] for point in frame if point["set"] == name))
+            for model in models_of(frame):
+                mine = [point for point in frame if point["set"] == name and point["model"] == model]
+                curve(axes, mine, levels, _look(self.styles, model))
+            axes.set_title(name, loc="left")
+            axes.set_xticks(range(len(levels)), [short_level(level) for level in levels], size=7)
+            axes.set_ylim(-0.03, 1.03)
+            scale(axes.yaxis, "accuracy")
+        for axes in panels[len(sets) :]:
+            axes.set_axis_off()
+        handles, labels = panels[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside upper left", ncols=2 if max(map(len, labels)) < 24 else 1)
+        return picture
+
+
+def curve(axes, points: Sequence[dict[str, Any]], levels: Sequence[str], look: Style) -> None:
+    """A line over the levels, and its interval as a band."""
+    if not points:
+        return
+    points = sorted(points, key=lambda point: levels.index(point["level"]))
+    places = [levels.index(point["level"]) for point in points]
+    values = [point["value"] for point in points]
+    width = 1.2 if look.marker else 2.2
+    name = points[0]["model"]
+    axes.plot(
+        places, values, look.dash, color=look.colour, marker=look.marker, markersize=3.5, linewidth=width, label=name
+    )
+    if all(point["ci_low"] is not None for point in points):
+        low, high = ([point[end] for point in points] for end in ("ci_low", "ci_high"))
+        axes.fill_between(places, low, high, color=look.colour, alpha=0.15, linewidth=0)
+
+
+def short_level(label: str) -> str:
+    """
+    >>> short_level("16-10-10"), short_level("0.35"), short_level("c100"), short_level("False")
+    ('16', '0.35', 'c100', 'False')
+    """
+    return label.split("-")[0]
+
+
+@figure("ood_sets", needs=["ood_accuracy"])
+class WithoutLevels(Bars):
+    """Accuracy on the data sets that have no levels."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        levelled = {row.task for row in rows if level_of(row)}
+        mine = [row for row in final(rows) if row.metric in cls.needs and row.task.startswith(SET)]
+        mine = _humans_first([row for row in mine if row.condition == "" and row.task not in levelled])
+        looks = {model: _look(looks, model) for model in looks}
+        yield cls("Out of distribution: sketches, outlines and styles", mine, looks)
+
+    def group(self, row):
+        return _set(row)
+
+
+@figure("ood_overall", needs=list(MEASURES))
+class Overall(Drawing):
+    """The four measures, averaged over data sets, a bar for each model; what people reach is a line across."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.metric in cls.needs and row.task == AVERAGE]
+        for condition in list(dict.fromkeys(row.condition for row in mine))[:2]:
+            of_these = [row for row in mine if row.condition == condition]
+            yield cls(f"Out of distribution, {condition}: overall", _humans_first(of_these), looks)
+
+    def frame(self):
+        return [_point(row, metric=row.metric) for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        metrics = [metric for metric in MEASURES if any(point["metric"] == metric for point in frame)]
+        names = models_of(frame)
+        picture, panels = grid(len(metrics), 1, 0.55 + 0.2 * len(names))
+        for axes, metric in zip(panels, metrics, strict=True):
+            points = {point["model"]: point for point in frame if point["metric"] == metric}
+            if HUMANS in points:
+                axes.axvline(points[HUMANS]["value"], color=INK, linewidth=1, linestyle=":")
+            for place, model in enumerate(names):
+                if model in points:
+                    self._bar(axes, place, points[model], metric)
+            axes.set_yticks(range(len(names)), [shortened(name, 26) for name in names])
+            axes.set_ylim(len(names) - 0.4, -0.6)
+            axes.grid(False, axis="y")
+            axes.margins(x=0.14)
+            axes.set_xlim(left=min(0.0, *(point["value"] for point in points.values())))
+            axes.set_title(f"{metric_name(metric)}; {MEASURES[metric]}", loc="left")
+            scale(axes.xaxis, metric)
+        return picture
+
+    def _bar(self, axes, place: int, point: dict[str, Any], metric: str) -> None:
+        look, end = _look(self.styles, point["model"]), point["value"]
+        axes.barh(place, end, 0.74, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+        if point["ci_low"] is not None:
+            # Over a bar of the same ink a whisker would not show: it is drawn wider, in white, below.
+            ends = [point["ci_low"], point["ci_high"]]
+            axes.plot(ends, [place, place], color="white", linewidth=2.6, solid_capstyle="butt")
+            axes.plot(ends, [place, place], color=INK, linewidth=1.2, solid_capstyle="butt")
+            end = max(end, point["ci_high"])
+        said = number(point["value"], metric)
+        axes.annotate(said, (end, place), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+
+
+@figure("shape_bias", needs=["shape_bias"])
+class ShapeBias(Drawing):
+    """Shape bias of each category, and of all (the vertical line): left decides texture, right shape."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in final(rows) if row.metric in cls.needs and row.extra.get("per_category")]
+        yield cls("Shape bias by category", _humans_first(mine), looks)
+
+    def frame(self):
+        return [
+            {"model": row.model, "category": category, "shape_bias": value, "all": row.value}
+            for row in self.rows
+            for category, value in row.extra["per_category"].items()
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        categories = sorted({point["category"] for point in frame}, reverse=True)
+        picture, axes = canvas(1.2 + 0.2 * len(categories))
+        for model in models_of(frame):
+            look = _look(self.styles, model)
+            mine = [point for point in frame if point["model"] == model and point["shape_bias"] is not None]
+            axes.plot(
+                [point["shape_bias"] for point in mine],
+                [categories.index(point["category"]) for point in mine],
+                linestyle="",
+                color=look.colour,
+                marker=look.marker or "o",
+                markerfacecolor=look.colour if look.marker else "none",
+                markersize=6 if look.marker else 8,
+                label=model,
+            )
+            everything = next(point["all"] for point in frame if point["model"] == model)
+            axes.axvline(everything, color=look.colour, linestyle=look.dash, linewidth=1)
+        axes.set_yticks(range(len(categories)), categories)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel("decided by shape, of all decided by shape or texture")
+        scale(axes.xaxis, "shape_bias")
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+@figure("consistency_matrix", needs=["error_consistency"])
+class ConsistencyMatrix(Drawing):
+    """Error consistency of each with each; of people with people where their row and column meet."""
+
+    section = "details"
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [
+            row for row in final(rows) if row.metric in cls.needs and (row.task == AVERAGE or row.task.startswith(SET))
+        ]
+        averages = list(dict.fromkeys(row.condition for row in mine if row.task == AVERAGE))[:1]
+        groups = [(AVERAGE, condition) for condition in averages] or list(dict.fromkeys((r.task, "") for r in mine))
+        for task, condition in groups:
+            these = [row for row in mine if (row.task, row.condition) == (task, condition)]
+            where = f"{title_of(task, rows)}, {condition}" if condition else title_of(task, rows)
+            yield cls(f"{where}: error consistency of each with each", _humans_first(these), looks)
+
+    def frame(self):
+        cells = []
+        for row in self.rows:
+            cells.append({"model": row.model, "other": HUMANS, "kappa": row.value})
+            if row.model != HUMANS:
+                cells.append({"model": HUMANS, "other": row.model, "kappa": row.value})
+            cells += [
+                {"model": row.model, "other": other, "kappa": value}
+                for other, value in row.extra.get("with", {}).items()
+            ]
+        return cells
+
+    def plot(self):
+        frame = self.frame()
+        names = list(dict.fromkeys(cell["model"] for cell in frame))
+        kappa = {(cell["model"], cell["other"]): cell["kappa"] for cell in frame}
+        table = [[kappa.get((a, b), math.nan) for b in names] for a in names]
+        picture, axes = canvas(WIDTH)
+        top = max([0.1, *(value for value in kappa.values() if math.isfinite(value))])
+        axes.imshow(table, cmap="Blues", vmin=0, vmax=top)
+        for i, line in enumerate(table):
+            for j, value in enumerate(line):
+                if math.isfinite(value):
+                    ink = "white" if value > 0.6 * top else "black"
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, size=min(8, 70 / len(names)))
+        axes.set_xticks(range(len(names)), [shortened(name, 20) for name in names], rotation=90)
+        axes.set_yticks(range(len(names)), [shortened(name, 20) for name in names])
+        axes.grid(False)
+        return picture
+
+
+def grid(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+    """A figure of many axes as wide as a phone, each row of them `height` inches."""
+    with drawing():
+        picture = Figure(figsize=(WIDTH, 0.5 + height * rows), layout="constrained")
+        return picture, list(picture.subplots(rows, columns, squeeze=False).flat)

@@ -1,0 +1,252 @@
+"""Decisions against open_clip's own zero-shot classifier, ImageNet's WordNet ids in the human data, and plain loops."""
+
+import argparse
+import logging
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import nn
+
+from ssmclip.data.stimuli import CATEGORIES
+from ssmclip.data.trials import read_trials
+from ssmclip.evaluate import Clip, Settings, command
+from ssmclip.evaluate.decide import (
+    IMAGENET,
+    SCORED,
+    category_probabilities,
+    clip_decider,
+    decide,
+    imagenet_decider,
+    open_stimuli,
+    timm_decider,
+)
+from ssmclip.results import read_rows
+
+TEMPLATES = ["a photo of a {}.", "itap of the {}."]
+QUICK = Settings(batch_size=4)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Sixteen edges and eight cue conflicts of coloured noise, 224 x 224."""
+    rng = np.random.default_rng(0)
+    for name, texture in [(f"{c}{i + 1}", None) for i, c in enumerate(CATEGORIES)] + [
+        ("bird1", "cat2"),
+        ("oven3", "dog1"),
+    ]:
+        folder = tmp_path / "stimuli" / ("cue-conflict" if texture else "edges") / name.rstrip("0123456789")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}{f'-{texture}' if texture else ''}.png")
+    return tmp_path / "stimuli"
+
+
+class Brightest(nn.Module):
+    """A thousand (or fewer) logits that depend on the image; counts the images it saw, and fails at one if asked."""
+
+    def __init__(self, classes: int = 1000, fails_at: int | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(classes, 3) * 10)
+        self.seen, self.fails_at = 0, fails_at
+
+    def forward(self, images):
+        self.seen += len(images)
+        if self.fails_at is not None and self.seen > self.fails_at:
+            raise RuntimeError("out of memory")
+        return images.mean(dim=(2, 3)) @ self.weight.T
+
+
+def see(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def test_the_207_classes_are_those_of_the_human_experiments(shared):
+    """Every ImageNet image people saw carries its class (a WordNet id) and its category in its name."""
+    counts = [1, 4, 2, 49, 5, 7, 3, 6, 4, 3, 109, 2, 2, 1, 1, 8]
+    assert [len(IMAGENET[category]) for category in CATEGORIES] == counts
+    assert len(set(SCORED)) == sum(counts) == 207
+    place = {wordnet: i for i, wordnet in enumerate(ImageNetInfo().label_names())}
+    table = pq.read_table(shared / "data" / "ood" / "human_compact.parquet", columns=["image_id", "category"])
+    seen = {(row["image_id"].split("_")[0], row["category"]) for row in table.to_pylist()}
+    seen = {(place[wordnet], category) for wordnet, category in seen if wordnet in place}
+    assert len(seen) > 190
+    assert [(i, category) for i, category in seen if i not in IMAGENET[category]] == []
+
+
+def test_probabilities_are_means_of_the_softmax_over_all_thousand():
+    logits = torch.randn(20, 1000, generator=torch.Generator().manual_seed(0)) * 5
+    softmax = logits.double().softmax(dim=1).numpy()
+    means = np.array([[softmax[i, list(IMAGENET[c])].mean() for c in CATEGORIES] for i in range(20)])
+    found = category_probabilities(logits, [IMAGENET[c] for c in CATEGORIES]).numpy()
+    np.testing.assert_allclose(found, means / means.sum(axis=1, keepdims=True), rtol=1e-12)
+    # A class of no category may be so likely that the others' probabilities are zero in any format.
+    logits[:, 0] = 1e5
+    again = category_probabilities(logits, [IMAGENET[c] for c in CATEGORIES]).numpy()
+    np.testing.assert_allclose(again, found, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def vit() -> Clip:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
+    return Clip(
+        model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(context_length=16), "vit"
+    )
+
+
+def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_path):
+    decider = clip_decider(vit, Settings(batch_size=256), templates=TEMPLATES)
+    stimuli = open_stimuli(root)
+    decide(decider, stimuli, tmp_path / "d.parquet", QUICK)
+    rows = pq.read_table(tmp_path / "d.parquet").to_pylist()
+    classifier = open_clip.build_zero_shot_classifier(
+        vit.model,
+        vit.tokenizer,
+        open_clip.IMAGENET_CLASSNAMES,
+        [lambda name, t=template: t.format(name) for template in TEMPLATES],
+        num_classes_per_batch=200,
+    )
+    images = torch.stack([vit.preprocess(Image.open(stimulus.path)) for stimulus in stimuli])
+    with torch.no_grad():
+        softmax = (100 * vit.model.encode_image(images, normalize=True) @ classifier).double().softmax(dim=1)
+    means = torch.stack([softmax[:, list(IMAGENET[c])].mean(dim=1) for c in CATEGORIES], dim=1)
+    assert [row["object_response"] for row in rows] == [CATEGORIES[i] for i in means.argmax(dim=1)]
+    assert len({row["object_response"] for row in rows}) > 1
+    shares = torch.tensor([row["probabilities"] for row in rows])
+    torch.testing.assert_close(shares, (means / means.sum(dim=1, keepdim=True)).float(), rtol=2e-4, atol=1e-6)
+
+
+def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
+    seen = []
+    encode = vit.model.encode_text
+    monkeypatch.setattr(vit.model, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
+    ask = dict(prompts="categories", templates=TEMPLATES, cache=tmp_path / "cache")
+    image = torch.rand(2, 3, 32, 32)
+    first = clip_decider(vit, QUICK, **ask).logits(image)
+    assert sum(seen) == 16 * 2
+    torch.testing.assert_close(clip_decider(vit, QUICK, **ask).logits(image), first, rtol=0, atol=0)
+    assert sum(seen) == 16 * 2
+    clip_decider(vit, QUICK, **ask | {"templates": ["the {}"]})
+    with torch.no_grad():
+        vit.model.text_projection.mul_(-1)
+    negative = clip_decider(vit, QUICK, **ask).logits(image)
+    with torch.no_grad():
+        vit.model.text_projection.mul_(-1)
+    assert sum(seen) == 16 * 2 + 16 + 16 * 2
+    torch.testing.assert_close(negative, -first)
+
+
+def test_a_stimulus_of_the_models_size_reaches_it_unaltered(root, tmp_path):
+    """As in the published evaluation: to [0, 1], ImageNet's statistics, no resize, no crop; and never 8 bits again."""
+    path = open_stimuli(root, ["edge"])[0].path
+    pixels = np.asarray(Image.open(path)) / 255
+    decider = timm_decider("vit_tiny_patch16_224")
+    expected = (pixels - np.array([0.5, 0.5, 0.5])) / np.array([0.5, 0.5, 0.5])
+    np.testing.assert_allclose(decider.preprocess(Image.open(path)), expected.transpose(2, 0, 1), atol=1e-6)
+    assert decide(decider, open_stimuli(root, ["cue-conflict"]), tmp_path / "d.parquet", QUICK) == 2
+    assert read_trials(tmp_path / "d.parquet").subjects == ("vit_tiny_patch16_224",)
+
+
+def test_a_run_that_failed_goes_on_where_it_stopped(root, tmp_path):
+    stimuli = open_stimuli(root)
+    whole = Brightest()
+    assert decide(imagenet_decider(whole, see, "m"), stimuli, tmp_path / "whole.parquet", QUICK) == 18
+    out = tmp_path / "d.parquet"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decide(imagenet_decider(Brightest(fails_at=10), see, "m"), stimuli, out, QUICK)
+    assert len(pq.read_table(out)) == 8
+    rest = Brightest()
+    assert decide(imagenet_decider(rest, see, "m"), stimuli, out, QUICK) == rest.seen == 10
+    assert pq.read_table(out).equals(pq.read_table(tmp_path / "whole.parquet"))
+    assert decide(imagenet_decider(rest, see, "m"), stimuli, out, QUICK) == 0
+    other = Brightest()
+    other.weight.data += 1
+    with pytest.raises(ValueError, match="decisions of another 'm'"):
+        decide(imagenet_decider(other, see, "m"), stimuli, out, QUICK)
+    assert decide(imagenet_decider(other, see, "n"), stimuli, out, QUICK) == 18
+    assert read_trials(out).subjects == ("m", "n")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_decisions_are_the_models(root, tmp_path):
+    stimuli = open_stimuli(root, ["edge"])
+    model = Brightest()
+    decide(imagenet_decider(model, see, "m"), stimuli, tmp_path / "d.parquet", QUICK)
+    rows = pq.read_table(tmp_path / "d.parquet").to_pylist()
+    for row, stimulus in zip(rows, stimuli, strict=True):
+        logits = (
+            np.asarray(Image.open(stimulus.path)).reshape(-1, 3).mean(axis=0) / 255 @ model.weight.detach().numpy().T
+        )
+        means = [np.exp(logits[list(IMAGENET[c])]).mean() for c in CATEGORIES]
+        assert row["object_response"] == CATEGORIES[int(np.argmax(means))]
+        np.testing.assert_allclose(row["probabilities"], means / np.sum(means), rtol=1e-3)
+        assert (row["dataset"], row["subject"], row["category"]) == ("edge", "m", stimulus.category)
+
+
+def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp_path, vit, caplog):
+    out = tmp_path / "d.parquet"
+    stimuli = open_stimuli(root)
+    with pytest.raises(ValueError, match="m gives 999 logits, not 1,000"):
+        decide(imagenet_decider(Brightest(999), see, "m"), stimuli, out, QUICK)
+    assert not out.exists()
+    broken = Brightest()
+    broken.weight.data[3, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"m: the logits of .*\.png are not finite"):
+        decide(imagenet_decider(broken, see, "m"), stimuli, out, QUICK)
+    with pytest.raises(ValueError, match="unknown prompts 'all'; there are imagenet, categories"):
+        clip_decider(vit, QUICK, prompts="all")
+    with pytest.raises(FileNotFoundError, match="no data set of stimuli under"):
+        open_stimuli(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="sketch"):
+        open_stimuli(root, ["sketch"])
+    stimuli[2].path.write_bytes(stimuli[2].path.read_bytes()[:500])
+    (root / "edges" / "bird" / "budgie1.png").write_bytes(b"")
+    caplog.set_level(logging.WARNING)
+    assert decide(imagenet_decider(Brightest(), see, "m"), open_stimuli(root), out, QUICK) == 17
+    assert "1 stimuli could not be read; the first" in caplog.text
+    assert "edge: 1 files have no name of the set and are left out; the first: bird/budgie1.png" in caplog.text
+    (tmp_path / "old.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"old.parquet is no file of decisions"):
+        decide(imagenet_decider(Brightest(), see, "m"), stimuli, tmp_path / "old.parquet", QUICK)
+
+
+def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch):
+    people = tmp_path / "people.csv"
+    lines = [
+        f"edge,s0{who},{c}{i + 1}.png,0,{c},{c if (i + who) % 4 else 'na'}"
+        for who in (1, 2)
+        for i, c in enumerate(CATEGORIES)
+    ]
+    people.write_text("\n".join(["dataset,subj,imagename,condition,category,object_response", *lines]))
+    monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:2])
+    monkeypatch.setattr("ssmclip.load", lambda *a, **k: tiny_clip)
+    out = tmp_path / "rows.jsonl"
+    words = ["--model", "tiny,timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
+    with pytest.raises(ValueError, match="--humans FILE"):
+        command.run(parse(*words))
+    assert command.run(parse(*words, "--humans", str(people), "--prompts", "categories")) == 0
+    _, rows = read_rows(out)
+    assert {row.model for row in rows} == {"humans", "tiny", "resnet10t"}
+    decided = pq.read_table(tmp_path / "rows.decisions.parquet").to_pylist()
+    right = [
+        row["object_response"] == row["category"]
+        for row in decided
+        if (row["subject"], row["dataset"]) == ("tiny", "edge")
+    ]
+    found = [row.value for row in rows if (row.model, row.task, row.metric) == ("tiny", "ood/edge", "ood_accuracy")]
+    assert found == [np.mean(right)]
+    assert len(list((tmp_path / "zero_shot").iterdir())) == 1
+
+
+def parse(*words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
