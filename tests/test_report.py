@@ -172,7 +172,8 @@ class Page(HTMLParser):
 
 
 def test_every_figure_draws_what_the_rows_say(drawn):
-    assert {name for name, found in drawn.items() if found} == set(FIGURES)
+    elsewhere = {name for name, cls in FIGURES.items() if cls.__module__ == "ssmclip.report.ood_figures"}
+    assert {name for name, found in drawn.items() if found} == set(FIGURES) - elsewhere
     for found in drawn.values():
         for one in found:
             assert one.frame()

@@ -67,7 +67,8 @@ class AccuracyByLevel(Drawing):
                 mine = [point for point in frame if point["set"] == name and point["model"] == model]
                 curve(axes, mine, levels, _look(self.styles, model))
             axes.set_title(name, loc="left")
-            axes.set_xticks(range(len(levels)), [short_level(level) for level in levels], size=7)
+            labels = [short_level(level) for level in levels]
+            axes.set_xticks(range(len(levels)), labels, size=7, rotation=90 if len("".join(labels)) > 18 else 0)
             axes.set_ylim(-0.03, 1.03)
             scale(axes.yaxis, "accuracy")
         for axes in panels[len(sets) :]:

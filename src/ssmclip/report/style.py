@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#8C7A00")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "|||")
+HATCHES = ("", "///", "---", "xxx", "\\\\\\", "+++", "//--", "|||")  # lines only: a circle is a kilobyte of SVG
 
 INK, LINE = "#010203", "#040506"  # stand for the page's own colours, so that a figure follows its dark mode
 WIDTH = 4.6  # inches: about as wide as a phone, so that letters keep their size there

@@ -27,9 +27,9 @@ NAMES = {
     "mean_recall": "mean of the recalls",
     "images_per_s": "images per second",
     "ood_accuracy": "accuracy",
-    "accuracy_difference": "squared accuracy difference to humans",
+    "accuracy_difference": "squared accuracy difference",
     "observed_consistency": "observed consistency with humans",
-    "error_consistency": "error consistency with humans (kappa)",
+    "error_consistency": "error consistency with humans",
 }
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall", "accuracy", "ood_accuracy", "shape_bias")
