@@ -364,6 +364,20 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path, caplog):
     assert not [row for row in rows if row.task == "ood"]
 
 
+def test_equal_names_of_two_sources_are_two_models(tmp_path):
+    one = [row | {"source": "ours"} for row in MODELS]
+    other = [
+        row | {"source": "theirs", "object_response": row["category"]} for row in MODELS if row["subject"] == "bad"
+    ]
+    pq.write_table(pa.Table.from_pylist(one + other), tmp_path / "both.parquet")
+    rows = score_decisions(read_trials(table(tmp_path, "people", PEOPLE)), read_trials(tmp_path / "both.parquet"))
+    assert {row.model for row in rows} == {"humans", "good", "like_good", "bad (ours)", "bad (theirs)"}
+    assert find(rows, "bad (theirs)", "ood/edge", "ood_accuracy").value == 1
+    alone = score(tmp_path, PEOPLE, MODELS)
+    ours = find(rows, "bad (ours)", "ood/contrast", "error_consistency").value
+    assert ours == find(alone, "bad", "ood/contrast", "error_consistency").value
+
+
 def test_the_excluded_conditions_exist():
     for dataset, labels in EXCLUDED.items():
         assert set(labels.split()) < set(STIMULUS_SETS[dataset].conditions)

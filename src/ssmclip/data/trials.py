@@ -3,8 +3,9 @@
 s subjects · n stimuli · t trials
 
 Read are parquet and csv files, and folders of csv files as model-vs-human keeps them (raw-data/SET/SET_WHO_*.csv).
-Columns in any order and any case: dataset, subject (subj), image_id (imagename), condition, category, object_response;
-or a table with a column s01, s02, ... of response codes for each person.
+Columns in any order and any case: dataset, subject (subj), image_id (imagename), condition, category, object_response
+(and source, where equal names stand for different subjects); or a table with a column s01, s02, ... of response codes
+for each person.
 """
 
 from __future__ import annotations
@@ -308,6 +309,8 @@ def _trials(table: pa.Table, where: str) -> Trials:
     dataset = np.array([_SET_CODES[_plain(name)] for name in sets], np.int64)[of_set]
     images, image = _image_ids(table["image_id"], where)
     subjects, subject = _subjects(*_encoded(table["subject"]))
+    if "source" in table.column_names:
+        subjects, subject = _by_source(subjects, subject, dataset, *_encoded(table["source"]))
     notes: list[str] = []
     return Trials(
         dataset,
@@ -363,6 +366,23 @@ def _subjects(names: list[str], codes: np.ndarray) -> tuple[tuple[str, ...], np.
         kept.setdefault(_plain(name), name)
     code = {plain: i for i, plain in enumerate(kept)}
     return tuple(kept.values()), np.array([code[_plain(name)] for name in names], np.int32)[codes]
+
+
+def _by_source(
+    subjects: tuple[str, ...], subject: np.ndarray, dataset: np.ndarray, sources: list[str], source: np.ndarray
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Who has trials of one data set from several sources is one subject for each: "resnet50 (their@fork)"."""
+    triples = np.unique(np.stack([subject, dataset, source]), axis=1)
+    pairs, times = np.unique(triples[:2], axis=1, return_counts=True)
+    split = np.unique(pairs[0, times > 1])
+    if not len(split):
+        return subjects, subject
+    names = {(who, -1): subjects[who] for who in range(len(subjects))}
+    names |= {(who, i): f"{subjects[who]} ({name})" for who in split.tolist() for i, name in enumerate(sources)}
+    width = len(sources) + 1
+    key = subject * width + np.where(np.isin(subject, split), source + 1, 0)
+    used, code = np.unique(key, return_inverse=True)
+    return tuple(names[k // width, k % width - 1] for k in used.tolist()), code
 
 
 def _image_ids(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndarray]:
