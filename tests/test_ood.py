@@ -28,13 +28,14 @@ MEASURES = ["ood_accuracy", "accuracy_difference", "observed_consistency", "erro
 COLUMNS = ["dataset", "subject", "image_id", "condition", "category", "object_response"]
 
 
-# A small world: 48 stimuli of contrast, in three conditions of which one does not count, 32 cue conflicts, 16 edges.
+# A small world: 48 stimuli of contrast in three conditions of unequal size, of which one does not count, 32 cue
+# conflicts and 16 edges.
 
 
 def stimuli() -> list[dict]:
     found = []
     for i in range(48):
-        condition, category = ("c100", "c50", "c10")[i % 3], CATEGORIES[i // 3]
+        condition, category = ("c100", "c50", "c10", "c10")[i % 4], CATEGORIES[i // 3]
         found.append(
             {"dataset": "contrast", "image_id": f"n02690373_{i}", "condition": condition, "category": category}
         )
@@ -254,7 +255,7 @@ def test_intervals_are_those_of_the_mean(tmp_path):
 @pytest.fixture
 def raw_data(tmp_path):
     """People and models as model-vs-human keeps them: a csv for each subject and data set, labels as on disk."""
-    spelt = {"c50": "C50", "0.9": "0.90", "3.0": "3", "False": "false", "0": "nan"}
+    spelt = {"c50": "C50", "0.9": "0.90", "3.0": "3", "False": "false", "0": "n/a"}
     sets = {
         "contrast": ["c50"],
         "uniform-noise": ["0.9", "0.1"],
