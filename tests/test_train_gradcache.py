@@ -18,10 +18,10 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def pairs():
+def pairs(captions=1):
     generator = torch.Generator().manual_seed(3)
-    texts = torch.zeros(BATCH, CONTEXT, dtype=torch.long)
-    texts[:, :5] = torch.randint(1, 49405, (BATCH, 5), generator=generator)
+    texts = torch.zeros(BATCH * captions, CONTEXT, dtype=torch.long)
+    texts[:, :5] = torch.randint(1, 49405, (BATCH * captions, 5), generator=generator)
     texts[:, 5] = 49407
     return torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64), texts
 
@@ -31,12 +31,12 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-@pytest.mark.parametrize("micro_batch", [1, 4, 5])
-def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, kind, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "captions"), [(1, 1), (4, 1), (5, 1), (5, 3)])
+def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, kind, micro_batch, captions):
     model = tiny_clip[0].double().train()
     if kind == "siglip":
         model.logit_bias = nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
-    other, (images, texts) = copy.deepcopy(model), pairs()
+    other, (images, texts) = copy.deepcopy(model), pairs(captions)
 
     whole = build_loss(kind)(**model(images, texts))
     whole.backward()
@@ -48,6 +48,27 @@ def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, 
     assert "logit_scale" in got
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_several_captions_are_the_mean_of_the_losses_of_one_each(kind):
+    generator = torch.Generator().manual_seed(0)
+    image = nn.functional.normalize(torch.randn(6, 8, generator=generator, dtype=torch.float64), dim=-1)
+    text = nn.functional.normalize(torch.randn(6, 3, 8, generator=generator, dtype=torch.float64), dim=-1)
+    scale = {"logit_scale": torch.tensor(7.0, dtype=torch.float64)}
+    if kind == "siglip":
+        scale["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
+
+    losses = []
+    for column in range(3):  # by the formulas
+        logits = scale["logit_scale"] * image @ text[:, column].T
+        if kind == "clip":
+            losses.append(-(logits.softmax(1).diag().log() + logits.softmax(0).diag().log()).mean() / 2)
+        else:
+            signs = 2 * torch.eye(6, dtype=torch.float64) - 1
+            losses.append(-nn.functional.logsigmoid(signs * (logits + scale["logit_bias"])).sum() / 6)
+    value = build_loss(kind)(image_features=image, text_features=text.reshape(18, 8), **scale)
+    torch.testing.assert_close(value, sum(losses) / 3, rtol=1e-12, atol=0)
 
 
 class Noisy(nn.Module):

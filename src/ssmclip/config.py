@@ -54,6 +54,7 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     workers: int = 0  # processes that decode images, per training process; 0: the training process itself
     shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
+    captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
 
     def __post_init__(self):
         starts = [start for start, _ in self.image_sizes]
@@ -153,6 +154,7 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {
             "steps": (self.steps, 1),
+            "data.captions_per_image": (self.data.captions_per_image, 1),
             "batch_size": (self.batch_size, 1),
             "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
             "checkpoint.every": (self.checkpoint.every, 1),

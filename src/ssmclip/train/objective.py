@@ -20,11 +20,26 @@ FEATURES = ("image_features", "text_features")
 
 
 def build_loss(kind: str, rank: int = 0, world_size: int = 1) -> nn.Module:
-    """open_clip's loss: called with what the model's forward returns (features of this process), gives a scalar."""
+    """open_clip's loss, called with what the model's forward returns (features of this process); gives a scalar.
+
+    With k texts for every image, one after the other, it is the mean of k losses: of each image with its first text,
+    with its second, and so on. An image is embedded once for all of them.
+    """
     if kind == "siglip":
-        return SigLipLoss(rank=rank, world_size=world_size)
+        return _MeanOverCaptions(SigLipLoss(rank=rank, world_size=world_size))
     spread = world_size > 1
-    return ClipLoss(local_loss=spread, gather_with_grad=spread, rank=rank, world_size=world_size)
+    return _MeanOverCaptions(ClipLoss(local_loss=spread, gather_with_grad=spread, rank=rank, world_size=world_size))
+
+
+class _MeanOverCaptions(nn.Module):
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image_features: Tensor, text_features: Tensor, **scale: Tensor) -> Tensor:
+        count = len(text_features) // len(image_features)
+        losses = [self.loss(image_features, text_features[i::count], **scale) for i in range(count)]
+        return torch.stack(losses).mean()
 
 
 def backward(
@@ -32,8 +47,8 @@ def backward(
 ) -> Tensor:
     """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
 
-    images (batch, 3, height, width); texts int64 (batch, context). With a micro_batch smaller than the batch, features
-    are cached (see `_backward_cached`) and memory is that of a micro-batch.
+    images (batch, 3, height, width); texts int64 (batch * captions of an image, context). With a micro_batch smaller
+    than the batch, features are cached (see `_backward_cached`) and memory is that of a micro-batch.
     """
     if micro_batch is None or micro_batch >= len(images):
         value = loss(**model(images, texts))
@@ -51,7 +66,9 @@ def _backward_cached(
     again with a graph, random state put back so that drop-path repeats, and send the features' gradient through.
     One more forward pass is the price. Batch norm, if a model has it, sees micro-batches (twice).
     """
-    chunks = list(zip(images.split(micro_batch), texts.split(micro_batch), strict=True))
+    captions = len(texts) // len(images)
+    sizes = {"image_features": micro_batch, "text_features": micro_batch * captions}
+    chunks = list(zip(images.split(micro_batch), texts.split(micro_batch * captions), strict=True))
     random, embedded = [], []
     with torch.no_grad():
         for image, text in chunks:
@@ -64,7 +81,7 @@ def _backward_cached(
     value = loss(**leaves)
     (value if accelerator.scaler is None else accelerator.scaler.scale(value)).backward()
 
-    gradients = zip(*(leaves[name].grad.split(micro_batch) for name in FEATURES), strict=True)
+    gradients = zip(*(leaves[name].grad.split(sizes[name]) for name in FEATURES), strict=True)
     for i, ((image, text), gradient) in enumerate(zip(chunks, gradients, strict=True)):
         last = i == len(chunks) - 1
         set_device_rng(images.device, random[i])
