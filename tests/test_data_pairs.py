@@ -160,6 +160,17 @@ def test_several_captions_of_an_image_stand_together_and_none_comes_twice_while_
             assert chisquare(np.bincount([three[place] for three in threes], minlength=captions)).pvalue > 1e-3
 
 
+def test_views_of_an_image_stand_together_and_differ(shards):
+    one, two = (take(opened(shards, 5, views_per_image=views), 10) for views in (1, 2))
+    for single, double in zip(one, two, strict=True):
+        assert double.keys == single.keys
+        assert torch.equal(double.texts, single.texts)
+        assert torch.equal(double.images[::2], single.images)  # the first view is what there is without a second
+    crops = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), color_jitter=0.5)
+    batch = next(opened(shards, 5, transform=crops, views_per_image=2))
+    assert all(not torch.equal(a, b) for a, b in zip(batch.images[::2], batch.images[1::2], strict=True))
+
+
 def test_pictures_and_captions_belong_to_their_key(shards):
     loader = opened(shards, 50, transform=train_transform(8, (0.0,) * 3, (1.0,) * 3))
     batch = next(loader)

@@ -40,6 +40,7 @@ def open_pairs(
     cursor: dict[str, Any] | None = None,
     shuffle_buffer: int = 2048,
     captions_per_image: int = 1,
+    views_per_image: int = 1,
     cache_mib: int = 512,
     table_format: TableFormat | None = None,
 ) -> PairLoader:
@@ -54,6 +55,7 @@ def open_pairs(
         source, seed, batch size, number of workers (0 and 1 are the same) and world size.
     shuffle_buffer: samples of a shard stream that are shuffled together, per reader.
     captions_per_image: how many are drawn each time an image is seen, none twice while it has others.
+    views_per_image: how many times an image is transformed each time it is seen.
     cache_mib: memory for keeping the decoded pictures of a small source, over all workers; 0 keeps none.
         It never changes the batches.
 
@@ -66,9 +68,8 @@ def open_pairs(
     readers = max(workers, 1)
     cache_bytes = cache_mib * 2**20 // readers
     opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
-    preparation = Preparation(
-        transform, tokenize, batch_size, seed, captions_per_image, cache_bytes if opened.resident else 0
-    )
+    cache_bytes = cache_bytes if opened.resident else 0
+    preparation = Preparation(transform, tokenize, batch_size, seed, captions_per_image, views_per_image, cache_bytes)
     return PairLoader(opened, preparation, workers, rank, world_size, cursor)
 
 

@@ -93,6 +93,7 @@ def open_stream(
         cursor=cursor,
         shuffle_buffer=config.data.shuffle_buffer,
         captions_per_image=config.data.captions_per_image,
+        views_per_image=config.data.views_per_image,
     )
 
 
