@@ -425,11 +425,15 @@ def _condition(label: str, known: Sequence[str]) -> int:
     return UNKNOWN
 
 
-def _spelled(label: str) -> str | float:
-    try:
-        return float(label)
-    except ValueError:
-        return label.strip().lower()
+def _spelled(label: str) -> tuple[str, float | None]:
+    """A label but for its case and the way its number is written.
+
+    >>> _spelled("0.90") == _spelled("0.9"), _spelled("c05") == _spelled("C5"), _spelled("True") == _spelled("true")
+    (True, True, True)
+    """
+    text = label.strip().lower()
+    number = re.fullmatch(r"([a-z]*)(\d+(?:\.\d+)?)", text)
+    return (number[1], float(number[2])) if number else (text, None)
 
 
 def _nothing(label: str) -> bool:
