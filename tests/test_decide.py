@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
+from torchvision.transforms import Compose, Resize
 
 from ssmclip.data.stimuli import CATEGORIES
 from ssmclip.data.trials import read_trials
@@ -174,6 +175,16 @@ def test_a_run_that_failed_goes_on_where_it_stopped(root, tmp_path):
     assert decide(imagenet_decider(other, see, "n"), stimuli, out, QUICK) == 18
     assert read_trials(out).subjects == ("m", "n")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_decider_is_known_again_by_its_weights_and_preprocessing():
+    def made(size: int) -> str:
+        def preprocess(image):  # another object, at another address, each time
+            return see(image)
+
+        return imagenet_decider(Brightest(), Compose([Resize(size), preprocess]), "m").fingerprint
+
+    assert made(224) == made(224) != made(256)
 
 
 def test_decisions_are_the_models(root, tmp_path):
