@@ -178,10 +178,13 @@ def test_a_run_that_failed_goes_on_where_it_stopped(root, tmp_path):
 
 
 def test_a_decider_is_known_again_by_its_weights_and_preprocessing():
+    kept = []  # so that each is at an address of its own
+
     def made(size: int) -> str:
-        def preprocess(image):  # another object, at another address, each time
+        def preprocess(image):
             return see(image)
 
+        kept.append(preprocess)
         return imagenet_decider(Brightest(), Compose([Resize(size), preprocess]), "m").fingerprint
 
     assert made(224) == made(224) != made(256)
