@@ -13,7 +13,10 @@ from ssmclip.registry import UnknownName
 transformers = pytest.importorskip("transformers")
 
 # kind: transformers' names of it, then fields, the second set away from every default
-KINDS = {"mamba": ("MambaConfig", "MambaModel", "MambaForCausalLM")}
+KINDS = {
+    "mamba": ("MambaConfig", "MambaModel", "MambaForCausalLM"),
+    "mamba2": ("Mamba2Config", "Mamba2Model", "Mamba2ForCausalLM"),
+}
 FIELDS = {
     "mamba": [
         dict(vocab_size=90, hidden_size=40, num_hidden_layers=2),
@@ -28,6 +31,24 @@ FIELDS = {
             layer_norm_epsilon=1e-3,
             use_bias=True,
             use_conv_bias=False,
+        ),
+    ],
+    "mamba2": [
+        dict(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1),
+        dict(
+            vocab_size=70,
+            hidden_size=24,
+            num_hidden_layers=3,
+            state_size=5,
+            expand=3,
+            num_heads=6,
+            head_dim=12,
+            n_groups=2,
+            conv_kernel=3,
+            layer_norm_epsilon=1e-3,
+            use_bias=True,
+            use_conv_bias=False,
+            time_step_limit=(0.02, 0.6),
         ),
     ],
 }

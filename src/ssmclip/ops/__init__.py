@@ -9,6 +9,7 @@ from ssmclip.ops.causal_conv import causal_conv1d
 from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from ssmclip.ops.dispatch import Backend, using
 from ssmclip.ops.selective_scan import selective_scan
+from ssmclip.ops.ssd import ssd
 
 __all__ = [
     "BACKENDS",
@@ -19,13 +20,15 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "selective_scan",
+    "ssd",
     "using",
 ]
 
 from ssmclip.ops.cross_scan import BACKENDS as _CROSS
 from ssmclip.ops.selective_scan import BACKENDS as _SCAN
+from ssmclip.ops.ssd import BACKENDS as _SSD
 
-BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS}
+BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD}
 
 
 def available(device: str = "cpu") -> list[tuple[str, str, bool, str]]:
