@@ -147,9 +147,9 @@ class LanguageModel(nn.Module):
 class MambaText(nn.Module):
     """A language model as open_clip text tower: the state after the last real token, projected.
 
-    embed_dim: E; mamba: fields of the language model's config, with `model_type` ("mamba", "mamba2"; "mamba" when left out);
-    context_length: tokens its tokenizer cuts a text at, None for no limit; pad_id: the token that fills up a text,
-    before its first or after its last token; proj_bias: of the projection.
+    embed_dim: E; mamba: fields of the language model's config, with `model_type` ("mamba", also when left out, or
+    "mamba2"); context_length: tokens its tokenizer cuts a text at, None for no limit; pad_id: the token that fills up
+    a text, before its first or after its last token; proj_bias: of the projection.
 
     An embedding depends neither on the other texts of the batch nor on how far, or on which side, a text was padded.
     Raises UnknownName for another model_type, TypeError for a field it does not have.

@@ -25,10 +25,9 @@ from ssmclip.ops import simd, vector_math
 from ssmclip.ops.selective_scan import loops
 from ssmclip.ops.selective_scan.loops import loop
 from ssmclip.ops.simd import (
-    entry_point,
     REGISTER_BYTES,
     broadcast,
-    compiled,
+    entry_point,
     fill,
     load,
     load_part,

@@ -94,7 +94,7 @@ def scan(x, step, A, B, C, initial, want_last):
             last = rearrange(initial, "b (g r) p n -> b g r p n", g=groups)
         for k in range(count):
             states.append(torch.zeros_like(added[:, 0]) if last is None else last)
-            # The first chunk inherits nothing: not even 0 times its decay, which is NaN where a growing state overflows.
+            # The first chunk inherits nothing, not even 0 times its decay: NaN where a growing state overflows.
             last = added[:, k] if last is None else from_start[:, k, ..., -1, None, None] * last + added[:, k]
         inherited = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.stack(states, 1))
         y = y + inherited * rearrange(from_start, "b c g r q -> b c q g r 1")
