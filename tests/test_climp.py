@@ -15,6 +15,9 @@ transformers = pytest.importorskip("transformers")
 # name: Hugging Face's config of the published language model
 CLIMPS = {
     "CLIMP-Mamba1": transformers.MambaConfig(vocab_size=50280, hidden_size=2048, num_hidden_layers=48),
+    "CLIMP-Mamba2": transformers.Mamba2Config(
+        vocab_size=50288, hidden_size=2048, num_hidden_layers=48, num_heads=64, head_dim=64, n_groups=1
+    ),
 }
 # CLIMP's name of a part: open_clip's.
 PARTS = {
@@ -34,6 +37,7 @@ def tiny_climp(text_config: dict, embed_dim: int = 24) -> dict:
     model_cfg["embed_dim"] = embed_dim
     model_cfg["vision_cfg"]["timm_model_name"] = "test_vmamba"
     known = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim")
+    known += ("n_groups",)
     model_cfg["text_cfg"]["mamba"] = {key: text_config[key] for key in known if key in text_config}
     return config
 
