@@ -1,6 +1,7 @@
 """State-space recurrences over sequences and images. `reference` is the definition; every back end agrees with it.
 
-Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded).
+Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded;
+BLAS where there are matrix products).
 `backend="auto"` takes the fastest that exists for the tensors given; `with using("reference"):` forces one.
 `python -m ssmclip ops` prints which exist on this machine.
 """
