@@ -3,7 +3,6 @@
     python benchmarks/text.py --out results/text.jsonl          two layers; --layers 24: the whole of mamba-130m
     python benchmarks/text.py --only kind=mamba2 batch=8        the conditions that hold all these
 
-
 One process, the same weights and tokens for both, turns taken, medians. The shape is that of mamba-130m and
 mamba2-130m, 768 channels, but for the token table, which has 1,000 rows: looking them up is the same for both.
 --clock cpu counts the process's own time, which a busy machine disturbs less.
