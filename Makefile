@@ -26,6 +26,7 @@ lint: setup
 
 bench: setup  ## ours against peers, as rows in results/
 	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text.jsonl
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

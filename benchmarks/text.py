@@ -1,18 +1,24 @@
 """Language models on a CPU: ours against transformers' MambaModel and Mamba2Model without mamba_ssm.
 
     python benchmarks/text.py --out results/text.jsonl          two layers; --layers 24: the whole of mamba-130m
+    python benchmarks/text.py --only kind=mamba2 batch=8        the conditions that hold all these
 
 One process, the same weights and tokens for both, turns taken, medians. The shape is that of mamba-130m and
 mamba2-130m, 768 channels, but for the token table, which has 1,000 rows: looking them up is the same for both.
 --clock cpu counts the process's own time, which a busy machine disturbs less.
+
+Mamba's loop in transformers keeps and fills gradients of (batch, 1536, length, 16) for every position: its backward
+pass at length 1024 takes gigabytes and minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,14 +63,24 @@ def one_run(model: nn.Module, tokens: torch.Tensor, backward: bool, clock: Calla
         return clock() - start, states.detach()
 
 
-def measure(
-    kind: str, layers: int, shape: tuple[int, int], backward: bool, repetitions: int, clock: str
-) -> Iterator[Result]:
-    """Rows of one kind, shape and pass."""
-    models = make_models(kind, layers)
-    tokens = torch.randint(0, 1000, shape)
-    which = "forward+backward" if backward else "forward"
-    condition = f"kind={kind},layers={layers},batch={shape[0]},length={shape[1]},pass={which}"
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    layers: int
+    batch: int
+    length: int
+    backward: bool
+
+    @property
+    def condition(self) -> str:
+        which = "forward+backward" if self.backward else "forward"
+        return f"kind={self.kind},layers={self.layers},batch={self.batch},length={self.length},pass={which}"
+
+
+def measure(case: Case, repetitions: int, clock: str) -> Iterator[Result]:
+    models = make_models(case.kind, case.layers)
+    tokens = torch.randint(0, 1000, (case.batch, case.length))
+    condition, backward = case.condition, case.backward
     first = {name: one_run(model, tokens, backward, CLOCKS[clock])[1] for name, model in models.items()}
     difference = float((first[OURS] - first[PEER]).norm() / first[PEER].norm())
     if difference > 1e-4:
@@ -88,14 +104,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="of a condition, such as batch=8")
     args = parser.parse_args()
     write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads(), clock=args.clock))
-    for kind in FIELDS:
-        for shape in SHAPES:
-            for backward in (False, True):
-                for row in measure(kind, args.layers, shape, backward, args.repetitions, args.clock):
-                    append_rows(args.out, [row])
-                    print(f"{row.condition:70} {row.model:13} {row.metric:12} {row.value:.5g}", flush=True)
+    every = itertools.product(FIELDS, [args.layers], SHAPES, (False, True))
+    cases = [Case(kind, layers, *shape, backward) for kind, layers, shape, backward in every]
+    for case in (c for c in cases if set(args.only) <= set(c.condition.split(","))):
+        for row in measure(case, args.repetitions, args.clock):
+            append_rows(args.out, [row])
+            print(f"{row.condition:70} {row.model:13} {row.metric:12} {row.value:.5g}", flush=True)
 
 
 if __name__ == "__main__":

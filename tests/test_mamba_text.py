@@ -308,9 +308,9 @@ def test_causal_conv_equals_a_padded_convolution(length, taps, channels_last, wi
     torch.testing.assert_close(ops.causal_conv1d(x, weight, bias, backend="reference"), truth, rtol=1e-12, atol=1e-12)
     if length > 1:
         assert (y.stride(1) == 1) == channels_last
-    inputs = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
-    assert torch.autograd.gradcheck(ops.causal_conv1d, inputs)
     if length == 3:
+        inputs = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+        assert torch.autograd.gradcheck(ops.causal_conv1d, inputs)
         assert torch.autograd.gradgradcheck(ops.causal_conv1d, inputs)
 
 
