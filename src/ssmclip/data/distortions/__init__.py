@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from ssmclip.data.distortions import kernels
+from ssmclip.data.distortions.eidolon import disarray
 from ssmclip.data.stimuli import STIMULUS_SETS
 from ssmclip.registry import Registry
 
@@ -172,8 +173,8 @@ def contrast(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     return kernels.to_pictures(kernels.scaled(kernels.to_grey(images), level, (1 - level) / 2))
 
 
-# RGB light -> responses of the L, M, S cones; those less CONES_WHITE -> luminance, L - M and S - luminance. Measured for
-# the experiments' screen (generalisation-humans-DNNs, get_opponent_colours).
+# RGB light -> responses of the L, M, S cones; those less CONES_WHITE -> luminance, L - M and S - luminance.
+# Measured on the experiments' screen (generalisation-humans-DNNs, get_opponent_colours).
 CONES = np.array(
     [
         [0.1619982647, 0.208049264, 0.0389347448],
@@ -308,3 +309,20 @@ def uniform_noise(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     for i, seed in enumerate(seeds):
         kernels.add_noise(grey[i], np.random.RandomState(seed).random_sample(grey.shape[1:]), level)
     return kernels.to_pictures(grey)
+
+
+# ---- eidolons --------------------------------------------------------------------------------------------------------
+
+
+def _add_eidolon(name: str, coherence: float) -> None:
+    def partially_coherent_disarray(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+        pairs = zip(images, seeds, strict=True)
+        return np.stack([disarray(image, level, coherence, seed) for image, seed in pairs])
+
+    reaches = [2**i for i in range(8)]
+    distortion(name, reaches, "the reach in pixels, of 256 on the longer side")(partially_coherent_disarray)
+
+
+_add_eidolon("eidolonI", coherence=1.0)
+_add_eidolon("eidolonII", coherence=0.3)
+_add_eidolon("eidolonIII", coherence=0.0)

@@ -1,0 +1,159 @@
+"""Eidolons (Koenderink et al. 2017, J. Vision 17(2):7), as the experiments made them: partially coherent disarray.
+
+A picture is cut into 12 bands (differences of Gaussians, sigma 0.71 to 32), each band's pixels are fetched from
+displaced places, and the bands are added up again. The displacements are blurred noise: one field per band, of grain
+10 (incoherent), or the sum over this and all coarser bands of noise blurred as the band is (coherent), or a mix.
+
+The published code blurs 512 x 512 arrays, mirrored pictures and white noise alike, by transforms. Here
+
+    a mirrored picture       is its cosine transform, of which coarse bands need few frequencies;
+    noise blurred by sigma   is A W A', white noise W on a grid as coarse as sigma, A the Gaussian between the places:
+                             the same covariance, to 1e-4, without drawing noise nobody sees.
+
+The bands are the published ones to rounding, the displacements have the published distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from ssmclip.data.distortions.kernels import kernel
+
+SIDE = 256  # pixels of the longer side; larger and smaller pictures are resized and resized back
+MAX_SIGMA = 64
+SIGMAS = tuple(math.sqrt(2) ** i / math.sqrt(2) for i in range(12))
+GRAIN = 10.0
+NEGLIGIBLE = 1e-6  # share of a frequency that is dropped
+
+
+def disarray(
+    image: UInt8[np.ndarray, "h w 3"], reach: float, coherence: float, seed: int, grain: float = GRAIN
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture, grey and disarrayed. reach: pixels of displacement per unit of the fields; coherence in [0, 1]."""
+    height, width = image.shape[:2]
+    scale = SIDE / max(height, width)
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS).convert("L")
+    bands = split(np.asarray(resized))
+    rows, columns = displacements(bands.shape[1:], coherence, grain, np.random.default_rng(seed))
+    grey = gather(bands, rows, columns, np.float32(reach), margin(size[1]), margin(size[0]))
+    out = Image.fromarray(grey).resize((width, height), Image.Resampling.LANCZOS)
+    return np.repeat(np.asarray(out)[..., None], 3, axis=2)
+
+
+def margin(side: int) -> int:
+    """How far beyond the picture its mirror image goes: up to the next power of two of 1.5 sides."""
+    return (2 ** math.ceil(math.log2(1.5 * side)) - side) // 2
+
+
+def split(grey: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "bands h w"]:
+    """The picture's bands, fine to coarse. They add up to the picture blurred by 0.71 pixels."""
+    height, width = grey.shape
+    rows, row_gains = _cosines(height)
+    columns, column_gains = _cosines(width)
+    spectrum = rows @ grey.astype(np.float32) @ columns.T
+    bands = np.empty((len(SIGMAS), height, width), np.float32)
+    for k in range(len(SIGMAS)):
+        m = int(np.count_nonzero(row_gains[k] > NEGLIGIBLE))
+        n = int(np.count_nonzero(column_gains[k] > NEGLIGIBLE))
+        gain = np.outer(row_gains[k, :m], column_gains[k, :n])
+        if k + 1 < len(SIGMAS):
+            gain -= np.outer(row_gains[k + 1, :m], column_gains[k + 1, :n])
+        np.matmul(rows[:m].T @ (gain * spectrum[:m, :n]), columns[:n], out=bands[k])
+    return bands
+
+
+@lru_cache(maxsize=8)
+def _cosines(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the orthonormal cosine transform (frequencies, places), what each sigma's sampled Gaussian leaves of each)."""
+    frequencies = np.pi * np.arange(side) / side
+    basis = np.cos(frequencies[:, None] * (np.arange(side) + 0.5)) * math.sqrt(2 / side)
+    basis[0] /= math.sqrt(2)
+    gains = np.empty((len(SIGMAS), side))
+    for k, sigma in enumerate(SIGMAS):
+        x = np.arange(-int(8 * sigma) - 1, int(8 * sigma) + 2)
+        gains[k] = np.cos(np.outer(frequencies, x)) @ _gaussian(x, sigma)
+    return basis.astype(np.float32), gains.astype(np.float32)
+
+
+def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
+    return np.exp(-(x**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)
+
+
+def displacements(
+    shape: tuple[int, int], coherence: float, grain: float, rng: np.random.Generator
+) -> Float32[np.ndarray, "2 bands h w"]:
+    """Displacements of each band along rows and along columns, for a reach of 1 pixel."""
+    fields = np.zeros((2, len(SIGMAS), *shape), np.float32)
+    if coherence > 0:
+        for k, sigma in enumerate(SIGMAS):
+            fields[:, k] = noise(2, shape, sigma, rng) * np.float32(coherence * sigma / MAX_SIGMA)
+        for k in range(len(SIGMAS) - 2, -1, -1):
+            fields[:, k] += fields[:, k + 1]
+    if coherence < 1:
+        incoherent = noise(2 * len(SIGMAS), shape, grain, rng).reshape(fields.shape)
+        incoherent *= np.float32(1 - coherence)
+        fields += incoherent
+    return fields
+
+
+def noise(
+    count: int, shape: tuple[int, int], sigma: float, rng: np.random.Generator
+) -> Float32[np.ndarray, "count h w"]:
+    """Independent fields of white noise of the published amplitude, blurred.
+
+    The published noise is N(0, 1) over the mirrored picture times 127.5 / its largest absolute value. Its mean over its
+    standard deviation, both after the blur, is subtracted; so it says, and it hardly matters.
+    """
+    rows, step = _spread(shape[0], sigma)
+    columns, _ = _spread(shape[1], sigma)
+    pixels = math.prod(side + 2 * margin(side) for side in shape)
+    white = rng.standard_normal((count, rows.shape[1], columns.shape[1]), dtype=np.float32)
+    seen = min(step**2 * white[0].size / pixels, 1)
+    mean = math.sqrt(seen / white[0].size) * white.sum(axis=(1, 2)) + math.sqrt(1 - seen) * rng.standard_normal(count)
+    largest = [NormalDist().inv_cdf((1 + u ** (1 / pixels)) / 2) for u in rng.random(count)]
+    white *= (127.5 / np.array(largest, np.float32))[:, None, None]
+    offset = 2 * math.sqrt(math.pi) * sigma / math.sqrt(pixels) * mean
+    fields = np.matmul(np.matmul(rows, white), columns.T)
+    fields -= offset.astype(np.float32)[:, None, None]
+    return fields
+
+
+@lru_cache(maxsize=64)
+def _spread(side: int, sigma: float) -> tuple[np.ndarray, float]:
+    """(Gaussian from the places of white noise to pixels (side, places), step between the places)."""
+    step = sigma if sigma >= 2 else 1.0  # finer Gaussians would feel the grid, so they get the pixels' own
+    reach = math.ceil(4 * sigma / step)
+    places = step * np.arange(-reach, math.ceil((side - 1) / step) + reach + 1)
+    weights = _gaussian(np.arange(side)[:, None] - places, sigma) * math.sqrt(step)
+    return weights.astype(np.float32), step
+
+
+@kernel
+def gather(bands, rows, columns, reach, row_margin, column_margin):
+    """Sum of the bands, each fetched from displaced places, as uint8 (truncated). Around a picture is its mirror image.
+
+    bands, rows, columns: float32 (K, H, W). Places are clipped to the margins and rounded down.
+    """
+    count, height, width = bands.shape
+    total = np.zeros((height, width), np.float32)
+    for k in range(count):
+        for y in range(height):
+            for x in range(width):
+                row = min(max(y + row_margin + reach * rows[k, y, x], 0), height + 2 * row_margin - 1)
+                column = min(max(x + column_margin + reach * columns[k, y, x], 0), width + 2 * column_margin - 1)
+                i, j = int(row) - row_margin, int(column) - column_margin
+                i = -1 - i if i < 0 else (2 * height - 1 - i if i >= height else i)
+                j = -1 - j if j < 0 else (2 * width - 1 - j if j >= width else j)
+                total[y, x] += bands[k, i, j]
+    out = np.empty((height, width), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            out[y, x] = np.uint8(min(max(total[y, x], 0), 255))
+    return out
