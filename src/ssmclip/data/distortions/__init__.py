@@ -91,7 +91,7 @@ def distort(
     else:
         chosen = DISTORTIONS[name]
         given = {"amplitude": amplitude, "gamma": gamma}
-        tables = {key: _load_table(key, given[key], name) for key in chosen.tables}
+        tables = {key: load_table(key, given[key], name) for key in chosen.tables}
         out = chosen.function(batch, parse_level(name, level), seeds, **tables)
     return out[0] if single else out
 
@@ -137,7 +137,8 @@ def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return seeds
 
 
-def _load_table(kind: str, table: Table, name: str) -> np.ndarray:
+def load_table(kind: str, table: Table, name: str) -> np.ndarray:
+    """The table "amplitude" or "gamma", read and checked. Raises ValueError for none and for what it can't be."""
     if table is None:
         raise ValueError(f"{name} needs {kind}=, the path of a .npy file or an array; see distort's docstring")
     array = table if isinstance(table, np.ndarray) else np.load(table, allow_pickle=False)
