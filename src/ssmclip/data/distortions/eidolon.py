@@ -5,10 +5,10 @@ displaced places, and the bands are added up again. The displacements are blurre
 10 (incoherent), or the sum over this and all coarser bands of noise blurred as the band is (coherent), or a mix.
 
 The published code blurs 512 x 512 arrays, the mirrored picture and white noise alike, by transforms. Here the picture
-is filtered where it is seen, and noise blurred by sigma is A W A': W white on a grid as coarse as sigma, A the Gaussian
-between its places and the pixels. The covariance is the same to 1e-4, and no noise is drawn that nobody sees. The bands
-are the published ones to rounding, and the displacements have the published distribution (but for the shear that
-`blur_sheared` tells of, which only the picture gets).
+is filtered where it is seen. So is fine noise; noise blurred by sigma >= 4 is A W A': W white on a grid as coarse as
+sigma, A the Gaussian between its places and the pixels, which has the same covariance to 1e-4. (The shear that
+`blur_sheared` tells of is left out there: it is too small to be seen.) The bands are the published ones to rounding,
+the displacements have the published distribution.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MAX_SIGMA = 64
 SIGMAS = tuple(math.sqrt(2) ** i / math.sqrt(2) for i in range(12))
 GRAIN = 10.0
 TRUNCATE = 4.5  # sigmas
+COARSE_SIGMA = 4.0
 
 
 def disarray(
@@ -54,7 +55,7 @@ def split(grey: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "bands h w"]:
     """The picture's bands, fine to coarse. They add up to the picture blurred by 0.71 pixels."""
     bands = np.empty((len(SIGMAS), *grey.shape), np.float32)
     for band, sigma in zip(bands, SIGMAS, strict=True):
-        weights = _gaussian(np.arange(math.ceil(TRUNCATE * sigma) + 1), sigma).astype(np.float32)
+        weights = _half_kernel(sigma)
         padded = np.pad(grey.astype(np.float32), len(weights), mode="symmetric")
         blur_sheared(padded, weights, band)
     bands[:-1] -= bands[1:]
@@ -87,6 +88,10 @@ def blur_sheared(padded, weights, out):
                 row[x] += (left[x] + right[x]) * weights[k]
 
 
+def _half_kernel(sigma: float) -> np.ndarray:
+    return _gaussian(np.arange(math.ceil(TRUNCATE * sigma) + 1), sigma).astype(np.float32)
+
+
 def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
     return np.exp(-(x**2) / (2 * sigma**2)) / (math.sqrt(2 * math.pi) * sigma)
 
@@ -116,28 +121,32 @@ def noise(
     The published noise is N(0, 1) over the mirrored picture times 127.5 / its largest absolute value. Its mean over its
     standard deviation, both after the blur, is subtracted; so it says, and it hardly matters.
     """
-    rows, step = _spread(shape[0], sigma)
-    columns, _ = _spread(shape[1], sigma)
+    coarse = sigma >= COARSE_SIGMA
+    border = math.ceil(TRUNCATE * sigma) + 1
+    step = sigma if coarse else 1.0
+    places = [2 * border + side if not coarse else _spread(side, sigma).shape[1] for side in shape]
+    white = rng.standard_normal((count, *places), dtype=np.float32)
     pixels = math.prod(side + 2 * margin(side) for side in shape)
-    white = rng.standard_normal((count, rows.shape[1], columns.shape[1]), dtype=np.float32)
     seen = min(step**2 * white[0].size / pixels, 1)
     mean = math.sqrt(seen / white[0].size) * white.sum(axis=(1, 2)) + math.sqrt(1 - seen) * rng.standard_normal(count)
     largest = [NormalDist().inv_cdf((1 + u ** (1 / pixels)) / 2) for u in rng.random(count)]
     white *= (127.5 / np.array(largest, np.float32))[:, None, None]
+    if coarse:
+        fields = np.matmul(np.matmul(_spread(shape[0], sigma), white), _spread(shape[1], sigma).T)
+    else:
+        fields = np.empty((count, *shape), np.float32)
+        for plane, field in zip(white, fields, strict=True):
+            blur_sheared(plane, _half_kernel(sigma), field)
     offset = 2 * math.sqrt(math.pi) * sigma / math.sqrt(pixels) * mean
-    fields = np.matmul(np.matmul(rows, white), columns.T)
     fields -= offset.astype(np.float32)[:, None, None]
     return fields
 
 
 @lru_cache(maxsize=64)
-def _spread(side: int, sigma: float) -> tuple[np.ndarray, float]:
-    """(Gaussian from the places of white noise to pixels (side, places), step between the places)."""
-    step = sigma if sigma >= 2 else 1.0  # finer Gaussians would feel the grid, so they get the pixels' own
-    reach = math.ceil(4 * sigma / step)
-    places = step * np.arange(-reach, math.ceil((side - 1) / step) + reach + 1)
-    weights = _gaussian(np.arange(side)[:, None] - places, sigma) * math.sqrt(step)
-    return weights.astype(np.float32), step
+def _spread(side: int, sigma: float) -> Float32[np.ndarray, "side places"]:
+    """Gaussian from white noise at places that are sigma apart to pixels."""
+    places = sigma * np.arange(-4, math.ceil((side - 1) / sigma) + 5)
+    return (_gaussian(np.arange(side)[:, None] - places, sigma) * math.sqrt(sigma)).astype(np.float32)
 
 
 @kernel
