@@ -1,5 +1,6 @@
 """The registry of distortions, against the authors' own pictures and the definitions in plain NumPy, SciPy, Pillow."""
 
+import io
 import math
 from functools import lru_cache
 from itertools import pairwise
@@ -305,3 +306,37 @@ def test_input_that_cannot_be(tables, tmp_path):
     np.save(tmp_path / "gamma.npy", np.ones(256))
     with pytest.raises(ValueError, match="256 rising values"):
         ssmclip.distort(photograph(0), "false-colour", gamma=tmp_path / "gamma.npy")
+
+
+# ---- ImageNet-C ------------------------------------------------------------------------------------------------------
+
+
+def test_corruptions_of_imagenet_c():
+    """By name, seeded, and the caller's random numbers are left alone. Contrast and JPEG by their definitions."""
+    pytest.importorskip("imagecorruptions")
+    image = photograph(14, 96, 96)
+    np.random.seed(0)
+    wanted = np.random.random()
+    np.random.seed(0)
+    for name in ("gaussian_noise", "impulse_noise", "glass_blur", "fog", "snow", "elastic_transform"):
+        batch = ssmclip.distort(np.stack([image, image]), f"imagenet-c/{name}", 3, seed=5)
+        np.testing.assert_array_equal(batch[1], ssmclip.distort(image, f"imagenet-c/{name}", "3", seed=6))
+        assert (batch[0] != batch[1]).mean() > 0.2, name
+    assert np.random.random() == wanted
+    x = image / 255
+    mean = x.mean(axis=(0, 1))
+    expected = np.uint8(np.clip((x - mean) * 0.2 + mean, 0, 1) * 255)
+    assert np.abs(ssmclip.distort(image, "imagenet-c/contrast", 3).astype(int) - expected).max() <= 1
+    jpeg = io.BytesIO()
+    Image.fromarray(image).save(jpeg, "JPEG", quality=15)
+    np.testing.assert_array_equal(ssmclip.distort(image, "imagenet-c/jpeg_compression", 3), np.array(Image.open(jpeg)))
+
+
+def test_corruptions_that_cannot_be():
+    pytest.importorskip("imagecorruptions")
+    with pytest.raises(UnknownName, match="did you mean 'imagenet-c/fog'"):
+        ssmclip.distort(photograph(0), "imagenet-c/fogg", 3)
+    with pytest.raises(ValueError, match="1, 2, 3, 4 or 5"):
+        ssmclip.distort(photograph(0), "imagenet-c/fog", 6)
+    with pytest.raises(ValueError, match="32 x 32 or more"):
+        ssmclip.distort(photograph(0, 20, 40), "imagenet-c/fog", 1)

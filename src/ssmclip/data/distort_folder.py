@@ -32,7 +32,7 @@ class Job:
     source: Path
     target: Path
     distortion: str
-    level: float | str | None
+    level: str
     seed: int
 
 

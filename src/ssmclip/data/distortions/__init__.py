@@ -25,6 +25,7 @@ from ssmclip.registry import Registry
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 Table = str | Path | np.ndarray | None
+Number = float | int
 
 PADDING = 0.4423  # the mean grey of the experiments' images: what lies around an image, and a high-pass image's mean
 NOISE_CONTRAST = 0.3  # noise is added to pictures of 30 % contrast
@@ -42,7 +43,7 @@ class Distortion:
     function: Callable
     levels: dict[str, float]
     meaning: str
-    allowed: tuple[float, float]
+    allowed: tuple[Number, Number]
     tables: tuple[str, ...] = field(default=())
 
 
@@ -50,7 +51,11 @@ DISTORTIONS: Registry[Distortion] = Registry("distortion")
 
 
 def distortion(
-    name: str, levels: Sequence[float], meaning: str, allowed: tuple[float, float] = (0, math.inf), tables: tuple = ()
+    name: str,
+    levels: Sequence[Number],
+    meaning: str,
+    allowed: tuple[Number, Number] = (0, math.inf),
+    tables: tuple = (),
 ):
     """Decorator: enter the function in DISTORTIONS. levels: of STIMULUS_SETS[name].conditions, in their order."""
 
@@ -65,7 +70,7 @@ def distortion(
 def distort(
     images: np.ndarray,
     name: str,
-    level: float | str | None = None,
+    level: Number | str | None = None,
     *,
     seed: int | Sequence[int] = 0,
     amplitude: Table = None,
@@ -96,7 +101,7 @@ def distort(
     return out[0] if single else out
 
 
-def parse_level(name: str, level: float | str | None = None) -> float:
+def parse_level(name: str, level: Number | str | None = None) -> float:
     """The level as a number. Raises ValueError for what is neither a label nor in the distortion's range.
 
     >>> parse_level("contrast", "c30"), parse_level("high-pass", "inf"), parse_level("power-equalisation")
