@@ -1,5 +1,6 @@
 """Folders of pictures distorted by the command, and the published sets rebuilt from a folder made like ImageNet."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
-from ssmclip.__main__ import main
+from ssmclip import UnknownName
+from ssmclip.data import command
 from ssmclip.data.distort_folder import crop, folder_jobs, rebuild_jobs, run_jobs
 from ssmclip.data.distortions import DISTORTIONS
 from ssmclip.data.stimuli import find_stimuli
@@ -24,6 +26,13 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> np.ndarr
     return np.array(Image.open(path).convert("RGB"))
 
 
+def run(*arguments: str | Path) -> int:
+    """`ssmclip distort ARGUMENTS`, without the command line's handling of errors."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
 def test_a_folder(tmp_path, capsys):
     """Class folders are kept, what does not open is named, and a second run writes what is missing and no more."""
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -32,8 +41,8 @@ def test_a_folder(tmp_path, capsys):
     picture(folder / "dog/deep/one.bmp", 2)
     (folder / "dog/broken.png").write_bytes(b"not a picture")
     (folder / "notes.txt").write_text("nor this")
-    command = ["distort", str(folder), "--out", str(out), "--distortions", "high-pass,uniform-noise", "--size", "0"]
-    assert main(command) == 1
+    arguments = [folder, "--out", out, "--distortions", "high-pass,uniform-noise", "--size", "0"]
+    assert run(*arguments) == 1
     printed = capsys.readouterr().out
     assert "48 written, 0 already there, 1 pictures unreadable" in printed
     assert "dog/broken.png: broken image" in printed
@@ -48,7 +57,7 @@ def test_a_folder(tmp_path, capsys):
     lost = out / "uniform-noise/0.1/cat/one.png"
     lost.unlink()
     kept = (out / "uniform-noise/0.2/cat/one.png").stat().st_mtime_ns
-    main(command)
+    run(*arguments)
     assert "1 written, 47 already there" in capsys.readouterr().out
     assert lost.read_bytes() == noise[lost]
     assert (out / "uniform-noise/0.2/cat/one.png").stat().st_mtime_ns == kept
@@ -73,23 +82,25 @@ def test_the_crop_is_torchvisions():
         np.testing.assert_array_equal(crop(image, 224), center_crop(resize(image, 256), 224))
 
 
-def test_folders_that_cannot_be(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "error", "complaint"),
+    [
+        (["empty", "--out", "out"], FileNotFoundError, "no picture"),
+        (["in", "--out", "in/out"], ValueError, "distorted again by the next run"),
+        (["in", "--out", "out", "--distortions", "contrst"], UnknownName, "did you mean 'contrast'"),
+        (["in", "--out", "out", "--distortions", "contrast", "--levels", "0.5,x"], ValueError, "one of c100"),
+        (["in", "--out", "out", "--distortions", "contrast,power-equalisation"], ValueError, "needs amplitude="),
+        (["--out", "out"], ValueError, "either a folder"),
+        (["--out", "out", "--humans", "h.parquet"], ValueError, "both --humans"),
+    ],
+)
+def test_folders_that_cannot_be(tmp_path, monkeypatch, arguments, error, complaint):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     picture(tmp_path / "in/a.png", 0)
-
-    def complaint(*arguments: str) -> str:
-        assert main(["distort", *arguments]) == 1
-        return capsys.readouterr().err
-
-    folder, out = str(tmp_path / "in"), str(tmp_path / "out")
-    assert "no picture" in complaint(str(tmp_path / "empty"), "--out", out)
-    assert "distorted again by the next run" in complaint(folder, "--out", f"{folder}/out")
-    assert "did you mean 'contrast'" in complaint(folder, "--out", out, "--distortions", "contrst")
-    assert "one of c100" in complaint(folder, "--out", out, "--distortions", "contrast", "--levels", "0.5,x")
-    assert "needs amplitude=" in complaint(folder, "--out", out, "--distortions", "contrast,power-equalisation")
-    assert "either a folder" in complaint("--out", out)
-    assert "both --humans" in complaint("--out", out, "--humans", "h.parquet")
-    assert not Path(out).exists()
+    with pytest.raises(error, match=complaint):
+        run(*arguments)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the published sets ----------------------------------------------------------------------------------------------
@@ -136,9 +147,9 @@ def humans(path: Path, key: str) -> Path:
 def test_sets_are_rebuilt_from_the_human_data(tmp_path, imagenet, key, capsys):
     table = humans(tmp_path / "humans.parquet", key)
     out = tmp_path / "datasets"
-    command = ["distort", "--humans", str(table), "--imagenet", str(imagenet), "--out", str(out)]
-    command += ["--distortions", "high-pass,uniform-noise,rotation"]
-    assert main(command) == 1
+    arguments = ["--humans", table, "--imagenet", imagenet, "--out", out]
+    arguments += ["--distortions", "high-pass,uniform-noise,rotation"]
+    assert run(*arguments) == 1
     printed = capsys.readouterr().out
     assert "1 images of 1 stimuli are not in" in printed
     assert "missing: n03041632_404" in printed
@@ -153,7 +164,7 @@ def test_sets_are_rebuilt_from_the_human_data(tmp_path, imagenet, key, capsys):
     source = next(imagenet.rglob("n03662601_333.JPEG"))
     cropped = np.array(center_crop(resize(Image.open(source), 256), 224))
     np.testing.assert_array_equal(np.array(Image.open(found[1].path)), ssmclip.distort(cropped, "high-pass", 3.0))
-    main(command)
+    run(*arguments)
     assert "0 written, 4 already there" in capsys.readouterr().out
 
 
