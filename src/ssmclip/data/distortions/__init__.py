@@ -260,9 +260,10 @@ def phase_scrambling(images: Pictures, level: float, seeds: list[int]) -> Pictur
     for i, seed in enumerate(seeds):
         shifts = (np.random.RandomState(seed).random_sample(half) - 0.5) * 2 * level / 180 * np.pi
         # Taking the real part leaves each frequency the mean of its own factor and its partner's, conjugated.
-        factors = (np.exp(1j * shifts) + np.exp(1j * shifts[::-1])) / 2
+        turned = np.exp(1j * shifts)
+        factors = (turned + turned[::-1]) / 2
         spectrum = np.ones((height, width), complex)
-        flat = np.concatenate([factors, [1], factors[::-1].conj()])
+        flat = np.concatenate([factors, [1], factors.conj()])
         spectrum[height - inner[0] :, width - inner[1] :] = flat.reshape(inner)
         spectrum = np.fft.ifftshift(spectrum)[:, : width // 2 + 1]
         grey[i] = np.fft.irfft2(np.fft.rfft2(grey[i]) * spectrum, s=(height, width))
