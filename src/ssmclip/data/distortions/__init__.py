@@ -302,8 +302,9 @@ def rotation(images: Pictures, level: float, seeds: list[int]) -> Pictures:
         from scipy.ndimage import rotate
 
         grey = rotate(grey, level, axes=(2, 1), reshape=False, order=1, mode="constant", cval=PADDING)
-        return kernels.to_pictures(grey)
-    return np.ascontiguousarray(np.rot90(kernels.to_pictures(grey), int(level // 90), axes=(1, 2)))
+    else:
+        grey = np.ascontiguousarray(np.rot90(grey, int(level // 90), axes=(1, 2)))
+    return kernels.to_pictures(grey)
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------
