@@ -294,7 +294,7 @@ def power_equalisation(images: Pictures, level: float, seeds: list[int], amplitu
 
 
 @distortion("rotation", (0, 90, 180, 270), "the angle in degrees, counter-clockwise", (-360, 360))
-def rotation(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+def rotation(images: Pictures, level: float, seeds: list[int]) -> UInt8[np.ndarray, "n height width 3"]:
     """Grey, turned. Quarter turns move pixels (a side by another where the picture is no square); other angles are
     interpolated linearly and filled with PADDING."""
     grey = kernels.to_grey(images)
