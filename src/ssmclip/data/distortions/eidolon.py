@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from ssmclip.data.distortions.kernels import kernel
+from ssmclip.data.distortions.kernels import SLACK, blur_sheared
+from ssmclip.ops.simd import entry_point
 
 SIDE = 256  # pixels of the longer side; larger and smaller pictures are resized and resized back
 MAX_SIGMA = 64
@@ -53,39 +54,12 @@ def margin(side: int) -> int:
 
 def split(grey: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "bands h w"]:
     """The picture's bands, fine to coarse. They add up to the picture blurred by 0.71 pixels."""
-    bands = np.empty((len(SIGMAS), *grey.shape), np.float32)
-    for band, sigma in zip(bands, SIGMAS, strict=True):
-        weights = _half_kernel(sigma)
-        padded = np.pad(grey.astype(np.float32), len(weights), mode="symmetric")
-        blur_sheared(padded, weights, band)
+    border = len(_half_kernel(SIGMAS[-1]))
+    padded = np.pad(grey.astype(np.float32), border, mode="symmetric")
+    padded = np.pad(padded, ((0, 0), (0, SLACK)))
+    bands = np.stack([blur_sheared(padded, border, _half_kernel(sigma)) for sigma in SIGMAS])
     bands[:-1] -= bands[1:]
     return bands
-
-
-@kernel
-def blur_sheared(padded, weights, out):
-    """A Gaussian blur of which the part from pixels on the right comes from one row above, as the published one does.
-
-    (It convolves flattened arrays, where one column to the left of the first is the last of the row above.)
-    padded: the picture with weights.size pixels around it; weights: the kernel from its centre out.
-    """
-    height, width = out.shape
-    radius = weights.size - 1
-    rows = np.empty((height + 1, padded.shape[1]), np.float32)  # blurred along y, from row -1
-    for y in range(height + 1):
-        row = rows[y]
-        row[:] = padded[y + radius] * weights[0]
-        for k in range(1, radius + 1):
-            above, below = padded[y + radius - k], padded[y + radius + k]
-            for x in range(row.size):
-                row[x] += (above[x] + below[x]) * weights[k]
-    for y in range(height):
-        row = out[y]
-        row[:] = rows[y + 1, radius + 1 : radius + 1 + width] * weights[0]
-        for k in range(1, radius + 1):
-            left, right = rows[y + 1, radius + 1 - k :], rows[y, radius + 1 + k :]
-            for x in range(width):
-                row[x] += (left[x] + right[x]) * weights[k]
 
 
 def _half_kernel(sigma: float) -> np.ndarray:
@@ -122,9 +96,12 @@ def noise(
     standard deviation, both after the blur, is subtracted; so it says, and it hardly matters.
     """
     coarse = sigma >= COARSE_SIGMA
-    border = math.ceil(TRUNCATE * sigma) + 1
+    kernel = _half_kernel(sigma)
     step = sigma if coarse else 1.0
-    places = [2 * border + side if not coarse else _spread(side, sigma).shape[1] for side in shape]
+    if coarse:
+        places = [_spread(side, sigma).shape[1] for side in shape]
+    else:
+        places = [shape[0] + 2 * len(kernel), shape[1] + 2 * len(kernel) + SLACK]
     white = rng.standard_normal((count, *places), dtype=np.float32)
     pixels = math.prod(side + 2 * margin(side) for side in shape)
     seen = min(step**2 * white[0].size / pixels, 1)
@@ -134,9 +111,7 @@ def noise(
     if coarse:
         fields = np.matmul(np.matmul(_spread(shape[0], sigma), white), _spread(shape[1], sigma).T)
     else:
-        fields = np.empty((count, *shape), np.float32)
-        for plane, field in zip(white, fields, strict=True):
-            blur_sheared(plane, _half_kernel(sigma), field)
+        fields = np.stack([blur_sheared(plane, len(kernel), kernel) for plane in white])
     offset = 2 * math.sqrt(math.pi) * sigma / math.sqrt(pixels) * mean
     fields -= offset.astype(np.float32)[:, None, None]
     return fields
@@ -149,7 +124,7 @@ def _spread(side: int, sigma: float) -> Float32[np.ndarray, "side places"]:
     return (_gaussian(np.arange(side)[:, None] - places, sigma) * math.sqrt(sigma)).astype(np.float32)
 
 
-@kernel
+@entry_point
 def gather(bands, rows, columns, reach, row_margin, column_margin):
     """Sum of the bands, each fetched from displaced places, as uint8 (truncated). Around a picture is its mirror image.
 
