@@ -1,5 +1,7 @@
 """Names and folders of the published stimuli, against the names and fields in the human data."""
 
+import hashlib
+import io
 import tarfile
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS, BadName, find_stimuli, parse_stimulus_name
+from ssmclip.data.stimuli_download import download_stimuli
 
 
 def test_every_name_in_the_human_data(shared):
@@ -94,3 +97,56 @@ def test_a_folder_that_is_not_there(tmp_path):
     (Path(tmp_path) / "edge").mkdir()
     with pytest.raises(FileNotFoundError, match="0 PNG files"):
         find_stimuli(tmp_path, "edge")
+
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def release(tmp_path) -> str:
+    """A folder that stands for the release: 160 silhouettes, empty files under the published names."""
+    names = [f"silhouette/{category}/{category}{i}.png" for category in CATEGORIES for i in range(1, 11)]
+    (tmp_path / "release").mkdir()
+    with tarfile.open(tmp_path / "release/silhouette.tar.gz", "w:gz") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO(b""))
+    return f"file://{tmp_path}/release/{{name}}.tar.gz"
+
+
+def test_a_download(release, tmp_path):
+    """The checksum is that of sha256sum, it is recorded, and what is there is not fetched again."""
+    root = tmp_path / "datasets"
+    assert len(download_stimuli("silhouette", root, url=release)) == 160
+    archive = tmp_path / "release/silhouette.tar.gz"
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert (root / "SHA256SUMS").read_text() == f"{digest}  silhouette.tar.gz\n"
+    assert sorted(path.name for path in root.iterdir()) == ["SHA256SUMS", "silhouette"]
+    (root / "silhouette/bird/bird3.png").unlink()
+    assert len(download_stimuli("silhouette", root, url=release)) == 160
+    archive.unlink()
+    assert len(download_stimuli("silhouette", root, url=release)) == 160
+
+
+def test_downloads_that_cannot_be(release, tmp_path):
+    root = tmp_path / "datasets"
+    with pytest.raises(ValueError, match="should have 0000"):
+        download_stimuli("silhouette", root, url=release, sha256="0000")
+    assert not (root / "SHA256SUMS").exists()
+    with pytest.raises(OSError, match=r"edge.tar.gz cannot be fetched: .* unpack it in"):
+        download_stimuli("edge", root, url=release)
+    archive = tmp_path / "release/silhouette.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(b"an error page")
+    with pytest.raises(ValueError, match="is not an archive of silhouette"):
+        download_stimuli("silhouette", root, url=release)
+    archive.write_bytes(whole)
+    assert len(download_stimuli("silhouette", root, url=release)) == 160
+    (root / "silhouette/bird/bird1.png").unlink()
+    archive.write_bytes(b"an error page")
+    with pytest.raises(ValueError, match=r"SHA-256 .* should have"):
+        download_stimuli("silhouette", root, url=release)
+    (root / "SHA256SUMS").unlink()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("silhouette/bird/bird1.png"), io.BytesIO(b""))
+    with pytest.raises(ValueError, match="holds 1 stimuli of silhouette's 160"):
+        download_stimuli("silhouette", root, url=release)

@@ -5,6 +5,7 @@ Importing it adds its encoders to timm (`timm.create_model("vmamba_small_s2l15")
 """
 
 from ssmclip import ops
+from ssmclip.data.distortions import distort
 from ssmclip.models import clip_config, create_clip, list_clips, load, save_model
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
@@ -15,6 +16,7 @@ __all__ = [
     "append_rows",
     "clip_config",
     "create_clip",
+    "distort",
     "list_clips",
     "load",
     "ops",
