@@ -97,10 +97,8 @@ class Hessian:
 
     def refuse(self, asymmetry: float) -> None:
         """Raise NotTwiceDifferentiable for products that are not those of a symmetric matrix, naming the module."""
-        culprit = find_culprit(self._loss) or "no module by itself shows it: look at what the loss calls outside modules"
-        raise NotTwiceDifferentiable(
-            f"u'Hv and v'Hu differ by {asymmetry:.1e} of |Hv|: this is no Hessian. {culprit}"
-        )
+        culprit = find_culprit(self._loss) or "No module shows it by itself: look at what the loss calls besides"
+        raise NotTwiceDifferentiable(f"u'Hv and v'Hu differ by {asymmetry:.1e} of |Hv|: this is no Hessian. {culprit}")
 
 
 def named_parameters(parameters: Any) -> dict[str, Tensor]:
@@ -132,7 +130,7 @@ def named_parameters(parameters: Any) -> dict[str, Tensor]:
 
 
 def call(loss: Callable[[], Tensor]) -> Tensor:
-    """loss(), with attention's plain form: the fused kernels have no second derivative. Raises TypeError, ValueError."""
+    """loss(), with attention's plain form: the fused ones have no second derivative. Raises TypeError, ValueError."""
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         value = loss()
     if not isinstance(value, Tensor) or value.numel() != 1:
