@@ -23,6 +23,7 @@ from ssmclip.analyze.product import Hessian
 BASIS_BYTES = 2**30  # memory for the basis before it is restarted
 MAX_BASIS = 300  # vectors of the basis, however small they are
 BLOCK = 4096  # entries summed in the vectors' own precision before float64 takes over
+CHEAP = 64  # vectors of the basis up to which convergence is looked at after every product
 MISSED = 0.01  # probability of a missed copy of an eigenvalue that ends the search for copies
 
 Which = Literal["both", "largest", "smallest", "magnitude"]
@@ -126,11 +127,14 @@ def extreme_eigenvalues(
         taken = hessian.products - before
         if progress is not None:
             progress(taken)
+        last = basis.size == hessian.size or taken >= max_products
+        if basis.size > CHEAP and basis.size % 4 and not (last or basis.full):
+            continue  # looking would take longer than the products do
         ritz = basis.ritz(tol)
         wanted = places(ritz.values, k, which)
         late = [i for i in wanted if ritz.residuals[i] > tol]
         _note(found, ritz, k, tol, taken)
-        if basis.size == hessian.size or taken >= max_products or (not late and len(wanted) >= k and not copies):
+        if last or (not late and len(wanted) >= k and not copies):
             break
         if late or len(ritz.values) < k:
             basis.aim(ritz, late)
@@ -182,8 +186,7 @@ class Basis:
     """An orthonormal basis V of m vectors that grows by one product at a time, and T = V'HV.
 
     A pending vector is what a product left outside V; the next vector of V is one of them, or a random one, which
-    begins a chain of its own. chain_steps, chain_low, chain_high: how long the present chain is, and the extreme
-    eigenvalues of H as seen in it.
+    begins a chain of its own; chain_steps: how long the present one is.
     """
 
     def __init__(self, hessian: Hessian, seed: int, least: int):
@@ -202,7 +205,7 @@ class Basis:
         self.scale = 0.0  # of H: the longest product seen
         self.asymmetry = 0.0
         self._chain = 0
-        self.chain_steps, self.chain_low, self.chain_high = 0, math.inf, -math.inf
+        self.chain_steps, self._seen = 0, (math.inf, -math.inf)
 
     @property
     def rounding(self) -> float:
@@ -246,8 +249,6 @@ class Basis:
         self._pending.append(w)
         self._next = len(self._pending) - 1
         self.chain_steps += 1
-        inner = np.linalg.eigvalsh(self._T[self._chain : self.size, self._chain : self.size])
-        self.chain_low, self.chain_high = min(self.chain_low, inner[0]), max(self.chain_high, inner[-1])
 
     def _new_vector(self) -> Tensor:
         if self._next is not None:
@@ -298,14 +299,20 @@ class Basis:
         if late:
             self._next = int(ritz.shares[:, late].max(axis=1).argmax())
 
+    def chain_ends(self) -> tuple[float, float]:
+        """The extreme eigenvalues of H as seen in the present chain."""
+        inner = np.linalg.eigvalsh(self._T[self._chain : self.size, self._chain : self.size])
+        return min(self._seen[0], *inner), max(self._seen[1], *inner)
+
     def begin_chain(self) -> None:
         """Go on from a random vector."""
         self._next = None
         self._chain = self.size
-        self.chain_steps, self.chain_low, self.chain_high = 0, math.inf, -math.inf
+        self.chain_steps, self._seen = 0, (math.inf, -math.inf)
 
     def restart(self, ritz: Ritz, which: Which) -> None:
         """Keep the Ritz vectors of the wanted end (or half of them from each) and the pending vectors."""
+        self._seen = self.chain_ends()
         keep = self.capacity // 2
         low = {"largest": 0, "smallest": keep}.get(which, keep // 2)
         chosen = [*range(low), *range(self.size - (keep - low), self.size)]
@@ -341,7 +348,8 @@ def _chance_of_a_copy(basis: Basis, values: np.ndarray, k: int, which: Which) ->
     }
     below, above = levels[which]
     chance = 0.0
-    for gap, width in ((above - basis.chain_high, above - low), (basis.chain_low - below, high - below)):
+    chain_low, chain_high = basis.chain_ends()
+    for gap, width in ((above - chain_high, above - low), (chain_low - below, high - below)):
         if math.isfinite(gap):
             part = math.sqrt(max(gap, 0.0) / width) if width > 0 else 0.0
             chance += 1.648 * math.sqrt(basis.hessian.size) * math.exp(-part * (2 * basis.chain_steps - 1))

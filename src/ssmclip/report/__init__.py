@@ -2,15 +2,22 @@
 
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
+from ssmclip.report.landscape import Contour, Eigenvalues, EigenvaluesOverTraining, Line, Relief, SpectralDensity
 from ssmclip.report.page import write_report
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.tables import table, update_readme
 
 __all__ = [
     "FIGURES",
+    "Contour",
     "Drawing",
+    "Eigenvalues",
+    "EigenvaluesOverTraining",
     "Examples",
+    "Line",
+    "Relief",
     "Similarity",
+    "SpectralDensity",
     "Store",
     "drawings",
     "figure",

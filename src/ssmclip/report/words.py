@@ -26,7 +26,16 @@ NAMES = {
     "roc_auc": "area under the ROC curve",
     "mean_recall": "mean of the recalls",
     "images_per_s": "images per second",
+    "negative_share": "negative among the eigenvalues of largest magnitude",
+    "top_magnitude": "mean magnitude of the largest eigenvalues",
+    "converged_share": "eigenvalues that are converged",
+    "products": "Hessian-vector products a batch",
+    "min_over_max": "most negative over most positive eigenvalue",
+    "negative_mass": "negative part of all eigenvalues' magnitude",
+    "trace": "trace of the Hessian",
 }
+FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall")
+FRACTIONS += ("negative_share", "converged_share", "negative_mass")
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
@@ -43,9 +52,7 @@ def metric_name(metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether a metric's values are fractions, written as percentages."""
-    return (
-        metric in ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall") or RECALL.fullmatch(metric) is not None
-    )
+    return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 
 def number(value: float | None, metric: str) -> str:
