@@ -113,20 +113,17 @@ def extreme_eigenvalues(
 ) -> Spectrum:
     """`hessian_eigenvalues` of a Hessian that is there already."""
     check_k(k, hessian.size)
-    if not tol > 0:
-        raise ValueError(f"tol={tol}: wanted a relative residual to reach, such as 1e-3")
-    if which not in ("both", "largest", "smallest", "magnitude"):
-        raise ValueError(f"which={which!r}: wanted 'both', 'largest', 'smallest' or 'magnitude'")
+    _check(tol, which)
     before = hessian.products
     basis = Basis(hessian, seed, least=4 * k + 12)
+    report = progress or (lambda taken: None)
     found: dict[tuple[str, int], int] = {}
     first_run = 0  # products until the first time that everything was converged
     at_start: np.ndarray | None = None  # what was wanted when the present search for copies began
     while True:
         basis.expand()
         taken = hessian.products - before
-        if progress is not None:
-            progress(taken)
+        report(taken)
         last = basis.size == hessian.size or taken >= max_products
         if basis.size > CHEAP and basis.size % 4 and not (last or basis.full):
             continue  # looking would take longer than the products do
@@ -149,6 +146,13 @@ def extreme_eigenvalues(
         if basis.full:
             basis.restart(ritz, which)
     return _spectrum(hessian, basis, ritz, k, tol, found, vectors, taken)
+
+
+def _check(tol: float, which: str) -> None:
+    if not tol > 0:
+        raise ValueError(f"tol={tol}: wanted a relative residual to reach, such as 1e-3")
+    if which not in ("both", "largest", "smallest", "magnitude"):
+        raise ValueError(f"which={which!r}: wanted 'both', 'largest', 'smallest' or 'magnitude'")
 
 
 def check_k(k: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the loss landscape: where eigenvalues are, how many there are of each size, surfaces, and change over time.
+"""Figures of the loss landscape: where eigenvalues are, how many of each size, over training, and loss surfaces.
 
 The first is Figure 3 of CLIP-Mamba, after Park and Kim (2022): the eigenvalues of largest magnitude of every batch.
 """
