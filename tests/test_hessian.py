@@ -384,7 +384,7 @@ def arguments(out, *more):
 
 @pytest.fixture
 def saved(tiny_clip, tiny_config, tmp_path):
-    ssmclip.save_model(tmp_path / "model", tiny_clip[0], tiny_config)
+    ssmclip.save_model(tiny_clip[0], tiny_config, tmp_path / "model")
     return str(tmp_path / "model")
 
 

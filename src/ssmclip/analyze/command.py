@@ -107,34 +107,22 @@ def _hessian(args: argparse.Namespace) -> int:
 
 
 def _landscape(args: argparse.Namespace) -> int:
-    import torch
-
-    from ssmclip.analyze.batches import contrastive_loss, to_model
-    from ssmclip.analyze.landscape import filter_normalised_direction, grid, loss_at
+    from ssmclip.analyze.landscape import grid, surface
     from ssmclip.results import Result
 
-    places = grid(args.points, args.distance)
-    task = f"surface_{args.dimensions}d"
+    grid(args.points, args.distance)  # refuses before the model is loaded
 
     def units() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
         model, data = _open(args, args.model)
-        batches = [to_model(model, *batch) for batch in data]
-        parameters = dict(model.named_parameters())
-        directions = [filter_normalised_direction(parameters, args.seed + i) for i in range(args.dimensions)]
-
-        def loss() -> torch.Tensor:
-            return torch.stack([contrastive_loss(model, *batch) for batch in batches]).mean()
-
-        for x in places:
-            for y in places if args.dimensions == 2 else [0.0]:
-                condition = f"x={x},y={y}" if args.dimensions == 2 else f"x={x}"
-
-                def measure(steps=[x, y][: args.dimensions], condition=condition):
-                    value = loss_at(loss, parameters, directions, steps)
-                    extra = dict(zip("xy", steps, strict=False)) | {"title": "Loss surface"}
-                    return [Result(_label(args), task, condition, "loss", value, n=args.batches, extra=extra)]
-
-                yield condition, measure
+        yield from surface(
+            model,
+            list(data),
+            model_name=_label(args),
+            dimensions=args.dimensions,
+            points=args.points,
+            distance=args.distance,
+            seed=args.seed,
+        )
 
     total = args.points**args.dimensions
     asked = {"points": args.points, "distance": args.distance, "dimensions": args.dimensions}

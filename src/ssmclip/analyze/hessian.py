@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ssmclip.analyze import park_kim
-from ssmclip.analyze.batches import contrastive_loss, to_model, tower_parameters
+from ssmclip.analyze.batches import contrastive_loss, read_batches, to_model, tower_parameters
 from ssmclip.analyze.estimate import density, trace
+from ssmclip.analyze.landscape import surface
 from ssmclip.analyze.product import Hessian, OutOfMemory
 from ssmclip.analyze.spectrum import extreme_eigenvalues
 from ssmclip.results import Result
@@ -171,6 +173,33 @@ def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
                 extra = {"title": "Hessian"} | ({"top": k} if metric == "negative_share" else {})
                 found.append(Result(model, TASK, where, metric, float(np.mean(values)), low, high, len(values), extra))
     return found
+
+
+def quick_look(
+    model: nn.Module,
+    preprocess: Callable,
+    tokenizer: Callable,
+    source: str,
+    *,
+    model_name: str,
+    batches: int = 2,
+    batch_size: int = 15,
+    points: int = 11,
+    seed: int = 0,
+) -> list[Result]:
+    """Rows of a first look at a model's landscape: both ends of the spectrum on a few batches, and the loss along a line.
+
+    source: what `open_pairs` takes. About 35 Hessian-vector products a batch.
+    """
+    study = HessianStudy(seed=seed)
+    pairs = list(read_batches(source, preprocess, tokenizer, batches=batches, batch_size=batch_size, seed=seed))
+    rows = []
+    for number, (images, texts) in enumerate(tqdm(pairs, desc=f"Hessian of {model_name}", leave=False, disable=None)):
+        condition = f"batch={number},tower=whole"
+        rows += batch_rows(model, images, texts, study, model_name=model_name, condition=condition)
+    rows += summary_rows(rows, study.k, seed)
+    line = surface(model, pairs, model_name=model_name, dimensions=1, points=points, seed=seed)
+    return rows + [row for _, measure in line for row in measure()]
 
 
 def split_condition(condition: str) -> tuple[str, str, str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssmclip.analyze.batches import contrastive_loss, to_model
+from ssmclip.results import Result
 
 Direction = dict[str, Tensor]
 
@@ -55,3 +59,37 @@ def grid(points: int, distance: float) -> list[float]:
     if points < 2 or not distance > 0:
         raise ValueError(f"{points} points over a distance of {distance}: wanted at least 2, and a distance above 0")
     return [round(-distance + 2 * distance * i / (points - 1), 6) + 0.0 for i in range(points)]
+
+
+def surface(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    *,
+    model_name: str,
+    dimensions: int,
+    points: int,
+    distance: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    """(condition, a function that gives its row) of every point of a surface: the mean contrastive loss of the batches.
+
+    model: in the mode it is to be measured in; batches: (images, texts); dimensions: 1 or 2. Raises ValueError as
+    `grid` does.
+    """
+    places = grid(points, distance)
+    batches = [to_model(model, *batch) for batch in batches]
+    parameters = dict(model.named_parameters())
+    directions = [filter_normalised_direction(parameters, seed + i) for i in range(dimensions)]
+
+    def loss() -> Tensor:
+        return torch.stack([contrastive_loss(model, *batch) for batch in batches]).mean()
+
+    def measure(steps: list[float], condition: str) -> list[Result]:
+        value = loss_at(loss, parameters, directions, steps)
+        extra = {"title": "Loss surface"}
+        return [Result(model_name, f"surface_{dimensions}d", condition, "loss", value, n=len(batches), extra=extra)]
+
+    for x in places:
+        for y in places if dimensions == 2 else [0.0]:
+            condition = f"x={x},y={y}" if dimensions == 2 else f"x={x}"
+            yield condition, partial(measure, [x, y][:dimensions], condition)

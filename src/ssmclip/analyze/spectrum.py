@@ -116,6 +116,7 @@ def extreme_eigenvalues(
     _check(tol, which)
     before = hessian.products
     basis = Basis(hessian, seed, least=4 * k + 12)
+    enough = min(hessian.size, 2 * k if which == "both" else k)  # with fewer, both ends would be the same values
     report = progress or (lambda taken: None)
     found: dict[tuple[str, int], int] = {}
     first_run = 0  # products until the first time that everything was converged
@@ -131,9 +132,10 @@ def extreme_eigenvalues(
         wanted = places(ritz.values, k, which)
         late = [i for i in wanted if ritz.residuals[i] > tol]
         _note(found, ritz, k, tol, taken)
-        if last or (not late and len(wanted) >= k and not copies):
+        missing = late or basis.size < enough
+        if last or (not missing and not copies):
             break
-        if late or len(ritz.values) < k:
+        if missing:
             basis.aim(ritz, late)
         else:
             values = ritz.values[wanted]
