@@ -187,7 +187,7 @@ def quick_look(
     points: int = 11,
     seed: int = 0,
 ) -> list[Result]:
-    """Rows of a first look at a model's landscape: both ends of the spectrum on a few batches, and the loss along a line.
+    """Rows of a first look at a landscape: both ends of the spectrum on a few batches, and the loss along a line.
 
     source: what `open_pairs` takes. About 35 Hessian-vector products a batch.
     """
