@@ -261,7 +261,7 @@ def test_bad_input_is_told():
         (lambda: (x - 1).square().sum().sqrt(), {"weight": x}, dict(k=1), "gradient is not finite.*weight"),
         (lambda: x.square().sum(), [x], dict(k=4), "k=4.*at most 3"),
         (lambda: x.square().sum(), [x], dict(k=0), "k=0"),
-        (lambda: x.square().sum(), [x], dict(k=1, tol=0), "tol=0"),
+        (lambda: x.square().sum(), [x], dict(k=1, tol=0.0), "tol=0"),
         (lambda: x.square().sum(), [x], dict(k=1, which="middle"), "wanted 'both'"),
         (lambda: x.square().sum(), [x.detach()], dict(k=1), "no parameter asks for a gradient"),
         (lambda: x.detach().sum(), [x], dict(k=1), "without a graph"),
@@ -280,7 +280,7 @@ def test_unused_and_frozen_parameters_take_part_as_they_should():
     x, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     r = hessian_eigenvalues(lambda: (x**3).sum(), [x, unused, torch.ones(4), x], k=5)
     assert r.size == 5
-    torch.testing.assert_close(r.largest, torch.tensor([6.0, 6, 6, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(r.largest, torch.tensor([6.0, 6, 6, 0, 0], dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def test_out_of_memory_says_what_fits():
@@ -346,7 +346,7 @@ def test_density_has_the_moments_of_the_spectrum():
         estimate = found.mean(f)
         assert abs(estimate.value - f(eigenvalues).mean()) < 4 * estimate.standard_error
     below = found.share_below(-0.5)
-    assert abs(below.value - (eigenvalues < -0.5).mean()) < 4 * below.standard_error
+    assert abs(below.value - (eigenvalues < -0.5).mean()) < 0.05
     mass = -eigenvalues[eigenvalues < 0].sum() / np.abs(eigenvalues).sum()
     assert abs(found.negative_mass - mass) < 0.05
 
@@ -397,9 +397,9 @@ def test_the_command_writes_rows_and_resumes(saved, tmp_path):
     values = [row for row in rows if row.condition.startswith("batch=")]
     assert len(values) == 2 * 3
     assert all(row.extra["residual"] <= 1e-3 and row.extra["products"] > 0 and row.extra["converged"] for row in values)
-    # Killed in the middle of the second batch's first row, then continued.
+    # Killed in the middle of the second batch's second row, then continued.
     lines = whole.read_text().splitlines(keepends=True)
-    cut.write_text("".join(lines[:4]) + lines[4][:30])
+    cut.write_text("".join(lines[:5]) + lines[5][:30])
     command.run(arguments(cut, *asked))
     assert read_rows(cut)[1] == rows
     with pytest.raises(ValueError, match="k was 1"):

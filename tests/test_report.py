@@ -225,7 +225,7 @@ def test_landscapes_are_the_rows(drawn):
     values = np.random.default_rng(0).normal(size=200)
     at = np.linspace(-3, 3, 9)
     silverman = gaussian_kde(values, bw_method=bandwidth(values) / values.std(ddof=1))
-    np.testing.assert_allclose(kernel_density(values, at), silverman(at), rtol=1e-6)
+    np.testing.assert_allclose(kernel_density(values.tolist(), at), silverman(at), rtol=1e-6)
 
 
 def test_tables_have_no_line_for_every_batch():

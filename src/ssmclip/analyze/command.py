@@ -84,10 +84,9 @@ def _hessian(args: argparse.Namespace) -> int:
             for number, (images, texts) in enumerate(data):
                 for tower in towers:
                     condition = ",".join(filter(None, [step, f"batch={number}", f"tower={tower}"]))
-                    told = tqdm(desc=condition, unit="product", leave=False, disable=None)
 
-                    def measure(model=model, images=images, texts=texts, tower=tower, condition=condition, told=told):
-                        with told:
+                    def measure(model=model, images=images, texts=texts, tower=tower, condition=condition):
+                        with tqdm(desc=condition, unit="product", leave=False, disable=None) as told:
                             return batch_rows(
                                 model,
                                 images,
@@ -100,7 +99,6 @@ def _hessian(args: argparse.Namespace) -> int:
                             )
 
                     yield condition, measure
-            _close(model)
 
     total = args.batches * len(towers) * len(_folders(args))
     return _collect(args, settings(study), units(), total, lambda rows: summary_rows(rows, args.k, args.seed))
@@ -172,14 +170,6 @@ def _as_it_began(run: Path) -> Any:
     return create_clip(load_config(run))
 
 
-def _close(model: Any) -> None:
-    """Graphs of the last batch are cycles of Python objects: give their memory back before the next model's."""
-    import gc
-
-    del model
-    gc.collect()
-
-
 def _collect(
     args: argparse.Namespace,
     asked: dict[str, Any],
@@ -202,15 +192,15 @@ def _collect(
     asked = {**asked, **data, "model": _label(args)}
     described = describe_run(args.seed, args.device, analysis=asked)
     part = args.out if world == 1 else args.out.with_name(f"{args.out.name}.rank{rank}")
-    done = []
+    finished: set[str] = set()
     for file in files_of(args.out):
         drop_half_a_line(file)
         run_before, rows = read_rows(file)
         refuse_other_settings(file, run_before, described)
-        done += rows
+        # The last unit may have been cut short between two of its rows: it is measured again.
+        finished |= {row.condition for row in rows} - {row.condition for row in rows[-1:]}
     state.wait_for_everyone()  # before anyone writes
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    finished = {row.condition for row in done}
     with tqdm(total=total, desc=args.analysis, unit="unit", disable=None if rank == 0 else True) as told:
         for place, (condition, measure) in enumerate(units):
             if condition not in finished and place % world == rank:

@@ -30,8 +30,9 @@ class OutOfMemory(ValueError):
 class Hessian:
     """The Hessian of `loss` at the parameters' present values, as a product with flat vectors.
 
-    loss() -> scalar tensor, called once, with attention that can be differentiated twice; dropout and batch norm are
-    what the modules' modes say, and one draw of dropout serves all products.
+    loss() -> scalar tensor, called with attention that can be differentiated twice; dropout and batch norm are what the
+    modules' modes say, and one draw of dropout serves all products. It is called once for all products, and twice more
+    to compare the first with differences of the gradient.
     parameters: a module, tensors, (name, tensor) pairs or a mapping; those that ask for no gradient are left out.
 
     size: n, the number of parameters; names, shapes: of the tensors, in the order of the flat vector;
@@ -57,14 +58,19 @@ class Hessian:
         self.value = float(value.detach())
         self.gradient = self._flat(gradients)
         self._require_finite(self.gradient, "the gradient")
-        # A gradient without a graph is constant: its rows of the Hessian are zero, or its backward has lost them.
+        if all(g is None for g in gradients):
+            raise ValueError("the loss does not depend on any of the parameters given")
         self._firsts = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        if len(self._firsts) < sum(g is not None for g in gradients) and (culprit := find_culprit(loss)):
-            raise NotTwiceDifferentiable(culprit)
 
     def __call__(self, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """H @ vector, of the parameters' type and device. Raises ValueError when it is not finite."""
         self.products += 1
+        product = self._product(vector)
+        if self.products == 1:
+            self._compare_with_differences(vector, product)
+        return product
+
+    def _product(self, vector: Tensor) -> Tensor:
         if not self._firsts:
             return torch.zeros_like(vector)
         places, firsts = zip(*self._firsts, strict=True)
@@ -76,6 +82,37 @@ class Hessian:
         if not product.isfinite().all():
             self._require_finite(product, "the Hessian's product with a finite vector")
         return product
+
+    def _compare_with_differences(self, vector: Tensor, product: Tensor) -> None:
+        """Raise NotTwiceDifferentiable when the gradient changes otherwise along the vector, and a module is why.
+
+        A backward without a graph in the last module of all gives a matrix that is symmetric, and wrong.
+        """
+        eps = torch.finfo(self.dtype).eps
+        length = sum(float(p.detach().square().sum()) for p in self.parameters) ** 0.5 or 1.0
+        step = eps ** (1 / 3) * length / (float(vector.norm()) or 1.0)
+        pieces = vector.split([math.prod(shape) for shape in self.shapes])
+        directions = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+        def gradient() -> Tensor:
+            with explained(self._loss):
+                return self._flat(torch.autograd.grad(call(self._loss), self.parameters, allow_unused=True))
+
+        try:
+            with moved(self.parameters, directions, step):
+                ahead = gradient()
+            with moved(self.parameters, directions, -step):
+                behind = gradient()
+        except ValueError as error:
+            if isinstance(error, OutOfMemory):
+                raise
+            return  # not finite a step away: that says nothing of the derivative here
+        differences = (ahead - behind) / (2 * step)
+        error = float((differences - product).norm())
+        rounding = 100 * eps * float(self.gradient.norm()) / step
+        # Differences may be far off for a rough loss, or one that is random: only a module found wrong is refused.
+        if error > max(0.05 * float(differences.norm()), rounding) and (culprit := find_culprit(self._loss)):
+            raise NotTwiceDifferentiable(culprit)
 
     def _flat(self, tensors: Iterable[Tensor | None]) -> Tensor:
         parts = [
@@ -210,10 +247,13 @@ def _second_derivative_is_wrong(module: nn.Module, args: tuple, kwargs: dict) ->
 
     directions = [random_like(x, 2) * (x.detach().norm() / x.numel() ** 0.5 + 0.1) for x in leaves]
     try:
-        pairs = [(g, d) for g, d in zip(gradient(True), directions, strict=False) if g.requires_grad]
-        if not pairs:
+        firsts = gradient(True)
+        pairs = [(g, d) for g, d in zip(firsts, directions, strict=False) if g.requires_grad]
+        if not firsts:
             return ""
-        found = torch.autograd.grad([g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
+        found: Iterable[Tensor | None] = [None] * len(leaves)
+        if pairs:
+            found = torch.autograd.grad([g for g, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
     except RuntimeError as error:
         return f"cannot be differentiated twice: {str(error).splitlines()[0]}"
     step = 1e-2 if leaves[0].dtype == torch.float32 else 1e-4
@@ -240,14 +280,13 @@ def moved(tensors: Iterable[Tensor], directions: Iterable[Tensor], step: float) 
     tensors = list(tensors)
     before = [x.detach().clone() for x in tensors]
     try:
-        with torch.no_grad():
-            for x, d in zip(tensors, directions, strict=True):
-                x.add_(d, alpha=step)
+        # Through .data: autograd would take graphs that hold these tensors for stale, though they come back unchanged.
+        for x, d in zip(tensors, directions, strict=True):
+            x.data.add_(d, alpha=step)
         yield
     finally:
-        with torch.no_grad():
-            for x, old in zip(tensors, before, strict=True):
-                x.copy_(old)
+        for x, old in zip(tensors, before, strict=True):
+            x.data.copy_(old)
 
 
 def _leaf(value: Any) -> Any:

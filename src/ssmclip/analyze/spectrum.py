@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ MAX_BASIS = 300  # vectors of the basis, however small they are
 BLOCK = 4096  # entries summed in the vectors' own precision before float64 takes over
 CHEAP = 64  # vectors of the basis up to which convergence is looked at after every product
 MISSED = 0.01  # probability of a missed copy of an eigenvalue that ends the search for copies
-
-Which = Literal["both", "largest", "smallest", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def hessian_eigenvalues(
     k: int = 5,
     tol: float = 1e-3,
     *,
-    which: Which = "both",
+    which: str = "both",
     copies: bool = True,
     max_products: int = 1000,
     seed: int = 0,
@@ -80,7 +78,7 @@ def hessian_eigenvalues(
 ) -> Spectrum:
     """The k most positive, k most negative and k largest (by magnitude) eigenvalues of the loss's Hessian.
 
-    loss() -> scalar tensor, called once; parameters: a module, tensors, (name, tensor) pairs or a mapping.
+    loss() -> scalar tensor; parameters: a module, tensors, (name, tensor) pairs or a mapping.
     tol: relative residual that makes an eigenvalue converged; those that are not after max_products are marked.
     which: what has to converge: both ends, or only one of them, or the largest magnitudes, which takes fewer products.
     copies: look for further copies of equal eigenvalues, which Lanczos from one vector can't see, until missing one has
@@ -104,7 +102,7 @@ def extreme_eigenvalues(
     hessian: Hessian,
     k: int = 5,
     tol: float = 1e-3,
-    which: Which = "both",
+    which: str = "both",
     copies: bool = True,
     max_products: int = 1000,
     seed: int = 0,
@@ -165,7 +163,7 @@ def check_k(k: int, size: int) -> None:
         raise ValueError(f"k={k}: a Hessian of {size} parameters has {size} eigenvalues; ask for at most {size}")
 
 
-def places(values: np.ndarray, k: int, which: Which) -> list[int]:
+def places(values: np.ndarray, k: int, which: str) -> list[int]:
     """Where in the rising `values` those that are asked for stand."""
     ranked = range(len(values))
     chosen = {
@@ -316,7 +314,7 @@ class Basis:
         self._chain = self.size
         self.chain_steps, self._seen = 0, (math.inf, -math.inf)
 
-    def restart(self, ritz: Ritz, which: Which) -> None:
+    def restart(self, ritz: Ritz, which: str) -> None:
         """Keep the Ritz vectors of the wanted end (or half of them from each) and the pending vectors."""
         self._seen = self.chain_ends()
         keep = self.capacity // 2
@@ -342,7 +340,7 @@ class Basis:
 SYMMETRIC = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
-def _chance_of_a_copy(basis: Basis, values: np.ndarray, k: int, which: Which) -> float:
+def _chance_of_a_copy(basis: Basis, values: np.ndarray, k: int, which: str) -> float:
     """A bound on the probability that an eigenvalue beyond the wanted ones has no part in the basis."""
     low, high = values[0], values[-1]
     level = np.sort(np.abs(values))[-k]
