@@ -190,10 +190,10 @@ def _second_gradient(ctx, *grads_of_grads):
     def scan(*inputs):
         return chunked.selective_scan(*inputs, ctx.delta_softplus, True)
 
-    return *second_gradient(ctx, scan, [dy, dlast], inputs, grads_of_grads), None, None
+    return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx), None, None
 
 
-def second_gradient(ctx, function, upstream, inputs, grads_of_grads):
+def second_gradient(function, upstream, inputs, grads_of_grads, ctx):
     """The derivative of the gradient of a function, in the direction grads_of_grads.
 
     function(*inputs) -> a tuple of outputs; upstream: the gradients of those outputs, None for none.
