@@ -193,20 +193,21 @@ def _second_gradient(ctx, *grads_of_grads):
     return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx), None, None
 
 
-def second_gradient(function, upstream, inputs, grads_of_grads, ctx):
+def second_gradient(function, upstream, inputs, grads_of_grads, ctx=None):
     """The derivative of the gradient of a function, in the direction grads_of_grads.
 
     function(*inputs) -> a tuple of outputs; upstream: the gradients of those outputs, None for none.
-    ctx: of the gradient. Whoever comes back to it takes many products with one Hessian: then its graph is kept.
+    ctx: of the gradient, if its graph may be kept there. Whoever comes back to it takes many products with one Hessian: then its graph is kept.
     Returns what upstream and inputs receive, one list, None for the None among them.
     """
     again = torch.is_grad_enabled()  # a third derivative is wanted
     graph = None if again else getattr(ctx, "graph", None)
     if graph is None:
         graph = _gradient_graph(function, upstream, inputs, again)
-        if getattr(ctx, "visited", False) and not again:
-            ctx.graph = graph
-        ctx.visited = True
+        if ctx is not None and not again:
+            if getattr(ctx, "visited", False):
+                ctx.graph = graph
+            ctx.visited = True
     leaves, grads = graph
     pairs = [(g, gg) for g, gg in zip(grads, grads_of_grads, strict=True) if g is not None and gg is not None]
     pairs = [(g, gg) for g, gg in pairs if g.requires_grad]
