@@ -197,7 +197,7 @@ def second_gradient(function, upstream, inputs, grads_of_grads, ctx=None):
     """The derivative of the gradient of a function, in the direction grads_of_grads.
 
     function(*inputs) -> a tuple of outputs; upstream: the gradients of those outputs, None for none.
-    ctx: of the gradient, to keep its graph there once somebody comes back: who does takes many products with one Hessian.
+    ctx: of the gradient, to keep its graph there when somebody comes back: that is for many products with one Hessian.
     Returns what upstream and inputs receive, one list, None for the None among them.
     """
     again = torch.is_grad_enabled()  # a third derivative is wanted
