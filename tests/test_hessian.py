@@ -371,7 +371,7 @@ def test_surface_is_the_loss_along_the_direction():
     x = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
     direction = filter_normalised_direction({"x": x}, 0)
     found = [loss_at(lambda: (x**2).sum(), {"x": x}, [direction], [t]) for t in (-0.5, 0.0, 1.0)]
-    wanted = [float(((x + t * direction["x"]) ** 2).sum()) for t in (-0.5, 0.0, 1.0)]
+    wanted = [float(((x.detach() + t * direction["x"]) ** 2).sum()) for t in (-0.5, 0.0, 1.0)]
     assert found == pytest.approx(wanted, rel=1e-12)
     assert x.tolist() == [[3.0, 4.0]]
 
