@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
+from scipy.stats import gaussian_kde
 
 import ssmclip.report
 from ssmclip.report import FIGURES, command, drawings, read_store, table, update_readme, write_report
 from ssmclip.report.figures import Drawing
+from ssmclip.report.landscape import bandwidth, kernel_density
 from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.words import summary
 from ssmclip.results import Result, write_rows
@@ -95,7 +97,35 @@ def training(model: str, start: float) -> list[Result]:
     return [*rows, Result(model, "animals", "step=50", "top1", start / 10, n=60)]
 
 
+def landscape(model: str, sign: float) -> list[Result]:
+    """What analysis writes: eigenvalues and a density per batch, over training, and two surfaces."""
+    rows = []
+    for batch in range(6):
+        where = f"batch={batch},tower=whole"
+        rows += [
+            Result(
+                model, "hessian", where, f"by_magnitude_{i}", sign * (10 - i) * (-1) ** batch, extra={"residual": 1e-4}
+            )
+            for i in range(1, 6)
+        ]
+        spectrum = {"nodes": [[-2.0 * sign, 0.5, 9.0]], "weights": [[0.25, 0.5, 0.25]], "size": 100}
+        rows.append(Result(model, "hessian", where, "negative_mass", 0.2, n=1, extra=spectrum))
+        rows += [
+            Result(model, "hessian", f"step={step},{where}", f"{end}_1", value * (step + batch))
+            for step in (0, 10)
+            for end, value in (("largest", 2.0), ("smallest", -1.0))
+        ]
+    rows.append(Result(model, "hessian", "tower=whole", "negative_share", 0.5, 0.4, 0.6, 6, {"title": "Hessian"}))
+    places = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    rows += [Result(model, "surface_1d", f"x={x}", "loss", sign * x * x) for x in places]
+    return rows + [
+        Result(model, "surface_2d", f"x={x},y={y}", "loss", x * x + sign * y) for x in places for y in places
+    ]
+
+
 ROWS = [
+    *landscape("CLIP-A", 1.0),
+    *landscape(HOSTILE, 2.0),
     *classification("CLIP-A", 0.75, [[15, 5, 0], [5, 15, 0], [0, 5, 15]]),
     *retrieval("CLIP-A", 0.6),
     *training("CLIP-A", 5.0),
@@ -178,6 +208,32 @@ def test_every_figure_draws_what_the_rows_say(drawn):
         for one in found:
             assert one.frame()
             assert one.plot().axes
+
+
+def test_landscapes_are_the_rows(drawn):
+    (found,) = drawn["hessian_eigenvalues"]
+    values = [entry["value"] for entry in found.frame() if entry["model"] == "CLIP-A"]
+    assert sorted(values) == sorted(row.value for row in landscape("CLIP-A", 1.0) if "magnitude" in row.metric)
+    (density,) = drawn["hessian_density"]
+    mine = [entry for entry in density.frame() if entry["model"] == "CLIP-A"]
+    x, y = (np.array([entry[key] for entry in mine]) for key in ("eigenvalue", "density"))
+    assert np.trapezoid(y, x) == pytest.approx(1, rel=1e-3)
+    assert np.trapezoid(y * x, x) == pytest.approx(0.25 * -2 + 0.5 * 0.5 + 0.25 * 9, rel=1e-3)
+    (training,) = drawn["hessian_training"]
+    assert {"model": "CLIP-A", "end": "largest", "step": 10, "median": 25.0, "batches": 6} in training.frame()
+    x, y, loss = drawn["surface_contour"][0].grid()
+    np.testing.assert_allclose(loss, x**2 + y[:, None])
+    values = np.random.default_rng(0).normal(size=200)
+    at = np.linspace(-3, 3, 9)
+    silverman = gaussian_kde(values, bw_method=bandwidth(values) / values.std(ddof=1))
+    np.testing.assert_allclose(kernel_density(values.tolist(), at), silverman(at), rtol=1e-6)
+
+
+def test_tables_have_no_line_for_every_batch():
+    text = table(landscape("CLIP-A", 1.0))
+    assert "50.0 % (40.0–60.0)" in text
+    assert "batch=" not in text
+    assert "x=" not in text
 
 
 def test_curves_are_the_rows_of_the_steps(drawn):

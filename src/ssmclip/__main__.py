@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 from ssmclip import quickstart
+from ssmclip.analyze import command as analyze
 from ssmclip.data import command as distort
 from ssmclip.evaluate import command as evaluate
 from ssmclip.evaluate import ood_command as ood
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "evaluate", evaluate.HELP, evaluate.run, evaluate.add_arguments)
     _add(commands, "ood", ood.HELP, ood.run, ood.add_arguments)
     _add(commands, "distort", distort.HELP, distort.run, distort.add_arguments)
+    _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", "the CLIP models there are, with their parameters", _models)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)

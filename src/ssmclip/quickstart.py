@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
     import ssmclip
+    from ssmclip.analyze.hessian import quick_look
     from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.evaluate import evaluate
     from ssmclip.report import write_report
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         run_rows.append(folder / "rows.jsonl")
         model, preprocess, tokenizer = ssmclip.load(folder)
         rows += evaluate(model, preprocess, tokenizer, TASKS, "", model_name=name)
+        rows += quick_look(model, preprocess, tokenizer, config.data.source, model_name=name)
     write_rows(args.out / "rows.jsonl", rows, describe_run(recipe.seed, tasks=list(TASKS)))
     page = write_report([args.out / "rows.jsonl", *run_rows], args.out)
     for row in rows:

@@ -2,6 +2,7 @@
 
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
+from ssmclip.report.landscape import Contour, Eigenvalues, EigenvaluesOverTraining, Line, Relief, SpectralDensity
 from ssmclip.report.ood_figures import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, WithoutLevels
 from ssmclip.report.page import write_report
 from ssmclip.report.store import Store, read_store
@@ -11,11 +12,17 @@ __all__ = [
     "FIGURES",
     "AccuracyByLevel",
     "ConsistencyMatrix",
+    "Contour",
     "Drawing",
+    "Eigenvalues",
+    "EigenvaluesOverTraining",
     "Examples",
+    "Line",
     "Overall",
+    "Relief",
     "ShapeBias",
     "Similarity",
+    "SpectralDensity",
     "Store",
     "WithoutLevels",
     "drawings",

@@ -13,6 +13,7 @@ from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
 LEVEL = "level="
+POINT = re.compile(r"(batch|x)=")  # a row that is one point of a distribution or surface
 
 
 @dataclass(frozen=True)
@@ -93,5 +94,5 @@ def by_task(rows: Iterable[Result]) -> list[Result]:
 
 
 def final(rows: Iterable[Result]) -> list[Result]:
-    """The rows that aren't part of a training curve."""
-    return [row for row in rows if step_of(row) is None]
+    """The rows that aren't part of a training curve, and aren't one of the many points of a distribution or surface."""
+    return [row for row in rows if step_of(row) is None and not POINT.match(row.condition)]

@@ -30,9 +30,17 @@ NAMES = {
     "accuracy_difference": "squared accuracy difference",
     "observed_consistency": "observed consistency with humans",
     "error_consistency": "error consistency with humans",
+    "negative_share": "negative among the eigenvalues of largest magnitude",
+    "top_magnitude": "mean magnitude of the largest eigenvalues",
+    "converged_share": "eigenvalues that are converged",
+    "products": "Hessian-vector products a batch",
+    "min_over_max": "most negative over most positive eigenvalue",
+    "negative_mass": "negative part of all eigenvalues' magnitude",
+    "trace": "trace of the Hessian",
 }
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall", "accuracy", "ood_accuracy", "shape_bias")
+FRACTIONS += ("negative_share", "converged_share", "negative_mass")
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
 

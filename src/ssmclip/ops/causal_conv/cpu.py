@@ -102,7 +102,7 @@ def _gradient(ctx, dy):
 def _second_gradient(ctx, *grads_of_grads):
     """The derivative of what `plain` gives as the gradient; in its turn differentiable."""
     dy, *inputs = ctx.saved_tensors
-    return tuple(second_gradient(lambda *own: (plain.causal_conv1d(*own),), [dy], inputs, grads_of_grads))
+    return tuple(second_gradient(lambda *own: (plain.causal_conv1d(*own),), [dy], inputs, grads_of_grads, ctx))
 
 
 torch.library.register_autograd("ssmclip::causal_conv1d", _gradient, setup_context=_remember, lib=_library)

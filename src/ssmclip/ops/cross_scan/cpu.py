@@ -179,7 +179,11 @@ def _second_gradient(ctx, *grads_of_grads):
     """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
     dy, *inputs, _ = ctx.saved_tensors
     scan = plain.composed("chunked")
-    return *second_gradient(lambda *i: (scan(*i, ctx.delta_softplus),), [dy], inputs, grads_of_grads), None, None
+
+    def run(*inputs):
+        return (scan(*inputs, ctx.delta_softplus),)
+
+    return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
 
 
 torch.library.register_autograd("ssmclip::cross_selective_scan", _gradient, setup_context=_remember, lib=_library)

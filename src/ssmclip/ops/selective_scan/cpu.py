@@ -190,16 +190,39 @@ def _second_gradient(ctx, *grads_of_grads):
     def scan(*inputs):
         return chunked.selective_scan(*inputs, ctx.delta_softplus, True)
 
-    return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads), None, None
+    return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx), None, None
 
 
-def second_gradient(function, upstream, inputs, grads_of_grads):
+def second_gradient(function, upstream, inputs, grads_of_grads, ctx=None):
     """The derivative of the gradient of a function, in the direction grads_of_grads.
 
     function(*inputs) -> a tuple of outputs; upstream: the gradients of those outputs, None for none.
+    ctx: of the gradient, to keep its graph there when somebody comes back: that is for many products with one Hessian.
     Returns what upstream and inputs receive, one list, None for the None among them.
     """
     again = torch.is_grad_enabled()  # a third derivative is wanted
+    graph = None if again else getattr(ctx, "graph", None)
+    if graph is None:
+        graph = _gradient_graph(function, upstream, inputs, again)
+        if ctx is not None and not again:
+            if getattr(ctx, "visited", False):
+                ctx.graph = graph
+            ctx.visited = True
+    leaves, grads = graph
+    pairs = [(g, gg) for g, gg in zip(grads, grads_of_grads, strict=True) if g is not None and gg is not None]
+    pairs = [(g, gg) for g, gg in pairs if g.requires_grad]
+    if not pairs:
+        return [None] * len(leaves)
+    firsts, directions = zip(*pairs, strict=True)
+    wanted = [x for x in leaves if x is not None]
+    result = iter(
+        torch.autograd.grad(firsts, wanted, directions, retain_graph=True, create_graph=again, allow_unused=True)
+    )
+    return [None if x is None else next(result) for x in leaves]
+
+
+def _gradient_graph(function, upstream, inputs, again):
+    """Upstream and inputs as they stand in the graph, one list, and the gradients of the inputs."""
     with torch.enable_grad():
         # Aliases: an input may itself be a function of another input, and only the direct way counts here.
         def alias(x):
@@ -210,15 +233,7 @@ def second_gradient(function, upstream, inputs, grads_of_grads):
         there = [x for x in inputs if x is not None]
         outputs, dys = zip(*pairs, strict=True)
         grads = iter(torch.autograd.grad(outputs, there, dys, create_graph=True, allow_unused=True))
-        grads = [None if x is None else next(grads) for x in inputs]
-        pairs = [(g, gg) for g, gg in zip(grads, grads_of_grads, strict=True) if g is not None and gg is not None]
-        pairs = [(g, gg) for g, gg in pairs if g.requires_grad]
-        wanted = [x for x in (*upstream, *inputs) if x is not None]
-        if not pairs:
-            return [None] * (len(upstream) + len(inputs))
-        firsts, directions = zip(*pairs, strict=True)
-        result = iter(torch.autograd.grad(firsts, wanted, directions, create_graph=again, allow_unused=True))
-    return [None if x is None else next(result) for x in (*upstream, *inputs)]
+        return [*upstream, *inputs], [None if x is None else next(grads) for x in inputs]
 
 
 torch.library.register_autograd("ssmclip::selective_scan", _gradient, setup_context=_remember, lib=_library)

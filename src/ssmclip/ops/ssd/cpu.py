@@ -233,7 +233,7 @@ def _second_gradient(ctx, *grads_of_grads):
         y, last = chunked.scan(*inputs, dlast is not None)
         return y, last
 
-    return tuple(second_gradient(scan, [dy, dlast], inputs, grads_of_grads))
+    return tuple(second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx))
 
 
 torch.library.register_autograd("ssmclip::ssd", _gradient, setup_context=_remember, lib=_library)

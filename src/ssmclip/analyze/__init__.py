@@ -1,0 +1,1 @@
+"""Model x data -> rows: the loss landscape, by Hessian-vector products through every encoder."""

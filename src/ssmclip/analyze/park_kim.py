@@ -1,0 +1,110 @@
+"""The protocol of "How do vision transformers work?" (Park and Kim 2022, arXiv:2202.06709), as far as it is known.
+
+Its code was never published. The author's own words (github.com/xxxnell/how-do-vits-work, issue 12): PyHessian, the
+five eigenvalues of largest magnitude of every mini-batch, collected. So this is PyHessian's power iteration with its
+defaults, and its stopping test, which is no residual: what it returns is seldom converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssmclip.analyze.product import Hessian
+from ssmclip.analyze.spectrum import Spectrum, check_k, extreme_eigenvalues
+
+SAMPLES, BATCH_SIZE, TOP = 3000, 15, 5
+WEIGHT_DECAY = 0.05  # of the authors' vision transformers
+
+
+@dataclass(frozen=True)
+class PowerIteration:
+    """values: float64 (k,), in the order found; residuals: |Hv - lambda v| / |lambda| at the last vector, which the
+    protocol itself does not look at; products: taken by the protocol (looking at the residuals takes none)."""
+
+    values: Tensor
+    residuals: Tensor
+    products: int
+
+
+def power_iteration(
+    hessian: Hessian, k: int = TOP, tol: float = 1e-3, max_iterations: int = 100, seed: int = 0
+) -> PowerIteration:
+    """The k eigenvalues of largest magnitude, one after the other, each until its quotient changes by less than tol.
+
+    Returned is the quotient before the last, as PyHessian does. Raises ValueError for k < 1 or above n.
+    """
+    check_k(k, hessian.size)
+    generator = torch.Generator().manual_seed(seed)
+    before = hessian.products
+    found: list[Tensor] = []
+    values, residuals = [], []
+    for _ in range(k):
+        v = torch.randn(hessian.size, generator=generator, dtype=hessian.dtype).to(hessian.device)
+        v = _unit(v)
+        value = None
+        for _ in range(max_iterations):
+            for u in found:
+                v = v - _dot(v, u) * u
+            v = _unit(v)
+            product = hessian(v)
+            quotient = _dot(product, v)
+            residual = float(torch.linalg.vector_norm(product - quotient * v, dtype=torch.float64))
+            v = _unit(product)
+            if value is not None and abs(quotient - value) / (abs(value) + 1e-6) < tol:
+                break
+            value = quotient
+        found.append(v)
+        values.append(value)
+        residuals.append(residual / abs(quotient) if quotient else 0.0)
+    return PowerIteration(
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(residuals, dtype=torch.float64),
+        hessian.products - before,
+    )
+
+
+def penalty(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
+    """weight_decay / 2 times the sum of squares: the L2 term of "NLL + L2". It shifts every eigenvalue by weight_decay.
+
+    Which form the authors used is not known. The sum of the tensors' norms, as their notebook of loss surfaces has it,
+    has no second derivative at a bias of zero, where every model starts.
+    """
+    return 0.5 * weight_decay * sum(p.square().sum() for p in parameters)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The protocol and Lanczos on one Hessian. errors: of the protocol's values, relative to the true eigenvalue at
+    the same place of the list; missed: true top-k eigenvalues that none of its values is within 1 % of."""
+
+    protocol: PowerIteration
+    lanczos: Spectrum
+    errors: Tensor
+    missed: int
+
+    @property
+    def products_ratio(self) -> float:
+        """Lanczos' products until the top k were converged, over the protocol's."""
+        return self.lanczos.products / self.protocol.products
+
+
+def compare(hessian: Hessian, k: int = TOP, tol: float = 1e-3, seed: int = 0) -> Comparison:
+    """Run both for the k eigenvalues of largest magnitude."""
+    protocol = power_iteration(hessian, k, seed=seed)
+    lanczos = extreme_eigenvalues(hessian, k, tol, which="magnitude", copies=False, seed=seed)
+    true = lanczos.by_magnitude
+    near = (protocol.values[:, None] - true).abs() <= 0.01 * true.abs()
+    errors = (protocol.values - true).abs() / true.abs()
+    return Comparison(protocol, lanczos, errors, int((~near.any(dim=0)).sum()))
+
+
+def _unit(v: Tensor) -> Tensor:
+    return v / (torch.linalg.vector_norm(v, dtype=torch.float64).to(v.dtype) + 1e-6)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))

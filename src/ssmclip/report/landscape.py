@@ -1,0 +1,259 @@
+"""Figures of the loss landscape: where eigenvalues are, how many of each size, over training, and loss surfaces.
+
+The first is Figure 3 of CLIP-Mamba, after Park and Kim (2022): the eigenvalues of largest magnitude of every batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of
+from ssmclip.report.store import step_of
+from ssmclip.results import Result
+
+PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")
+X_Y = re.compile(r"x=([-\d.e]+)(?:,y=([-\d.e]+))?")
+POINTS = 300  # along the axis of a density
+
+
+def measured(rows: Iterable[Result], end: str) -> list[Result]:
+    """The rows of eigenvalues at one end."""
+    return [row for row in rows if row.task == "hessian" and (m := PLACE.fullmatch(row.metric)) and m[1] == end]
+
+
+def tower_of(row: Result) -> str:
+    return next((part.removeprefix("tower=") for part in row.condition.split(",") if part.startswith("tower=")), "")
+
+
+def bandwidth(values: np.ndarray) -> float:
+    """Silverman's rule, with the quartiles in place of the spread where a few values lie far out."""
+    quartiles = np.subtract(*np.quantile(values, [0.75, 0.25])) / 1.34
+    spread = min(values.std(), quartiles) or values.std() or max(abs(values).max(), 1e-12) * 0.05
+    return float(0.9 * spread * len(values) ** -0.2)
+
+
+def kernel_density(values: Sequence[float], at: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density estimate of the values, at these points."""
+    values = np.asarray(values, float)
+    width = bandwidth(values)
+    return np.exp(-0.5 * ((at[:, None] - values) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
+
+
+@figure("hessian_eigenvalues", needs=["by_magnitude_1"])
+class Eigenvalues(Drawing):
+    """How the eigenvalues of largest magnitude are distributed over the batches, model by model."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
+        for tower in dict.fromkeys(map(tower_of, mine)):
+            of_tower = [row for row in mine if tower_of(row) == tower]
+            yield cls(f"Hessian: the largest eigenvalues of every batch, {tower or 'whole'}", of_tower, looks)
+
+    def frame(self):
+        return [{"model": row.model, "value": row.value, "converged": row.extra.get("converged")} for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        models = models_of(frame)
+        picture, axes = canvas(2.8)
+        values = np.array([entry["value"] for entry in frame])
+        low, high = values.min(), values.max()
+        margin = 0.08 * (high - low) or 1.0
+        at = np.linspace(low - margin, high + margin, POINTS)
+        axes.axvspan(low - margin, 0, color="#888888", alpha=0.12, linewidth=0)
+        for model in models:
+            mine = [entry["value"] for entry in frame if entry["model"] == model]
+            look = self.styles[model]
+            negative = np.mean(np.array(mine) < 0)
+            axes.hist(mine, bins=np.linspace(low, high or 1.0, 41) if high > low else 5, density=True, alpha=0.3,
+                      color=look.colour, hatch=look.hatch)  # fmt: skip
+            label = f"{model}: {100 * negative:.1f} % negative of {len(mine)}"
+            axes.plot(at, kernel_density(mine, at), look.dash, color=look.colour, label=label)
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_xlabel("eigenvalue of the Hessian (shaded: negative)")
+        axes.set_ylabel("density")
+        legend(axes, len(models) * 4)
+        return picture
+
+
+@figure("hessian_density", needs=["negative_mass"])
+class SpectralDensity(Drawing):
+    """The density of all eigenvalues by stochastic Lanczos quadrature, the mean over batches and probes, log axis."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.task == "hessian" and "nodes" in row.extra and step_of(row) is None]
+        for tower in dict.fromkeys(map(tower_of, mine)):
+            of_tower = [row for row in mine if tower_of(row) == tower]
+            yield cls(f"Hessian: density of all eigenvalues, {tower or 'whole'}", of_tower, looks)
+
+    def frame(self):
+        probes: dict[str, list[tuple[list[float], list[float]]]] = {}
+        for row in self.rows:
+            lines = zip(row.extra["nodes"], row.extra["weights"], strict=True)
+            probes.setdefault(row.model, []).extend(lines)
+        nodes = [node for lines in probes.values() for line in lines for node in line[0]]
+        if not nodes:
+            return []
+        low, high = min(nodes), max(nodes)
+        width = (high - low) / 100 or 1.0
+        at = np.linspace(low - 5 * width, high + 5 * width, POINTS)
+        return [
+            {"model": model, "eigenvalue": float(x), "density": float(y)}
+            for model, lines in probes.items()
+            for x, y in zip(at, np.mean([_smoothed(*line, at, width) for line in lines], axis=0), strict=True)
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(2.8)
+        top = max(entry["density"] for entry in frame)
+        for model in models_of(frame):
+            mine = [entry for entry in frame if entry["model"] == model]
+            look = self.styles[model]
+            x, y = [e["eigenvalue"] for e in mine], [max(e["density"], 1e-12 * top) for e in mine]
+            axes.semilogy(x, y, look.dash, color=look.colour, label=model)
+        axes.set_ylim(1e-9 * top, 2 * top)
+        axes.set_xlabel("eigenvalue of the Hessian")
+        axes.set_ylabel("density")
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+def _smoothed(nodes: list[float], weights: list[float], at: np.ndarray, width: float) -> np.ndarray:
+    bumps = np.exp(-0.5 * ((at[:, None] - np.array(nodes)) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    return bumps @ np.array(weights)
+
+
+@figure("hessian_training", needs=["largest_1", "smallest_1"])
+class EigenvaluesOverTraining(Drawing):
+    """The most positive and the most negative eigenvalue over the steps: the median over batches."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.metric in cls.needs and row.task == "hessian" and step_of(row) is not None]
+        for tower in dict.fromkeys(map(tower_of, mine)):
+            of_tower = [row for row in mine if tower_of(row) == tower]
+            yield cls(f"Hessian: the extreme eigenvalues over training, {tower or 'whole'}", of_tower, looks)
+
+    def frame(self):
+        groups: dict[tuple[str, str, int], list[float]] = {}
+        for row in self.rows:
+            groups.setdefault((row.model, row.metric.removesuffix("_1"), step_of(row)), []).append(row.value)
+        return [
+            {"model": model, "end": end, "step": step, "median": float(np.median(values)), "batches": len(values)}
+            for (model, end, step), values in groups.items()
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(2.8)
+        for model in models_of(frame):
+            look = self.styles[model]
+            for end in ("largest", "smallest"):
+                mine = sorted((e["step"], e["median"]) for e in frame if (e["model"], e["end"]) == (model, end))
+                label = model if end == "largest" else None
+                if mine:
+                    axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=look.marker, label=label)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.axhline(0, linewidth=0.8, color="#888888")
+        axes.set_xlabel("steps")
+        axes.set_ylabel("most positive and most negative")
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+class Surfaces(Drawing):
+    """The loss along one or two directions from the trained weights."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Result], task: str) -> list[Result]:
+        return [row for row in rows if row.task == task and X_Y.fullmatch(row.condition)]
+
+    def frame(self):
+        places = [(row, X_Y.fullmatch(row.condition)) for row in self.rows]
+        return [{"model": r.model, "x": float(m[1]), "y": float(m[2] or 0), "loss": r.value} for r, m in places]
+
+    def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x (n,), y (m,) and the loss (m, n), NaN where it was not measured."""
+        frame = self.frame()
+        x, y = (sorted({entry[axis] for entry in frame}) for axis in "xy")
+        loss = np.full((len(y), len(x)), np.nan)
+        for entry in frame:
+            loss[y.index(entry["y"]), x.index(entry["x"])] = entry["loss"]
+        return np.array(x), np.array(y), loss
+
+
+@figure("surface_1d", needs=["loss"])
+class Line(Surfaces):
+    """The loss along one direction, a line for each model."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        yield cls("Loss along a filter-normalised direction", cls.of(rows, "surface_1d"), looks)
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(2.6)
+        for model in models_of(frame):
+            mine = sorted((entry["x"], entry["loss"]) for entry in frame if entry["model"] == model)
+            look = self.styles[model]
+            axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=look.marker, label=model)
+        axes.set_xlabel("distance, in lengths of each filter")
+        axes.set_ylabel("loss")
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+class Surface(Surfaces):
+    kind = ""
+
+    @classmethod
+    def each(cls, rows, looks):
+        found = cls.of(rows, "surface_2d")
+        for model in dict.fromkeys(row.model for row in found):
+            mine = [row for row in found if row.model == model]
+            yield cls(f"Loss surface of {model}, {cls.kind}", mine, looks)
+
+
+@figure("surface_contour", needs=["loss"])
+class Contour(Surface):
+    """The loss over two directions, as lines of equal loss."""
+
+    kind = "contour"
+
+    def plot(self):
+        x, y, loss = self.grid()
+        picture, axes = canvas(3.6)
+        if np.isfinite(loss).all() and min(loss.shape) > 1 and np.ptp(loss):
+            axes.clabel(axes.contour(x, y, loss, levels=14, cmap="viridis"), fontsize=7)
+        axes.plot(0, 0, "+", color="#D55E00")
+        axes.set_aspect("equal")
+        axes.set_xlabel("first direction")
+        axes.set_ylabel("second direction")
+        return picture
+
+
+@figure("surface_3d", needs=["loss"])
+class Relief(Surface):
+    """The loss over two directions, as a surface seen from above."""
+
+    kind = "3-D"
+    section = "details"
+
+    def plot(self):
+        x, y, loss = self.grid()
+        picture, axes = canvas(3.6)
+        place = axes.get_subplotspec()
+        axes.remove()
+        axes = picture.add_subplot(place, projection="3d")
+        axes.plot_surface(*np.meshgrid(x, y), loss, cmap="plasma", linewidth=0, rstride=1, cstride=1)
+        axes.view_init(elev=25, azim=-60)
+        axes.set_xlabel("first direction")
+        axes.set_ylabel("second direction")
+        axes.set_zlabel("loss")
+        return picture

@@ -1,0 +1,444 @@
+"""Second derivatives against dense Hessians, spectra that are known, and what is refused."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import ssmclip
+from ssmclip.analyze import command, park_kim
+from ssmclip.analyze.batches import classification_loss, contrastive_loss, read_batches, tower_parameters
+from ssmclip.analyze.estimate import density, trace
+from ssmclip.analyze.hessian import HessianStudy, batch_rows, summary_rows
+from ssmclip.analyze.landscape import filter_normalised_direction, loss_at
+from ssmclip.analyze.product import Hessian, NotTwiceDifferentiable, OutOfMemory
+from ssmclip.analyze.spectrum import extreme_eigenvalues, hessian_eigenvalues
+from ssmclip.models import create_clip
+from ssmclip.ops import using
+from ssmclip.results import read_rows
+
+
+def quadratic(eigenvalues, dtype=torch.float64):
+    """A loss whose Hessian has these eigenvalues, in a random basis, and its variable."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(n)
+    Q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    H = (Q * torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+    H = ((H + H.T) / 2).to(dtype)
+    x = torch.ones(n, dtype=dtype, requires_grad=True)
+    return (lambda: 0.5 * x @ H @ x), x
+
+
+def bulk(n, low=-1.0, high=1.0):
+    return np.random.default_rng(n).uniform(low, high, n).tolist()
+
+
+SPECTRA = {
+    "one": ([3.0], 1),
+    "one zero": ([0.0], 1),
+    "all": ([3.0, -1.0, 2.0, 0.5], 4),
+    "nearly all": (bulk(30), 29),
+    "zero": ([0.0] * 50, 5),
+    "identity": ([2.0] * 100, 5),
+    "low rank": ([10.0, 9, 3] + [0.0] * 300, 5),
+    "equal at both ends": ([10, 10, 10, 9.999, 9, *bulk(120), -5, -5], 5),
+    "five equal": ([10] * 5 + bulk(150) + [-5] * 7, 5),
+    "clustered": ([10, 9.999, 9.998, 9.99, 9.9, *bulk(120), -4, -4.001], 5),
+    "outliers": ([128.0, 64, 58, 42, 33, *bulk(300, -8, 8), -28, -23, -20, -14, -12.6], 5),
+    "no gap": (bulk(150), 3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigenvalues_of_a_quadratic(name, dtype):
+    eigenvalues, k = SPECTRA[name]
+    loss, x = quadratic(eigenvalues, dtype)
+    calls = []
+    r = hessian_eigenvalues(loss, [x], k=k, progress=calls.append)
+    rising = torch.tensor(sorted(eigenvalues), dtype=torch.float64)
+    top = rising[rising.abs().argsort(descending=True)][:k]
+    atol = 1e-5 * float(rising.abs().max())
+    torch.testing.assert_close(r.largest, rising.flip(0)[:k], rtol=1e-3, atol=atol)
+    torch.testing.assert_close(r.smallest, rising[:k], rtol=1e-3, atol=atol)
+    torch.testing.assert_close(r.by_magnitude.abs(), top.abs(), rtol=1e-3, atol=atol)
+    assert r.converged.largest.all()
+    assert r.converged.smallest.all()
+    assert r.products == len(calls) == calls[-1]
+    assert r.products <= len(eigenvalues)
+
+
+def test_products_are_counted_where_they_are_taken():
+    loss, x = quadratic([5.0, 4, *bulk(60)])
+    hessian = Hessian(loss, [x])
+    taken, product = [], hessian.__class__.__call__
+
+    class Counted(Hessian):
+        def __call__(self, vector):
+            taken.append(1)
+            return product(self, vector)
+
+    counted = Counted(loss, [x])
+    assert extreme_eigenvalues(counted, 2).products == len(taken) == counted.products
+
+
+def test_residuals_are_true_and_vectors_eigenvectors():
+    loss, x = quadratic([128.0, 64, 58, *bulk(400, -8, 8), -28])
+    hessian = Hessian(loss, [x])
+    r = extreme_eigenvalues(hessian, 3, tol=1e-2, copies=False, vectors=True)
+    for value, residual, vector in zip(r.largest, r.residuals.largest, r.vectors.largest, strict=True):
+        true = (hessian(vector) - value * vector).norm() / value
+        torch.testing.assert_close(true, residual, rtol=1e-3, atol=1e-8)
+        assert residual <= 1e-2
+
+
+def test_a_restarted_basis_finds_the_same(monkeypatch):
+    monkeypatch.setattr("ssmclip.analyze.spectrum.MAX_BASIS", 24)
+    eigenvalues = [20.0, 15, 12, *bulk(600, -8, 8), -11]
+    loss, x = quadratic(eigenvalues)
+    r = hessian_eigenvalues(loss, [x], k=3, copies=False)
+    assert r.products > 24
+    torch.testing.assert_close(r.largest, torch.tensor([20.0, 15, 12], dtype=torch.float64), rtol=1e-5, atol=0)
+    assert r.converged.smallest.all()
+
+
+def test_what_is_not_converged_is_marked():
+    loss, x = quadratic(bulk(500))
+    r = hessian_eigenvalues(loss, [x], k=3, max_products=8)
+    assert r.products == 8
+    assert not r.converged.largest.any()
+    assert (r.found_after.largest == -1).all()
+
+
+def test_least_squares():
+    """The Hessian of |XW - Y|^2 is 2 I (x) X'X: every eigenvalue as many times as there are outputs."""
+    generator = torch.Generator().manual_seed(0)
+    X, Y = (torch.randn(60, n, generator=generator, dtype=torch.float64) for n in (20, 4))
+    W = torch.zeros(20, 4, dtype=torch.float64, requires_grad=True)
+    r = hessian_eigenvalues(lambda: ((X @ W - Y) ** 2).sum(), [W], k=6)
+    eigenvalues = torch.from_numpy(np.linalg.eigvalsh(2 * X.T.numpy() @ X.numpy())).repeat_interleave(4)
+    torch.testing.assert_close(r.largest, eigenvalues.flip(0)[:6], rtol=1e-4, atol=0)
+    torch.testing.assert_close(r.smallest, eigenvalues[:6], rtol=1e-4, atol=0)
+
+
+IMAGE_TOWERS = {
+    "vmamba": lambda: timm.create_model("test_vmamba", depths=(1,), dims=(4,), num_classes=4),
+    "simba": lambda: timm.create_model(
+        "test_simba", depths=(1, 1), dims=(4, 4), mlp_ratios=(1, 1), stem_dim=4, d_state=2, num_classes=4
+    ),
+    "vit": lambda: timm.create_model(
+        "vit_nano_patch16", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, mlp_ratio=1, num_classes=4
+    ),
+}
+
+
+def tiny_clip_of(image: str, text: str) -> nn.Module:
+    """A CLIP of some hundred parameters in float64, weights large enough for curvature everywhere."""
+    torch.manual_seed(0)
+    words = {"context_length": 4, "vocab_size": 6, "width": 4, "heads": 2, "layers": 1}
+    if text == "mamba":
+        mamba = dict(model_type="mamba", vocab_size=6, hidden_size=4, num_hidden_layers=1, state_size=2)
+        words = {"context_length": 4, "mamba": mamba}
+    vision = {"image_size": 8, "layers": 1, "width": 8, "patch_size": 4, "head_width": 4}
+    model = create_clip({"model_cfg": {"embed_dim": 4, "vision_cfg": vision, "text_cfg": words}})
+    model.visual = IMAGE_TOWERS[image]()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape))
+    return model.double().eval()
+
+
+def tiny_batch(n: int = 4):
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(1, 5, (n, 4), generator=generator)
+    texts[:, 3] = 5
+    return torch.randn(n, 3, 8, 8, generator=generator, dtype=torch.float64), texts
+
+
+ROWS = 40  # of a dense Hessian, spread over all parameters
+
+
+def dense(loss, parameters, places=slice(None)):
+    """Row by row: the gradient of every entry of the gradient, or of those at `places`."""
+    grads = torch.autograd.grad(loss, parameters, create_graph=True)
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True, materialize_grads=True) for g in flat[places]]
+    return torch.stack([torch.cat([x.reshape(-1) for x in row]) for row in rows])
+
+
+@pytest.mark.parametrize(("image", "text"), [("vmamba", "attention"), ("simba", "attention"), ("vit", "mamba")])
+def test_products_are_those_of_the_dense_hessian(image, text):
+    model, batch = tiny_clip_of(image, text), tiny_batch()
+    hessian = Hessian(lambda: contrastive_loss(model, *batch), model)
+    places = list(range(0, hessian.size, max(1, hessian.size // ROWS)))
+    with using("reference"), sdpa_kernel(SDPBackend.MATH):
+        rows = dense(contrastive_loss(model, *batch), list(model.parameters()), places)
+    vectors = torch.randn(hessian.size, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wanted = rows @ vectors
+    for v, product in zip(vectors.T, wanted.T, strict=True):
+        assert (hessian(v)[places] - product).norm() < 1e-9 * product.norm()
+    r = extreme_eigenvalues(hessian, 2, tol=1e-6, copies=False, vectors=True)
+    for end in ("largest", "smallest"):
+        for value, v in zip(getattr(r, end), getattr(r.vectors, end), strict=True):
+            assert (rows @ v - value * v[places]).norm() <= 2e-6 * value.abs()
+    # The same in float32, on the kernels that such a model takes.
+    single = Hessian(lambda: contrastive_loss(model, batch[0].float(), batch[1]), model.float())
+    for v, product in zip(vectors.T, wanted.T, strict=True):
+        assert (single(v.float())[places] - product).norm() < 2e-3 * product.norm()
+
+
+def test_classification_loss():
+    model = IMAGE_TOWERS["vmamba"]().double().eval()
+    images, labels = tiny_batch()[0], torch.tensor([0, 1, 2, 3])
+    hessian = Hessian(lambda: classification_loss(model, images, labels), model)
+    places = list(range(0, hessian.size, max(1, hessian.size // ROWS)))
+    with using("reference"):
+        rows = dense(classification_loss(model, images, labels), list(model.parameters()), places)
+    v = torch.randn(hessian.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(hessian(v)[places], rows @ v, rtol=1e-9, atol=1e-12)
+
+
+def test_towers_are_blocks_of_the_whole():
+    model = tiny_clip_of("vit", "attention")
+    whole, image, text = (tower_parameters(model, tower) for tower in ("whole", "image", "text"))
+    assert {*image, *text, "logit_scale"} == {*whole}
+    assert not {*image} & {*text}
+    assert {id(p) for p in image.values()} == {id(p) for p in model.visual.parameters()}
+    with pytest.raises(ValueError, match="whole, image, text"):
+        tower_parameters(model, "vision")
+
+
+class FirstOrderOnly(torch.autograd.Function):
+    """x^3 whose gradient is right and carries no graph: what most Mamba kernels are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            return (3 * x**2 * dy).detach()
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return FirstOrderOnly.apply(x)
+
+
+class Once(nn.Module):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, dy):
+            return dy
+
+    def forward(self, x):
+        return self.Function.apply(x)
+
+
+@pytest.mark.parametrize("bad", [Cube, Once])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_module_that_is_not_twice_differentiable_is_named(bad, last):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Tanh(), bad(), *([] if last else [nn.Linear(6, 6)])]
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(*layers)).double()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    with pytest.raises(NotTwiceDifferentiable, match=rf"module '2.2' \({bad.__name__}\)"):
+        hessian_eigenvalues(lambda: model(x).square().mean(), model, k=2)
+
+
+def test_bad_input_is_told():
+    x = torch.ones(3, requires_grad=True)
+    cases = [
+        (lambda: x.sum() / 0, [x], dict(k=1), "the loss is inf"),
+        (lambda: (x - 1).square().sum().sqrt(), {"weight": x}, dict(k=1), "gradient is not finite.*weight"),
+        (lambda: x.square().sum(), [x], dict(k=4), "k=4.*at most 3"),
+        (lambda: x.square().sum(), [x], dict(k=0), "k=0"),
+        (lambda: x.square().sum(), [x], dict(k=1, tol=0.0), "tol=0"),
+        (lambda: x.square().sum(), [x], dict(k=1, which="middle"), "wanted 'both'"),
+        (lambda: x.square().sum(), [x.detach()], dict(k=1), "no parameter asks for a gradient"),
+        (lambda: x.detach().sum(), [x], dict(k=1), "without a graph"),
+        (lambda: x.square().sum(), [torch.ones(2, requires_grad=True)], dict(k=1), "does not depend on any"),
+        (lambda: x.square().sum(), [x.half().detach().requires_grad_()], dict(k=1), "float16"),
+    ]
+    for loss, parameters, options, said in cases:
+        with pytest.raises(ValueError, match=said):
+            hessian_eigenvalues(loss, parameters, **options)
+    for loss, parameters in ((lambda: x * x, [x]), (lambda: 3.0, [x]), (lambda: x.sum(), ["x"])):
+        with pytest.raises(TypeError, match=r"wanted a scalar tensor|parameters are tensors"):
+            hessian_eigenvalues(loss, parameters, k=1)
+
+
+def test_unused_and_frozen_parameters_take_part_as_they_should():
+    x, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    r = hessian_eigenvalues(lambda: (x**3).sum(), [x, unused, torch.ones(4), x], k=5)
+    assert r.size == 5
+    torch.testing.assert_close(r.largest, torch.tensor([6.0, 6, 6, 0, 0], dtype=torch.float64), rtol=0, atol=1e-5)
+
+
+def test_out_of_memory_says_what_fits():
+    model, batch = tiny_clip_of("vit", "attention"), tiny_batch(12)
+
+    def loss(model, images, texts):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+        return contrastive_loss(model, images, texts)
+
+    with pytest.raises(OutOfMemory, match=r"batch of 12 does not fit.*--batch-size 3"):
+        batch_rows(model, *batch, HessianStudy(), model_name="m", condition="batch=0", loss=loss)
+
+
+def test_power_iteration_is_the_usual_one():
+    """Well separated, it converges to its own test; its products are what Lanczos saves."""
+    loss, x = quadratic([100.0, -60, 35, 20, 12, *bulk(300)])
+    comparison = park_kim.compare(Hessian(loss, [x]))
+    torch.testing.assert_close(
+        comparison.protocol.values, torch.tensor([100.0, -60, 35, 20, 12], dtype=torch.float64), rtol=5e-3, atol=0
+    )
+    assert comparison.lanczos.converged.by_magnitude.all()
+    assert (comparison.protocol.residuals > 1e-3).any()
+    assert comparison.missed == 0
+    assert comparison.products_ratio < 0.5
+
+
+def test_weight_decay_shifts_the_spectrum():
+    model, batch = tiny_clip_of("vit", "attention"), tiny_batch()
+    plain, decayed = (
+        {
+            row.metric: row.value
+            for row in batch_rows(
+                model, *batch, HessianStudy(tol=1e-6, weight_decay=decay), model_name="m", condition="batch=0"
+            )
+        }
+        for decay in (0.0, 0.3)
+    )
+    for i in range(1, 6):
+        assert math.isclose(decayed[f"largest_{i}"], plain[f"largest_{i}"] + 0.3, rel_tol=1e-6)
+
+
+def test_trace_converges_as_one_over_root_probes():
+    eigenvalues = bulk(200, -1, 3)
+    loss, x = quadratic(eigenvalues)
+    hessian = Hessian(loss, [x])
+    errors = {
+        probes: np.sqrt(np.mean([(trace(hessian, probes, seed).value - sum(eigenvalues)) ** 2 for seed in range(40)]))
+        for probes in (4, 64)
+    }
+    assert 2.6 < errors[4] / errors[64] < 6.2  # 4, give or take the noise of 40 repetitions
+    found = trace(hessian, 64)
+    assert abs(found.value - sum(eigenvalues)) < 4 * found.standard_error
+    assert 0.5 < found.standard_error / errors[64] < 2
+
+
+def test_density_has_the_moments_of_the_spectrum():
+    eigenvalues = np.array([30.0, 20.0, *bulk(300, -1, 2), -8])
+    loss, x = quadratic(eigenvalues.tolist())
+    found = density(Hessian(loss, [x]), probes=30, steps=25)
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1)
+    for f in (lambda t: t, lambda t: t**2, lambda t: np.exp(-((t - 1) ** 2) / 0.5)):
+        estimate = found.mean(f)
+        assert abs(estimate.value - f(eigenvalues).mean()) < 4 * estimate.standard_error
+    below = found.share_below(-0.5)
+    assert abs(below.value - (eigenvalues < -0.5).mean()) < 0.05
+    mass = -eigenvalues[eigenvalues < 0].sum() / np.abs(eigenvalues).sum()
+    assert abs(found.negative_mass - mass) < 0.05
+
+
+def test_a_density_of_every_step_is_exact():
+    loss, x = quadratic([3.0, 1.0, -2.0])
+    found = density(Hessian(loss, [x]), probes=1, steps=9)
+    np.testing.assert_allclose(found.nodes[0], [-2, 1, 3], atol=1e-12)
+
+
+def test_directions_are_as_long_as_filters():
+    model = tiny_clip_of("vmamba", "attention")
+    parameters = dict(model.named_parameters())
+    direction = filter_normalised_direction(parameters, 0)
+    for name, p in parameters.items():
+        for filter_, weights in zip(direction[name], p, strict=True) if p.ndim > 1 else []:
+            torch.testing.assert_close(filter_.norm(), weights.detach().norm())
+        assert p.ndim > 1 or not direction[name].any()
+
+
+def test_surface_is_the_loss_along_the_direction():
+    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    direction = filter_normalised_direction({"x": x}, 0)
+    found = [loss_at(lambda: (x**2).sum(), {"x": x}, [direction], [t]) for t in (-0.5, 0.0, 1.0)]
+    wanted = [float(((x.detach() + t * direction["x"]) ** 2).sum()) for t in (-0.5, 0.0, 1.0)]
+    assert found == pytest.approx(wanted, rel=1e-12)
+    assert x.tolist() == [[3.0, 4.0]]
+
+
+def arguments(out, *more):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([*more, "--data", "synthetic:quickstart", "--out", str(out)])
+
+
+@pytest.fixture
+def saved(tiny_clip, tiny_config, tmp_path):
+    ssmclip.save_model(tiny_clip[0], tiny_config, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_command_writes_rows_and_resumes(saved, tmp_path):
+    asked = ["hessian", "--model", saved, "--batches", "2", "--batch-size", "3", "--k", "1", "--towers", "image"]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    command.run(arguments(whole, *asked))
+    run, rows = read_rows(whole)
+    assert run["analysis"]["protocol"] == "lanczos"
+    values = [row for row in rows if row.condition.startswith("batch=")]
+    assert len(values) == 2 * 3
+    assert all(row.extra["residual"] <= 1e-3 and row.extra["products"] > 0 and row.extra["converged"] for row in values)
+    # Killed in the middle of the second batch's second row, then continued.
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:5]) + lines[5][:30])
+    command.run(arguments(cut, *asked))
+    assert read_rows(cut)[1] == rows
+    with pytest.raises(ValueError, match="k was 1"):
+        command.run(arguments(whole, *asked[:-4], "--k", "2", "--towers", "image"))
+
+
+def test_the_landscape_command(saved, tmp_path, tiny_clip):
+    out = tmp_path / "surface.jsonl"
+    command.run(arguments(out, *f"landscape --model {saved} --batch-size 4 --dimensions 1 --points 3".split()))
+    rows = {row.condition: row.value for row in read_rows(out)[1]}
+    model, preprocess, tokenizer = tiny_clip
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=4))
+    assert rows["x=0.0"] == pytest.approx(float(contrastive_loss(model, *batch)), rel=1e-6)
+    assert list(rows) == ["x=-1.0", "x=0.0", "x=1.0"]
+
+
+def test_more_batches_than_data_are_refused(tiny_clip):
+    with pytest.raises(ValueError, match=r"ask for at most|a batch holds at most"):
+        next(read_batches("synthetic:digits", *tiny_clip[1:], batches=1, batch_size=10**6))
+
+
+def test_summary_counts_negative_values():
+    from ssmclip.results import Result
+
+    rows = [
+        Result(
+            "m", "hessian", f"batch={b},tower=whole", f"by_magnitude_{i}", v, extra={"converged": True, "products": 7}
+        )
+        for b, values in enumerate([(3.0, -2.0), (4.0, 1.0), (-5.0, -1.0)])
+        for i, v in enumerate(values, 1)
+    ]
+    found = {row.metric: row for row in summary_rows(rows, 2)}
+    assert found["negative_share"].value == pytest.approx(0.5)
+    assert found["top_magnitude"].value == pytest.approx(16 / 6)
+    assert found["negative_share"].n == 3
+    assert found["negative_share"].condition == "tower=whole"
+    assert found["negative_share"].ci_low < 0.5 < found["negative_share"].ci_high
