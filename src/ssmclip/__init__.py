@@ -4,6 +4,8 @@ Importing it adds its encoders to timm (`timm.create_model("vmamba_small_s2l15")
 (`open_clip.create_model_and_transforms("CLIP-VMamba-S")`).
 """
 
+import importlib
+
 from ssmclip import ops
 from ssmclip.models import clip_config, create_clip, list_clips, load, save_model
 from ssmclip.registry import UnknownName
@@ -14,6 +16,7 @@ __all__ = [
     "UnknownName",
     "append_rows",
     "clip_config",
+    "count_macs",
     "create_clip",
     "list_clips",
     "load",
@@ -22,3 +25,12 @@ __all__ = [
     "save_model",
     "write_rows",
 ]
+
+# What is not loaded before it is asked for: name -> its module.
+_LATER = {"count_macs": "ssmclip.analyze.macs"}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
