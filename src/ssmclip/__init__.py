@@ -12,6 +12,7 @@ from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
 
 __all__ = [
+    "Embedder",
     "Result",
     "UnknownName",
     "append_rows",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 # What is not loaded before it is asked for: name -> its module.
-_LATER = {"count_macs": "ssmclip.analyze.macs"}
+_LATER = {"Embedder": "ssmclip.evaluate.embedder", "count_macs": "ssmclip.analyze.macs"}
 
 
 def __getattr__(name: str):
