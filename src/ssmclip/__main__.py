@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 from ssmclip import quickstart
+from ssmclip.analyze import command as analyze
 from ssmclip.evaluate import command as evaluate
 from ssmclip.evaluate import index_command as index
 from ssmclip.report import command as report
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "quickstart", quickstart.HELP, quickstart.run, quickstart.add_arguments)
     _add(commands, "train", train.HELP, partial(train.run, validation=quickstart.build_validation), train.add_arguments)
     _add(commands, "evaluate", evaluate.HELP, evaluate.run, evaluate.add_arguments)
+    _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
     _add(commands, "embed", index.EMBED_HELP, index.run_embed, index.add_embed_arguments)
     _add(commands, "search", index.SEARCH_HELP, index.run_search, index.add_search_arguments)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)

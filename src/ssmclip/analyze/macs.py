@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import timm
 import torch
+from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +23,10 @@ from ssmclip.analyze import towers
 from ssmclip.models.mamba import Mamba
 
 __all__ = ["Macs", "count_macs", "long_sequence", "sequence_criterion", "transformer_macs"]
+
+
+# Every token attends to every other; in timm's Swin, say, it does not.
+PLAIN_TRANSFORMERS = (timm.models.VisionTransformer, timm.models.Eva, timm.models.Beit, OpenClipVisionTransformer)
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,15 @@ class Macs:
     """What `count_macs` returns: the parts of one image and of one text, and their sum.
 
     image_size: (height, width) in pixels; text_length: tokens, None where no text was counted;
-    parameters: of the whole model.
+    image_parameters, text_parameters: of the towers; parameters: of the whole model.
     """
 
     image: Parts
     text: Parts
     image_size: tuple[int, int]
     text_length: int | None
+    image_parameters: int
+    text_parameters: int
     parameters: int
 
     @property
@@ -98,8 +106,7 @@ def count_macs(
     (450.0, 447.6)
     """
     size = towers.as_size(image_size)
-    model = _on_meta(name_or_model, size)
-    parameters = sum(p.numel() for p in model.parameters())
+    model = _on_meta(name_or_model, size, text_length)
     image = _count(model, lambda: towers.encode_image(model, torch.empty(1, 3, *size, device="meta")), f"{size}")
     text = Parts()
     if text_length is not None:
@@ -107,7 +114,10 @@ def count_macs(
             raise ValueError(f"text_length={text_length} for {type(model).__name__}, which reads no text")
         tokens = towers.tokens_of(model, 1, text_length, "meta")
         text = _count(model, lambda: model.encode_text(tokens), f"{text_length} tokens")
-    return Macs(image, text, size, text_length, parameters)
+    image_parameters = sum(p.numel() for p in towers.tower_parameters(model, "image"))
+    text_parameters = sum(p.numel() for p in towers.tower_parameters(model, "text")) if towers.is_clip(model) else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    return Macs(image, text, size, text_length, image_parameters, text_parameters, parameters)
 
 
 def transformer_macs(width: int, depth: int, tokens: int, *, causal: bool = False) -> int:
@@ -130,7 +140,7 @@ def long_sequence(width: int, tokens: int, *, causal: bool = False) -> float:
 
 
 def sequence_criterion(
-    name_or_model: str | nn.Module, image_size: int | tuple[int, int] = 224, *, text_length: int = 77
+    name_or_model: str | nn.Module, image_size: int | tuple[int, int] = 224, *, text_length: int | None = 77
 ) -> list[dict[str, Any]]:
     """MambaOut's criterion for each transformer tower of a model, a dict for each; none for a model without attention.
 
@@ -143,19 +153,21 @@ def sequence_criterion(
     (4608, 1086, 0.68)
     """
     size = towers.as_size(image_size)
-    model = _on_meta(name_or_model, size)
+    model = _on_meta(name_or_model, size, text_length)
     tower = towers.image_tower(model)
     found = []
-    patch = towers.patch_size(tower)
-    width = getattr(tower, "embed_dim", None) or getattr(getattr(tower, "transformer", None), "width", None)
-    if patch and isinstance(width, int):
+    if isinstance(tower, PLAIN_TRANSFORMERS):
+        patch = towers.patch_size(tower)
+        width = tower.embed_dim if hasattr(tower, "embed_dim") else tower.transformer.width
         tokens = math.prod(side // step for side, step in zip(size, patch, strict=True))
         side = math.sqrt(math.prod(patch) * 6 * width)
         found.append(_criterion("image", width, tokens, causal=False) | {"side": side})
     text = getattr(model, "text", model)
-    if towers.is_clip(model) and (width := getattr(getattr(text, "transformer", None), "width", None)):
-        if text_length < 1:
-            raise ValueError(f"texts of {text_length} tokens: a text has at least 1")
+    if (
+        text_length is not None
+        and towers.is_clip(model)
+        and (width := getattr(getattr(text, "transformer", None), "width", None))
+    ):
         causal = getattr(text, "attn_mask", None) is not None
         found.append(_criterion("text", width, text_length, causal=causal) | {"side": None})
     return found
@@ -167,11 +179,12 @@ def _criterion(tower: str, width: int, tokens: int, causal: bool) -> dict[str, A
     return {"tower": tower, "width": width, "tokens": tokens, "causal": causal, "ratio": ratio, "threshold": threshold}
 
 
-def _on_meta(name_or_model: str | nn.Module, size: tuple[int, int]) -> nn.Module:
-    """The model without memory, in evaluation mode, at this image size."""
+def _on_meta(name_or_model: str | nn.Module, size: tuple[int, int], text_length: int | None) -> nn.Module:
+    """The model without memory, in evaluation mode, at this image size and text length."""
+    if text_length is not None and text_length < 1:
+        raise ValueError(f"texts of {text_length} tokens: a text has at least 1")
     if isinstance(name_or_model, str):
-        with torch.device("meta"):
-            return towers.build_model(name_or_model, size).eval()
+        return towers.build_model_on_meta(name_or_model, size, text_length)
     # The copy shares no numbers: every parameter and buffer is replaced on the way.
     tensors = [*name_or_model.parameters(), *name_or_model.buffers()]
     model = copy.deepcopy(name_or_model, {id(t): _meta_like(t) for t in tensors}).eval()

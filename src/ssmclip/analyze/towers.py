@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -25,19 +26,21 @@ def as_size(image_size: int | Size) -> Size:
     return sides
 
 
-def build_model(name: str, image_size: int | Size | None = None) -> nn.Module:
+def build_model(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
     """A model with fresh weights, for what does not depend on them.
 
     name: a CLIP (one of `list_clips()`, `open_clip:NAME`, a run or checkpoint folder) or a timm model, with its
-    classification head; image_size: pixels, or (height, width); None for the model's own.
+    classification head; image_size: pixels, or (height, width); text_length: tokens its text tower has positions for;
+    None for the model's own.
     Raises UnknownName, and ValueError for a size the model cannot take.
     """
-    if name.startswith(OPEN_CLIP):
-        model = create_clip(clip_config(name, image_size=image_size))
-    elif name in list_clips():
-        model = create_clip(clip_config(name))
-    elif Path(name).is_dir():
-        model = create_clip(load_config(find_checkpoint(Path(name))))
+    config = _clip_config(name)
+    if config is not None:
+        if image_size is not None and "timm_model_name" not in config["model_cfg"]["vision_cfg"]:
+            config["model_cfg"]["vision_cfg"]["image_size"] = image_size
+        if text_length is not None:
+            config["model_cfg"].get("text_cfg", {})["context_length"] = text_length
+        model = create_clip(config)
     elif timm.is_model(name.split(".")[0]):
         model = timm.create_model(name)
     else:
@@ -48,12 +51,32 @@ def build_model(name: str, image_size: int | Size | None = None) -> nn.Module:
     return model
 
 
+def _clip_config(name: str) -> dict[str, Any] | None:
+    """A CLIP's configuration, None for the name of anything else."""
+    if name.startswith(OPEN_CLIP) or name in list_clips():
+        return clip_config(name)
+    return load_config(find_checkpoint(Path(name))) if Path(name).is_dir() else None
+
+
+def reads_text(name: str) -> bool:
+    """Whether a named model is a CLIP. Raises UnknownName when there is none of that name."""
+    if _clip_config(name) is None:
+        build_model_on_meta(name)
+        return False
+    return True
+
+
+def build_model_on_meta(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
+    """`build_model` without memory."""
+    with torch.device("meta"):
+        return build_model(name, image_size, text_length).eval()
+
+
 def own_size(name: str) -> Size:
     """The image size (height, width) a named model is made for."""
-    if name in list_clips() or name.startswith(OPEN_CLIP):
-        return as_size(clip_config(name)["model_cfg"]["vision_cfg"].get("image_size", 224))
-    if Path(name).is_dir():
-        return as_size(load_config(find_checkpoint(Path(name)))["model_cfg"]["vision_cfg"].get("image_size", 224))
+    config = _clip_config(name)
+    if config is not None:
+        return as_size(config["model_cfg"]["vision_cfg"].get("image_size", 224))
     return tuple(timm.get_pretrained_cfg(name).input_size[1:])
 
 
@@ -99,6 +122,15 @@ def has_attention(module: nn.Module) -> bool:
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
     """A CLIP's image features, any other model's output."""
     return model.encode_image(images) if hasattr(model, "encode_image") else model(images)
+
+
+def tower_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
+    """Of the image tower ("image") or of all the rest but the logits' scale and bias ("text"); of no CLIP, all."""
+    if not is_clip(model):
+        return list(model.parameters())
+    image = {id(p) for p in model.visual.parameters()}
+    logits = {id(getattr(model, name, None)) for name in ("logit_scale", "logit_bias")}
+    return [p for p in model.parameters() if (id(p) in image) == (kind == "image") and id(p) not in logits]
 
 
 def is_clip(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Rows -> figures and one HTML page. Needs no torch: a report can be made, and made again, anywhere."""
 
+from ssmclip.report.efficiency import Efficiency
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
 from ssmclip.report.page import write_report
@@ -9,6 +10,7 @@ from ssmclip.report.tables import table, update_readme
 __all__ = [
     "FIGURES",
     "Drawing",
+    "Efficiency",
     "Examples",
     "Similarity",
     "Store",
