@@ -72,8 +72,8 @@ def test_a_killed_process_is_a_failure_with_its_reason(monkeypatch):
 def test_rows_are_the_measurements_in_their_units(tmp_path):
     jobs = []
     rows = sweep(
-        {"mine": "CLIP-ViT-B-16"},
-        [224, (224, 448)],
+        {"mine": "CLIP-ViT-Nano"},
+        [96, (96, 192)],
         [77],
         tmp_path / "rows",
         settings={"batch_size": 4},
@@ -82,23 +82,23 @@ def test_rows_are_the_measurements_in_their_units(tmp_path):
     by = {(row.condition, row.metric): row for row in rows}
     assert [(j.image_size, j.length, j.training) for j in jobs] == [
         (size, length, training)
-        for size, length in [((224, 224), None), ((224, 448), None), (None, 77)]
+        for size, length in [((96, 96), None), ((96, 192), None), (None, 77)]
         for training in (False, True)
     ]
-    assert by["image=224", "images_per_s"].value == 4 / 0.5
-    assert by["image=224", "images_per_s"].extra["low"] == 4 / 0.8
+    assert by["image=96", "images_per_s"].value == 4 / 0.5
+    assert by["image=96", "images_per_s"].extra["low"] == 4 / 0.8
     assert by["text=77", "texts_per_s"].value == 4 / 0.5
     assert by["text=77", "training_texts_per_s"].n == 9
-    assert (by["image=224", "latency_ms"].value, by["image=224", "latency_ms"].n) == (250, 7)
-    assert by["image=224", "training_memory_mb"].value == 100
-    assert by["image=224", "energy_j"].value == 3
-    count = count_macs("CLIP-ViT-B-16", (224, 448), text_length=77)
-    assert by["image=224x448", "macs"].value == count.image.total
+    assert (by["image=96", "latency_ms"].value, by["image=96", "latency_ms"].n) == (250, 7)
+    assert by["image=96", "training_memory_mb"].value == 100
+    assert by["image=96", "energy_j"].value == 3
+    count = count_macs("CLIP-ViT-Nano", (96, 192), text_length=77)
+    assert by["image=96x192", "macs"].value == count.image.total
     assert by["text=77", "macs"].value == count.text.total
     assert by["text=77", "macs"].extra["parts"]["attention"] == count.text.attention
-    assert by["image=224", "parameters"].value + by["text=77", "parameters"].value + 1 == count.parameters
-    assert by["image=224x448", "long_sequence_ratio"].value == pytest.approx(2 * 196 / 4608)
-    assert by["text=77", "long_sequence_ratio"].extra == {"threshold": 6144}
+    assert by["image=96x192", "parameters"].value + by["text=77", "parameters"].value + 1 == count.parameters
+    assert by["image=96x192", "long_sequence_ratio"].value == pytest.approx(6 * 12 / (6 * 192))
+    assert by["text=77", "long_sequence_ratio"].extra == {"threshold": 12 * 128, "side": None}
 
 
 def test_what_is_there_is_not_measured_again(tmp_path):

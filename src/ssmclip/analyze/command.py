@@ -52,14 +52,14 @@ def run_efficiency(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: at least 1")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision", "device")}
+    settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
     rows = sweep(
         labelled(args.models),
         [_size(text) for text in args.sizes.split(",") if text],
         [_number(text) for text in args.lengths.split(",") if text],
         args.out,
-        settings=settings,
+        settings={**settings, "device": args.device},
         modes=modes,
         run=describe_run(0, args.device, **settings),
         measure=partial(in_fresh_process, timeout=args.timeout),

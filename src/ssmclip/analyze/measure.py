@@ -114,8 +114,10 @@ def _inputs(model: nn.Module, job: Job, batch: int, small: bool = False) -> Tens
 
 def _run(model: nn.Module, inputs: Tensor, job: Job, optimiser: torch.optim.Optimizer | None) -> None:
     encode = model.encode_text if job.length is not None else lambda images: towers.encode_image(model, images)
-    reduced = torch.autocast(torch.device(job.device).type, getattr(torch, job.precision))
-    with torch.set_grad_enabled(job.training), contextlib.nullcontext() if job.precision == "float32" else reduced:
+    mixed = contextlib.nullcontext()
+    if job.precision != "float32":
+        mixed = torch.autocast(torch.device(job.device).type, getattr(torch, job.precision))
+    with torch.set_grad_enabled(job.training), mixed:
         features = encode(inputs)
     if optimiser is not None:
         optimiser.zero_grad(set_to_none=True)
@@ -125,7 +127,7 @@ def _run(model: nn.Module, inputs: Tensor, job: Job, optimiser: torch.optim.Opti
         torch.cuda.synchronize(inputs.device)
 
 
-def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[float, str]:
+def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[int, str]:
     """Bytes, and what they are. kept: of weights and optimiser state, there before."""
     gc.collect()
     if job.device != "cpu":
