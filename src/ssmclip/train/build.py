@@ -92,6 +92,8 @@ def open_stream(
         world_size=world_size,
         cursor=cursor,
         shuffle_buffer=config.data.shuffle_buffer,
+        captions_per_image=config.data.captions_per_image,
+        views_per_image=config.data.views_per_image,
     )
 
 
