@@ -200,14 +200,7 @@ def _meta_like(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
     counter = _Counter(model)
-    # The short convolution is a sum of shifted sequences: no operator says convolution.
-    hooks = [
-        module.register_forward_hook(
-            lambda m, inputs, _: counter.add("conv", inputs[0].shape[:2].numel() * m.conv1d.weight.numel())
-        )
-        for module in model.modules()
-        if isinstance(module, Mamba)
-    ]
+    hooks = [module.register_forward_hook(counter.short_convolution) for module in _uncounted(model)]
     try:
         with counter:
             run()
@@ -221,6 +214,13 @@ def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
     return Parts(**counter.parts)
 
 
+def _uncounted(model: nn.Module) -> list[nn.Module]:
+    """Modules whose short convolution is a sum of shifted sequences: no operator says convolution."""
+    if hasattr(torch.ops.ssmclip, "causal_conv1d"):
+        return []
+    return [module for module in model.modules() if isinstance(module, Mamba)]
+
+
 class _Counter(TorchDispatchMode):
     """Adds up every operator that passes. A matrix that comes from weights alone makes its product a linear layer."""
 
@@ -232,6 +232,9 @@ class _Counter(TorchDispatchMode):
 
     def add(self, kind: str, macs: int) -> None:
         self.parts[kind] += macs
+
+    def short_convolution(self, module: nn.Module, inputs: tuple, out: Any) -> None:
+        self.add("conv", inputs[0].shape[:2].numel() * module.conv1d.weight.numel())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
@@ -282,6 +285,11 @@ def _cross_selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str
     return "scan", 4 * x.numel() * (9 * A.shape[2] + (D is not None))
 
 
+def _ssd(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:
+    x, _, _, B = args[:4]
+    return "scan", x.numel() * (9 * B.shape[-1] + 1)
+
+
 def _norm(per_number: int) -> Callable:
     return lambda counter, args, out: ("norm", per_number * args[0].numel())
 
@@ -299,4 +307,6 @@ FORMULAS: dict[str, Callable[[_Counter, tuple, Any], tuple[str, int]]] = {
     "aten::_native_batch_norm_legit_no_training": _norm(2),
     "ssmclip::selective_scan": _selective_scan,
     "ssmclip::cross_selective_scan": _cross_selective_scan,
+    "ssmclip::ssd": _ssd,
+    "ssmclip::causal_conv1d": lambda counter, args, out: ("conv", args[0].numel() * args[1].shape[1]),
 }

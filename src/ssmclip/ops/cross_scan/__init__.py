@@ -17,7 +17,7 @@ __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan"]
 
 
 BACKENDS = {
-    "cpu": Backend(cpu.cross_selective_scan, devices=("cpu", "meta"), needs="numba"),
+    "cpu": Backend(cpu.cross_selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(plain.composed("chunked")),
     "reference": Backend(plain.composed("reference")),
 }

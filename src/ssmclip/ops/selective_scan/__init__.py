@@ -12,7 +12,7 @@ __all__ = ["BACKENDS", "selective_scan"]
 
 
 BACKENDS = {
-    "cpu": Backend(cpu.selective_scan, devices=("cpu", "meta"), needs="numba"),
+    "cpu": Backend(cpu.selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(chunked.selective_scan),
     "reference": Backend(reference.selective_scan),
 }
