@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,6 +130,16 @@ def build_tokenizer(
                 find_tokenizer(name), text_cfg.get("context_length"), text_cfg.get("pad_id", 0)
             )
     return open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length") or 77)
+
+
+def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
+    """Put a language model's tokenizer.json beside the weights in `folder`, where `load` looks first.
+
+    CLIP's own byte pairs come with the package: nothing to do for them. Raises FileNotFoundError as `build_tokenizer`.
+    """
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if "mamba" in text_cfg and text_cfg.get("hf_tokenizer_name"):
+        shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:
