@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssmclip
 from ssmclip.analyze.macs import count_macs, long_sequence, sequence_criterion, transformer_macs
-from ssmclip.models.mamba import Mamba
+from ssmclip.models.mamba import Mamba, Mamba2
 from ssmclip.models.vmamba import SS2D
 from ssmclip.registry import UnknownName
 
@@ -90,6 +90,23 @@ def test_a_mamba_block_by_hand():
     linear = length * (dim * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner * dim)
     scan = length * inner * (9 * state + 1 + 1)  # D and the gate
     assert parts == {"linear": linear, "conv": length * inner * taps, "attention": 0, "scan": scan, "norm": 0}
+
+
+def test_a_block_of_mamba_2_by_hand():
+    dim, inner, state, heads, taps, length = 16, 32, 8, 4, 4, 29
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Mamba2(dim, d_state=state, head_dim=inner // heads, d_conv=taps)
+
+        def forward(self, images):
+            return self.block(images.new_empty(1, length, dim))
+
+    parts, mixed = count_macs(Reader().bfloat16(), 8).parts, inner + 2 * state
+    linear = length * (dim * (inner + mixed + heads) + inner * dim)
+    scan = length * inner * (9 * state + 1)
+    assert parts == {"linear": linear, "conv": length * mixed * taps, "attention": 0, "scan": scan, "norm": 0}
 
 
 def test_a_cross_scan_by_hand():

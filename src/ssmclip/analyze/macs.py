@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmclip.analyze import towers
-from ssmclip.models.mamba import Mamba
 
 __all__ = ["Macs", "count_macs", "long_sequence", "sequence_criterion", "transformer_macs"]
 
@@ -187,7 +186,7 @@ def _on_meta(name_or_model: str | nn.Module, size: tuple[int, int], text_length:
         return towers.build_model_on_meta(name_or_model, size, text_length)
     # The copy shares no numbers: every parameter and buffer is replaced on the way.
     tensors = [*name_or_model.parameters(), *name_or_model.buffers()]
-    model = copy.deepcopy(name_or_model, {id(t): _meta_like(t) for t in tensors}).eval()
+    model = copy.deepcopy(name_or_model, {id(t): _meta_like(t) for t in tensors}).eval().float()
     towers.set_image_size(model, size)
     return model
 
@@ -200,7 +199,6 @@ def _meta_like(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
     counter = _Counter(model)
-    hooks = [module.register_forward_hook(counter.short_convolution) for module in _uncounted(model)]
     try:
         with counter:
             run()
@@ -208,17 +206,7 @@ def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
         if isinstance(error, NotImplementedError):
             raise
         raise ValueError(f"{type(model).__name__} cannot take an input of {what}: {error}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Parts(**counter.parts)
-
-
-def _uncounted(model: nn.Module) -> list[nn.Module]:
-    """Modules whose short convolution is a sum of shifted sequences: no operator says convolution."""
-    if hasattr(torch.ops.ssmclip, "causal_conv1d"):
-        return []
-    return [module for module in model.modules() if isinstance(module, Mamba)]
 
 
 class _Counter(TorchDispatchMode):
@@ -232,9 +220,6 @@ class _Counter(TorchDispatchMode):
 
     def add(self, kind: str, macs: int) -> None:
         self.parts[kind] += macs
-
-    def short_convolution(self, module: nn.Module, inputs: tuple, out: Any) -> None:
-        self.add("conv", inputs[0].shape[:2].numel() * module.conv1d.weight.numel())
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
