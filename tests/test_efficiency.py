@@ -56,7 +56,15 @@ def test_memory_is_what_the_run_takes(hog):
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
 def test_what_does_not_fit_says_so_and_the_sweep_goes_on(tmp_path):
     settings = {"seconds": 0.0, "memory_limit": 300_000_000, "batch_size": 8}
-    rows = sweep({"tiny": "test_convnext"}, [2048, 32], [], tmp_path / "rows", settings=settings, modes=["inference"])
+    rows = sweep(
+        {"tiny": "test_convnext"},
+        [2048, 32],
+        [],
+        tmp_path / "rows",
+        settings=settings,
+        modes=["inference"],
+        measure=lambda job: in_fresh_process(job) if job.image_size == (2048, 2048) else measure(job),
+    )
     large, small = ([r for r in rows if r.condition == f"image={side}"] for side in (2048, 32))
     (failure,) = [row for row in large if row.metric == "fits"]
     assert failure.value == 0
@@ -136,6 +144,8 @@ def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
         (["--models", "test_vmamba", "--sizes", "0"], "above 0"),
         (["--models", "test_vmamba", "--sizes", "big"], "'big' is no whole number"),
         (["--models", "test_vmamba", "--batch-size", "0"], "at least 1"),
+        (["--models", "test_vmamba", "--device", "cuda:99"], "CUDA devices; --device cpu"),
+        (["--models", "test_vmamba", "--device", "gpu"], "--device gpu: cpu, cuda"),
         (["--models", "test_vmamba,test_vmamba"], "LABEL="),
     ],
 )

@@ -51,6 +51,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: at least 1")
+    _require_device(args.device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
@@ -69,6 +70,19 @@ def run_efficiency(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{row.model:32} {row.condition:24} {row.metric:24} {row.value:,.6g}{note}\n")
     sys.stdout.write(f"{len(rows)} rows in {args.out}\n")
     return 0
+
+
+def _require_device(name: str) -> None:
+    """Raise ValueError now, rather than write it into every row, when there is no such device."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: cpu, cuda or cuda:1") from error
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ValueError(f"--device {name}: this machine has {there} CUDA devices; --device cpu is always there")
 
 
 def _size(text: str) -> int | tuple[int, int]:

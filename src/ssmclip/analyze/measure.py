@@ -40,7 +40,7 @@ class Job:
     of forward, backward and AdamW in place of inference; batch_size: of memory and throughput (latency: 1);
     seconds: how long each timing goes on, of 3 repetitions at least; attention: "fused", PyTorch's choice |
     "plain", all pairs in memory; precision: "float32" | "bfloat16" | "float16", of autocast; memory_limit: bytes
-    beyond which it gives up, None for what the machine has.
+    beyond which the process gives up (`measure` itself sets no limit), None for nine tenths of what is free.
     """
 
     model: str
@@ -138,7 +138,6 @@ def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[int, str
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free must not hide what is needed
     exact = _forget_peak()
     before = _resident() if exact else _peak_resident()
-    _limit_memory(job.memory_limit)
     run()
     return kept + _peak_resident() - before, "resident memory" if exact else "resident memory, a lower bound"
 
@@ -172,7 +171,7 @@ def _peak_resident() -> int:
 
 
 def _limit_memory(limit: int | None) -> None:
-    """Let allocations fail before the system starts killing processes: nine tenths of what is free may be taken."""
+    """Let allocations fail before the system starts killing processes: this many more bytes may be taken."""
     try:
         if limit is None:
             lines = Path("/proc/meminfo").read_text().splitlines()
@@ -223,7 +222,10 @@ def to_json(job: Job) -> str:
 def main() -> None:
     fields = json.loads(sys.stdin.read())
     fields["image_size"] = fields["image_size"] and tuple(fields["image_size"])
-    sys.stdout.write(json.dumps(measure(Job(**fields))) + "\n")
+    job = Job(**fields)
+    if job.device == "cpu":  # CUDA reserves addresses by the terabyte
+        _limit_memory(job.memory_limit)
+    sys.stdout.write(json.dumps(measure(job)) + "\n")
 
 
 if __name__ == "__main__":
