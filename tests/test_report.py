@@ -129,6 +129,7 @@ ROWS = [
     *classification("CLIP-A", 0.75, [[15, 5, 0], [5, 15, 0], [0, 5, 15]]),
     *retrieval("CLIP-A", 0.6),
     *training("CLIP-A", 5.0),
+    *(Result("CLIP-A", "efficiency", f"image={side}", "macs", 3.0 * side**2) for side in (32, 64)),
     *classification(HOSTILE, 0.60, [[12, 8, 0], [8, 12, 0], [0, 8, 12]]),
     *retrieval(HOSTILE, 0.5),
     *training(HOSTILE, 6.0),

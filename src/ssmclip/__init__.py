@@ -14,11 +14,13 @@ from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
 
 __all__ = [
+    "Embedder",
     "Result",
     "Spectrum",
     "UnknownName",
     "append_rows",
     "clip_config",
+    "count_macs",
     "create_clip",
     "distort",
     "hessian_eigenvalues",
@@ -30,9 +32,16 @@ __all__ = [
     "write_rows",
 ]
 
+# What is not loaded before it is asked for: name -> its module.
+_LATER = {
+    "Embedder": "ssmclip.evaluate.embedder",
+    "Spectrum": "ssmclip.analyze.spectrum",
+    "count_macs": "ssmclip.analyze.macs",
+    "hessian_eigenvalues": "ssmclip.analyze.spectrum",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The analysis is imported when it is first asked for."""
-    if name in ("Spectrum", "hessian_eigenvalues"):
-        return getattr(importlib.import_module("ssmclip.analyze.spectrum"), name)
-    raise AttributeError(f"module 'ssmclip' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -11,6 +11,7 @@ from ssmclip import quickstart
 from ssmclip.analyze import command as analyze
 from ssmclip.data import command as distort
 from ssmclip.evaluate import command as evaluate
+from ssmclip.evaluate import index_command as index
 from ssmclip.evaluate import ood_command as ood
 from ssmclip.report import command as report
 from ssmclip.train import command as train
@@ -43,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "ood", ood.HELP, ood.run, ood.add_arguments)
     _add(commands, "distort", distort.HELP, distort.run, distort.add_arguments)
     _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
+    _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
+    _add(commands, "embed", index.EMBED_HELP, index.run_embed, index.add_embed_arguments)
+    _add(commands, "search", index.SEARCH_HELP, index.run_search, index.add_search_arguments)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", "the CLIP models there are, with their parameters", _models)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)

@@ -375,3 +375,23 @@ def _describe(kind: Any) -> str:
     if isinstance(kind, type) and typing.get_origin(kind) is None:
         return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, kind.__name__)
     return str(kind).replace("typing.", "") + " as JSON"
+
+
+def labelled(models: str) -> dict[str, str]:
+    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+
+    Raises ValueError for no models and for equal labels.
+
+    >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
+    {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
+    """
+    labels: dict[str, str] = {}
+    for part in filter(None, models.split(",")):
+        label, _, name = part.rpartition("=")
+        label = label or Path(name).name
+        if label in labels:
+            raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
+        labels[label] = name
+    if not labels:
+        raise ValueError("no model given")
+    return labels

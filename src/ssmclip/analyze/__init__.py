@@ -1,1 +1,1 @@
-"""Model x data -> rows: the loss landscape, by Hessian-vector products through every encoder."""
+"""Model x data -> rows: what a model costs, and what its loss looks like around it."""

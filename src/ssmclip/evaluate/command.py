@@ -6,7 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssmclip.config import labelled
+
 OOD = "ood"
+
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
 
@@ -78,26 +81,6 @@ def run(args: argparse.Namespace) -> int:
     shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
     sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0
-
-
-def labelled(models: str) -> dict[str, str]:
-    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
-
-    Raises ValueError for no models and for equal labels.
-
-    >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
-    {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
-    """
-    labels: dict[str, str] = {}
-    for part in filter(None, models.split(",")):
-        label, _, name = part.rpartition("=")
-        label = label or Path(name).name
-        if label in labels:
-            raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
-        labels[label] = name
-    if not labels:
-        raise ValueError("no model given")
-    return labels
 
 
 def require_writable(path: Path) -> None:

@@ -81,14 +81,12 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(settings.seed),  # else the loader draws from the global generator
     )
-    dtype = next(clip.model.parameters()).dtype
     features, index, labels, unreadable = [], [], [], {}
     with inference(clip.model):
         for images, places, classes, failures in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
             unreadable.update(failures)
             if places:
-                encoded = clip.model.encode_image(images.to(clip.device, dtype))
-                features.append(_unit(encoded))
+                features.append(encode_batch(clip, images))
                 index += places
                 labels += classes
     if unreadable:
@@ -99,15 +97,18 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
             f"none of the {len(unreadable)} images could be read; the first: {_key(dataset, place)} ({why})"
         )
     features = torch.cat(features)
-    _require_finite(features, "image", [_key(dataset, place) for place in index])
+    require_finite(features, "image", [_key(dataset, place) for place in index])
     return ImageEmbeddings(features, torch.tensor(index), torch.tensor(labels), unreadable)
 
 
 def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
-    """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN."""
+    """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN.
+
+    Texts of like length are encoded together: a tower that stops at the longest text of its batch stops early.
+    """
     if not texts:
         raise ValueError("there are no texts to embed")
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    place = {text: i for i, text in enumerate(sorted(dict.fromkeys(texts), key=len))}
     unique = list(place)
     features = []
     with inference(clip.model):
@@ -116,7 +117,7 @@ def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[T
             tokens = clip.tokenizer(unique[start : start + settings.batch_size])
             features.append(_unit(clip.model.encode_text(tokens.to(clip.device))))
     features = torch.cat(features)
-    _require_finite(features, "text", unique)
+    require_finite(features, "text", unique)
     return features[torch.tensor([place[text] for text in texts])]
 
 
@@ -169,6 +170,12 @@ def _collate(items: list[tuple[int, Tensor | None, int, str]]):
     return images, [item[0] for item in read], [item[2] for item in read], failures
 
 
+def encode_batch(clip: Clip, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    """Unit vectors of preprocessed images, float32, on the CPU. The caller sees to evaluation mode and gradients."""
+    dtype = next(clip.model.parameters()).dtype
+    return _unit(clip.model.encode_image(images.to(clip.device, dtype)))
+
+
 def _unit(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.float(), dim=-1).cpu()
 
@@ -178,7 +185,8 @@ def _key(dataset: Any, place: int) -> str:
     return f"{place}" if keys is None or callable(keys) else f"{keys[place]}"
 
 
-def _require_finite(features: Tensor, kind: str, names: Sequence[str]) -> None:
+def require_finite(features: Tensor, kind: str, names: Sequence[str]) -> None:
+    """Raise ValueError that counts and names the rows with NaN or infinity."""
     bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if bad:
         first = ", ".join(repr(names[i]) for i in bad[:5])

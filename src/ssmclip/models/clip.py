@@ -46,11 +46,13 @@ def list_clips() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
-def clip_config(name: str, *, image_size: int | None = None, drop_path_rate: float | None = None) -> dict[str, Any]:
+def clip_config(
+    name: str, *, image_size: int | tuple[int, int] | None = None, drop_path_rate: float | None = None
+) -> dict[str, Any]:
     """The configuration of a named CLIP: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
 
-    name: one of `list_clips()`, or `open_clip:NAME`; image_size: pixels, in place of the configured one;
-    drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
+    name: one of `list_clips()`, or `open_clip:NAME`; image_size: pixels, or (height, width), in place of the configured
+    ones; drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
     """
     if name.startswith(OPEN_CLIP):
         model_cfg, preprocess_cfg = open_clip.get_model_config(name.removeprefix(OPEN_CLIP)), {}

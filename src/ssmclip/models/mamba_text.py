@@ -213,8 +213,9 @@ def left_align(text: Int[Tensor, "B L"], pad_id: int) -> tuple[Int[Tensor, "B K"
     last_place = text.shape[1] - 1
     first = real.argmax(1)
     last = torch.where(real.any(1), last_place - real.flip(1).argmax(1) - first, 0)
-    # A traced graph has one length for all batches: it keeps the padding, which nothing reads.
-    length = last_place + 1 if torch.compiler.is_compiling() else int(last.max()) + 1 if len(text) else 1
+    # A traced graph, or one of shapes alone, has one length for all batches: the padding stays, and nothing reads it.
+    shapes_only = torch.compiler.is_compiling() or text.is_meta
+    length = last_place + 1 if shapes_only else int(last.max()) + 1 if len(text) else 1
     places = (first[:, None] + torch.arange(length, device=text.device)).clamp(max=last_place)
     return text.gather(1, places), last
 

@@ -28,7 +28,8 @@ class Backend:
 
     def why_not(self, device: str) -> str:
         """Why it cannot run on this type of device, "" when it can."""
-        if self.devices and device not in self.devices:
+        # Tensors of shapes alone go through the same registered operators as those on the CPU.
+        if self.devices and (device if device != "meta" else "cpu") not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed (pip install {self.needs})"

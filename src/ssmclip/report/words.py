@@ -37,6 +37,16 @@ NAMES = {
     "min_over_max": "most negative over most positive eigenvalue",
     "negative_mass": "negative part of all eigenvalues' magnitude",
     "trace": "trace of the Hessian",
+    "texts_per_s": "texts per second",
+    "training_images_per_s": "images per second in training",
+    "training_texts_per_s": "texts per second in training",
+    "macs": "multiply-accumulates",
+    "inference_memory_mb": "peak memory of inference, MB",
+    "training_memory_mb": "peak memory of a training step, MB",
+    "latency_ms": "latency of one, ms",
+    "energy_j": "energy of one, J",
+    "training_energy_j": "energy of one in training, J",
+    "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall", "accuracy", "ood_accuracy", "shape_bias")

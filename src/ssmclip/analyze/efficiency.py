@@ -1,0 +1,160 @@
+"""What models cost at each image size and text length, measured, as rows.
+
+condition: "image=224", "image=224x448", "text=77", and " attention=plain" where that was asked for.
+metrics: parameters (of the tower) · macs (see `count_macs`; extra: the parts) · long_sequence_ratio (MambaOut's r, of
+towers that attend; extra: threshold, side) · inference_memory_mb, training_memory_mb (peak for a batch) · latency_ms
+(batch of 1; extra: quartiles) · images_per_s, texts_per_s, training_images_per_s, training_texts_per_s · energy_j,
+training_energy_j (of an image or text) · fits (0 where a measurement did not end; extra: why).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ssmclip.analyze import towers
+from ssmclip.analyze.macs import count_macs, sequence_criterion
+from ssmclip.analyze.measure import Job, to_json
+from ssmclip.results import Result, append_rows, read_rows
+
+__all__ = ["in_fresh_process", "sweep"]
+
+log = logging.getLogger(__name__)
+
+TASK = "efficiency"
+Measure = Callable[[Job], dict[str, Any]]
+
+
+def sweep(
+    models: dict[str, str],
+    sizes: Sequence[int | tuple[int, int]],
+    lengths: Sequence[int],
+    out: str | Path,
+    *,
+    settings: dict[str, Any] | None = None,
+    modes: Sequence[str] = ("inference", "training"),
+    run: dict[str, Any] | None = None,
+    measure: Measure | None = None,
+) -> list[Result]:
+    """Measure every model at every size, and its text tower at every length; append the rows to `out` as they come.
+
+    models: label -> name; settings: fields of `Job` besides model, size and training; modes: none to count only;
+    run: the file's first line; measure: runs a job, in a fresh process unless given.
+    What `out` already has of a model and size is not measured again. What does not fit the machine's memory, or the
+    model, becomes a row that says why. Raises UnknownName and ValueError before anything is measured.
+    """
+    out, settings = Path(out), settings or {}
+    sizes = [towers.as_size(size) for size in sizes]
+    if bad := [length for length in lengths if length < 1]:
+        raise ValueError(f"texts of {bad[0]} tokens: a text has at least 1")
+    if unknown := set(modes) - {"inference", "training"}:
+        raise ValueError(f"modes {sorted(unknown)}: inference, training")
+    texts = {label: bool(lengths) and towers.reads_text(name) for label, name in models.items()}
+    done = {(row.model, row.condition) for row in read_rows(out)[1]} if out.exists() else set()
+    jobs = [
+        (label, fields)
+        for label, name in models.items()
+        for fields in [
+            *({"model": name, "image_size": size} for size in sizes),
+            *({"model": name, "length": length} for length in lengths if texts[label]),
+        ]
+    ]
+    for label, fields in tqdm(jobs, desc="sizes", disable=None):
+        job = Job(**fields, **settings)
+        if (label, condition_of(job)) in done:
+            continue
+        append_rows(out, _rows(label, job, modes, measure or in_fresh_process), run)
+    return read_rows(out)[1]
+
+
+def condition_of(job: Job) -> str:
+    """
+    >>> condition_of(Job("m", image_size=(224, 448))), condition_of(Job("m", length=77, attention="plain"))
+    ('image=224x448', 'text=77 attention=plain')
+    """
+    if job.length is not None:
+        what = f"text={job.length}"
+    else:
+        height, width = job.image_size
+        what = f"image={height}" if height == width else f"image={height}x{width}"
+    return what if job.attention == "fused" else f"{what} attention={job.attention}"
+
+
+def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
+    """`measure(job)` in a new interpreter; {"failed": why} where that was killed, as happens when memory runs out."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "ssmclip.analyze.measure"],
+            input=to_json(job),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {timeout:g} s"}
+    if done.returncode < 0:
+        return {"failed": f"killed by signal {-done.returncode}: most likely out of memory"}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return {"failed": last[:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _rows(label: str, job: Job, modes: Sequence[str], measure: Measure) -> list[Result]:
+    condition, kind = condition_of(job), "text" if job.length is not None else "image"
+
+    def row(metric: str, value: float, n: int | None = None, **extra: Any) -> Result:
+        return Result(label, TASK, condition, metric, value, n=n, extra=extra)
+
+    try:
+        rows = _counted(job, kind, row)
+    except ValueError as error:  # a size that this model cannot take; the others may
+        log.warning("%s, %s: %s", label, condition, error)
+        return [row("fits", 0.0, why=str(error))]
+    for mode in modes:
+        training = mode == "training"
+        found = measure(Job(**{**vars(job), "training": training}))
+        if "failed" in found:
+            log.warning("%s, %s, %s: %s", label, condition, mode, found["failed"])
+            rows.append(row("fits", 0.0, mode=mode, why=found["failed"]))
+            continue
+        rows += _measured(job, kind, found, row, training)
+    return rows
+
+
+def _counted(job: Job, kind: str, row: Callable[..., Result]) -> list[Result]:
+    """What needs no measuring."""
+    size = job.image_size or towers.own_size(job.model)
+    count = count_macs(job.model, size, text_length=job.length)
+    parts = getattr(count, kind)
+    rows = [row("macs", float(parts.total), parts={name: getattr(parts, name) for name in count.parts})]
+    rows.append(row("parameters", float(getattr(count, f"{kind}_parameters"))))
+    for tower in sequence_criterion(job.model, size, text_length=job.length):
+        if tower["tower"] == kind:
+            rows.append(row("long_sequence_ratio", tower["ratio"], **{k: tower[k] for k in ("threshold", "side")}))
+    return rows
+
+
+def _measured(job: Job, kind: str, found: dict[str, Any], row: Callable[..., Result], training: bool) -> list[Result]:
+    before, batch = ("training_" if training else ""), found["batch"]
+    how = {"batch_size": job.batch_size, "device": job.device, "precision": job.precision, "attention": job.attention}
+    memory = "training_memory_mb" if training else "inference_memory_mb"
+    rates = {"low": job.batch_size / batch["high"], "high": job.batch_size / batch["low"]}
+    rows = [
+        row(memory, found["memory_mb"], what=found["memory_is"], **how),
+        row(f"{before}{kind}s_per_s", job.batch_size / batch["median"], batch["n"], **rates, **how),
+    ]
+    if "single" in found:
+        single = found["single"]
+        spread = {"low": 1e3 * single["low"], "high": 1e3 * single["high"]}
+        rows.append(row("latency_ms", 1e3 * single["median"], single["n"], **spread, **{**how, "batch_size": 1}))
+    if "energy_j" in found:
+        rows.append(row(f"{before}energy_j", found["energy_j"] / job.batch_size, batch["n"], **how))
+    return rows

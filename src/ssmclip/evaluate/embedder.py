@@ -1,0 +1,108 @@
+"""A model as a service: pictures and texts in, unit vectors out, in the order given, from any number of threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ssmclip.data.images import open_image
+from ssmclip.evaluate.embed import Clip, Settings, embed_texts, encode_batch, require_finite
+from ssmclip.models import load
+from ssmclip.models.clip import Loaded
+
+__all__ = ["Embedder"]
+
+Picture = str | Path | Image.Image | Tensor
+
+
+class Embedder:
+    """Images and texts to unit vectors, which can be compared by their dot product.
+
+    model: what `ssmclip.load` takes, or what it returned; device: "cpu", "cuda", ...; dtype: of the model's arithmetic
+    (vectors are float32 whatever it is); batch_size: images or texts at a time; image_size: pixels, in place of the
+    model's own. A model that was handed over is moved to the device and type, and put into evaluation mode.
+
+    Threads may share one: opening and preprocessing run side by side, the model serves a batch at a time.
+
+    >>> embedder = Embedder("CLIP-VMamba-Nano")
+    >>> images = embedder.encode_images([Image.new("RGB", (80, 60), colour) for colour in ("red", "blue")])
+    >>> (images @ embedder.encode_texts(["a red square"]).T).shape
+    torch.Size([2, 1])
+    """
+
+    def __init__(
+        self,
+        model: str | Path | tuple[Any, Any, Any],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 64,
+        image_size: int | None = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}: at least 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype {dtype}: a floating-point type, such as torch.float32 or torch.bfloat16")
+        if isinstance(model, (str, Path)):
+            name, loaded = str(model), load(model, image_size=image_size)
+        elif image_size is not None:
+            raise ValueError("image_size is chosen when a model is loaded: give its name here, or the size to load()")
+        else:
+            name, loaded = type(model[0]).__name__, Loaded(*model)
+        self.clip = Clip(loaded.model.to(device, dtype).eval(), loaded.preprocess, loaded.tokenizer, name)
+        self.batch_size, self.image_size = batch_size, image_size
+        self._serving = threading.Lock()  # Numba's simplest threading layer dies of two calls at once
+
+    def encode_images(self, images: Sequence[Picture]) -> Float[Tensor, "n d"]:
+        """Unit vectors of n images, float32, on the CPU.
+
+        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture. Those of one
+        shape are encoded together; no more than a batch of each shape is held in memory.
+        Raises BadImage for the first that cannot be read, ValueError for no images and for NaN.
+        """
+        if not len(images):
+            raise ValueError("there are no images to embed")
+        found: list[Tensor | None] = [None] * len(images)
+        waiting: dict[torch.Size, dict[int, Tensor]] = {}
+        for place, image in enumerate(images):
+            pixels = self._prepare(image)
+            batch = waiting.setdefault(pixels.shape, {})
+            batch[place] = pixels
+            if len(batch) == self.batch_size:
+                self._encode(waiting.pop(pixels.shape), found)
+        for batch in waiting.values():
+            self._encode(batch, found)
+        features = torch.stack(found)
+        require_finite(features, "image", [str(place) for place in range(len(images))])
+        return features
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "m d"]:
+        """Unit vectors of m texts, float32, on the CPU; those of like length are encoded together.
+
+        Raises ValueError for no texts and for NaN.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        with self._serving:
+            return embed_texts(self.clip, texts, Settings(batch_size=self.batch_size))
+
+    def _prepare(self, image: Picture) -> Tensor:
+        if isinstance(image, Tensor):
+            if image.ndim != 3:
+                raise ValueError(f"an image tensor is (3, height, width), got {tuple(image.shape)}")
+            return image
+        return self.clip.preprocess(open_image(image) if isinstance(image, (str, Path)) else image)
+
+    @torch.no_grad()
+    def _encode(self, batch: dict[int, Tensor], found: list[Tensor | None]) -> None:
+        with self._serving:
+            features = encode_batch(self.clip, torch.stack(list(batch.values())))
+        for place, feature in zip(batch, features, strict=True):
+            found[place] = feature

@@ -1,0 +1,163 @@
+"""A folder of pictures as an index of unit vectors, one Parquet file, and search in it by text.
+
+Columns: path (relative to the folder), embedding (d numbers, float32). The schema's metadata says, as JSON under
+"ssmclip", which model made it, with a fingerprint of its weights, the folder, and which pictures could not be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+from torch import nn
+from tqdm import tqdm
+
+from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.evaluate.embedder import Embedder
+
+__all__ = ["Index", "build_index", "fingerprint", "nearest", "read_index"]
+
+log = logging.getLogger(__name__)
+
+PART = 1024  # pictures in a file written on the way: what an interruption can cost
+
+
+@dataclass(frozen=True)
+class Index:
+    """paths of n pictures, relative to `about["folder"]`; vectors: their embeddings; about: see the module."""
+
+    paths: list[str]
+    vectors: Float[np.ndarray, "n d"]
+    about: dict[str, Any]
+
+
+def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Index:
+    """Embed every picture below a folder and write the index. What cannot be read is left out, and named in `about`.
+
+    Parts are written beside `out` on the way; when it is run again after an interruption it goes on from them.
+    Raises FileNotFoundError for a folder that is not there, ValueError when it holds no picture that can be read.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    paths = sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in SUFFIXES
+    )
+    if not paths:
+        raise ValueError(f"no pictures in {folder}; known are {', '.join(SUFFIXES)}")
+    model = {
+        "model": embedder.clip.name,
+        "image_size": embedder.image_size,
+        "weights": fingerprint(embedder.clip.model),
+    }
+    parts = out.with_name(out.name + ".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    tables, unreadable = [], {}
+    for start in tqdm(range(0, len(paths), PART), desc="pictures", unit=f"x{PART}", disable=None):
+        own = paths[start : start + PART]
+        key = hashlib.sha256(json.dumps([model, str(folder.resolve()), own]).encode()).hexdigest()[:16]
+        file = parts / f"{key}.parquet"
+        if not file.is_file():
+            _write(_embed(folder, own, embedder), file)
+        table = pq.read_table(file)
+        unreadable |= _about(table)["unreadable"]
+        tables.append(table)
+    table = pa.concat_tables(tables)
+    if not len(table):
+        path, why = next(iter(unreadable.items()))
+        raise ValueError(f"none of the {len(paths)} pictures in {folder} could be read; the first: {path} ({why})")
+    _write(_described(table, {**model, "folder": str(folder.resolve()), "unreadable": unreadable}), out)
+    shutil.rmtree(parts)
+    return read_index(out)
+
+
+def read_index(path: str | Path) -> Index:
+    """An index that `build_index` wrote. Raises FileNotFoundError, and ValueError for a file that is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no index {path}: make one with ssmclip embed FOLDER --out {path}")
+    try:
+        table = pq.read_table(path)
+        about = _about(table)
+        vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+        return Index(table["path"].to_pylist(), vectors, about)
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no index that ssmclip embed wrote ({error})") from error
+
+
+def nearest(
+    vectors: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "m e"], k: int
+) -> tuple[Float[np.ndarray, "m k2"], Int[np.ndarray, "m k2"]]:
+    """The k vectors with the largest dot product, best first, for each query: (scores, places), exactly.
+
+    By FAISS (`pip install faiss-cpu`), or where that is missing by NumPy, which says so. Fewer where n < k.
+    Raises ValueError for k below 1 and for vectors of another length than the queries'.
+    """
+    if k < 1:
+        raise ValueError(f"k {k}: at least 1 result")
+    if vectors.shape[1] != queries.shape[1]:
+        raise ValueError(f"the index holds vectors of {vectors.shape[1]} numbers, the query has {queries.shape[1]}")
+    k = min(k, len(vectors))
+    if importlib.util.find_spec("faiss") is None:
+        log.info("faiss is not installed (pip install faiss-cpu): the search is exact, in NumPy")
+        scores = queries @ vectors.T
+        places = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, places, axis=1), places
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+    return index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's weights: equal for equal ones. Every tensor's name, shape and up to 65,536 of its bytes count."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()[:16384].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + flat.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
+    """A part of the index: rows of the pictures that can be read, the others in its metadata."""
+    read, unreadable, vectors = [], {}, []
+    for start in range(0, len(paths), embedder.batch_size):
+        pictures = {}
+        for path in paths[start : start + embedder.batch_size]:
+            try:
+                pictures[path] = open_image(folder / path)
+            except BadImage as error:
+                unreadable[path] = str(error)
+        if pictures:
+            vectors.append(embedder.encode_images(list(pictures.values())).numpy())
+            read += pictures
+    flat = np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)
+    table = pa.table({"path": pa.array(read, pa.string()), "embedding": pa.array(list(flat), pa.list_(pa.float32()))})
+    return _described(table, {"unreadable": unreadable})
+
+
+def _described(table: pa.Table, about: dict[str, Any]) -> pa.Table:
+    return table.replace_schema_metadata({"ssmclip": json.dumps(about)})
+
+
+def _about(table: pa.Table) -> dict[str, Any]:
+    return json.loads((table.schema.metadata or {})[b"ssmclip"])
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(table, partial)
+    partial.replace(path)

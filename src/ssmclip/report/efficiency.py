@@ -1,0 +1,128 @@
+"""What models cost against image size and text length, on logarithmic axes: how it grows, where two models cross."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+import matplotlib.ticker as ticker
+
+from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of
+from ssmclip.report.words import metric_name
+
+CONDITION = re.compile(r"(image|text)=(\d+)(?:x(\d+))?(?: attention=(\w+))?")
+METRICS = (
+    "macs",
+    "inference_memory_mb",
+    "training_memory_mb",
+    "latency_ms",
+    "images_per_s",
+    "training_images_per_s",
+    "texts_per_s",
+    "training_texts_per_s",
+    "energy_j",
+    "training_energy_j",
+)
+Point = tuple[int | float, float]  # (pixels of an image or tokens of a text, value)
+
+
+@figure("efficiency", needs=METRICS)
+class Efficiency(Drawing):
+    """One measure against the side of the image or the length of the text, a line for each model."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.task == "efficiency" and CONDITION.fullmatch(row.condition)]
+        for kind, against in (("image", "the size of the image"), ("text", "the length of the text")):
+            for metric in METRICS:
+                found = [row for row in mine if row.metric == metric and row.condition.startswith(kind)]
+                yield cls(f"{metric_name(metric)} against {against}", found, looks)
+
+    def frame(self):
+        """inputs: pixels of the image or tokens of the text; x: its side (of a square as large), or the tokens."""
+        return [_point(row) for row in self.rows if row.value > 0]
+
+    def growth(self) -> dict[str, float]:
+        """Of each line the exponent p in value ~ inputs^p, least squares in the logarithms."""
+        return {name: exponent(points) for name, points in self._lines().items() if len(points) > 1}
+
+    def crossings(self) -> list[dict[str, Any]]:
+        """Where the lines of two models meet: their names, and x; None where they do not in the range measured."""
+        lines = {name: points for name, points in self._lines().items() if len(points) > 1}
+        image = self.rows[0].condition.startswith("image")
+        return [
+            {"first": a, "second": b, "x": None if (at := crossing(lines[a], lines[b])) is None else _x(at, image)}
+            for a, b in combinations(lines, 2)
+        ]
+
+    def _lines(self) -> dict[str, list[Point]]:
+        lines: dict[str, list[Point]] = {}
+        for point in self.frame():
+            lines.setdefault(point["line"], []).append((point["inputs"], point["value"]))
+        return {name: sorted(points) for name, points in lines.items()}
+
+    def plot(self):
+        frame, growth = self.frame(), self.growth()
+        image = self.rows[0].condition.startswith("image")
+        what = "pixels" if image else "tokens"
+        crossed = [c for c in self.crossings() if c["x"] is not None]
+        picture, axes = canvas(3.0)
+        for name, points in self._lines().items():
+            model = next(point["model"] for point in frame if point["line"] == name)
+            look = self.styles[model]
+            label = f"{name}: {what}^{growth[name]:.2f}" if name in growth else name
+            dash = look.dash if name == model else ":"
+            xs, ys = [_x(inputs, image) for inputs, _ in points], [value for _, value in points]
+            axes.plot(xs, ys, dash, color=look.colour, marker=look.marker, markersize=4, label=label)
+        for c in crossed:
+            axes.axvline(c["x"], color="0.6", linewidth=0.8, linestyle=":")
+            axes.annotate(f" {c['x']:.0f}", (c["x"], 0.02), xycoords=("data", "axes fraction"), size=8)
+        axes.set(xscale="log", yscale="log")
+        axes.set_xlabel("side of the image, pixels" if image else "tokens")
+        places = sorted({point["x"] for point in frame})
+        axes.set_xticks(places, [f"{x:.0f}" for x in places])
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
+        axes.set_ylabel(metric_name(self.rows[0].metric))
+        legend(axes, len(models_of(frame)))
+        return picture
+
+
+def exponent(points: Sequence[Point]) -> float:
+    """The slope of the values' logarithms over the inputs'.
+
+    >>> exponent([(10, 3.0), (20, 12.0), (40, 48.0)])
+    2.0
+    """
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - x0) ** 2 for x in xs)
+    return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / spread if spread else math.nan
+
+
+def crossing(first: Sequence[Point], second: Sequence[Point]) -> int | float | None:
+    """The inputs at which two lines meet, straight between the inputs both were measured at, in the logarithms.
+
+    >>> round(crossing([(1, 1.0), (100, 100.0)], [(1, 10.0), (100, 10.0)]), 6)
+    10.0
+    """
+    a, b = dict(first), dict(second)
+    shared = sorted(set(a) & set(b))
+    gaps = [(math.log(x), math.log(a[x] / b[x])) for x in shared]
+    for (x0, gap0), (x1, gap1) in pairwise(gaps):
+        if gap0 == 0 or gap0 * gap1 < 0:
+            return math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1)) if gap0 else math.exp(x0)
+    return None
+
+
+def _point(row) -> dict[str, Any]:
+    kind, height, width, attention = CONDITION.fullmatch(row.condition).groups()
+    inputs = int(height) * int(width or height) if kind == "image" else int(height)
+    line = f"{row.model} ({attention} attention)" if attention else row.model
+    return {"model": row.model, "line": line, "inputs": inputs, "x": _x(inputs, kind == "image"), "value": row.value}
+
+
+def _x(inputs: int | float, image: bool) -> int | float:
+    return math.sqrt(inputs) if image else inputs

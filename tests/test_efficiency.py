@@ -1,0 +1,205 @@
+"""What is measured against what must come out: memory that is known, runs that must fail, rows that must not repeat."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ssmclip.__main__ import main
+from ssmclip.analyze import measure as measuring
+from ssmclip.analyze import towers
+from ssmclip.analyze.efficiency import in_fresh_process, sweep
+from ssmclip.analyze.macs import count_macs
+from ssmclip.analyze.measure import Job, measure
+from ssmclip.registry import UnknownName
+from ssmclip.report import FIGURES, drawings, read_store
+from ssmclip.results import Result, read_rows, write_rows
+
+MEASURED = {
+    "memory_mb": 100.0,
+    "memory_is": "resident memory",
+    "batch": {"median": 0.5, "low": 0.4, "high": 0.8, "n": 9},
+    "single": {"median": 0.25, "low": 0.2, "high": 0.3, "n": 7},
+    "energy_j": 12.0,
+}
+
+
+class Hog(nn.Module):
+    """Takes 40,000,000 bytes more than its input, twice that at its peak, and gives one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        first = torch.ones(10_000_000)
+        return (first * self.weight).sum()[None]
+
+
+@pytest.fixture
+def hog(monkeypatch):
+    monkeypatch.setattr(towers, "build_model", lambda name, size, length: Hog())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is exact on Linux alone")
+def test_memory_is_what_the_run_takes(hog):
+    found = measure(Job("hog", image_size=(8, 8), seconds=0.0))
+    assert found["memory_is"] == "resident memory"
+    assert found["memory_mb"] == pytest.approx(80, abs=3)
+    assert found["batch"]["n"] >= 3
+    assert found["batch"]["low"] <= found["batch"]["median"] <= found["batch"]["high"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+def test_what_does_not_fit_says_so_and_the_sweep_goes_on(tmp_path):
+    settings = {"seconds": 0.0, "memory_limit": 300_000_000, "batch_size": 8}
+    rows = sweep(
+        {"tiny": "test_convnext"},
+        [2048, 32],
+        [],
+        tmp_path / "rows",
+        settings=settings,
+        modes=["inference"],
+        measure=lambda job: in_fresh_process(job) if job.image_size == (2048, 2048) else measure(job),
+    )
+    large, small = ([r for r in rows if r.condition == f"image={side}"] for side in (2048, 32))
+    (failure,) = [row for row in large if row.metric == "fits"]
+    assert failure.value == 0
+    assert "out of memory" in failure.extra["why"]
+    assert {row.metric for row in small} >= {"macs", "parameters", "inference_memory_mb", "latency_ms", "images_per_s"}
+
+
+def test_a_killed_process_is_a_failure_with_its_reason(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/sh")  # "sh -m ssmclip.analyze.measure" reads its commands from a file
+    assert "failed" in in_fresh_process(Job("test_vmamba", image_size=(8, 8)))
+
+
+def test_rows_are_the_measurements_in_their_units(tmp_path):
+    jobs = []
+    rows = sweep(
+        {"mine": "CLIP-ViT-Nano"},
+        [96, (96, 192)],
+        [77],
+        tmp_path / "rows",
+        settings={"batch_size": 4},
+        measure=lambda job: jobs.append(job) or MEASURED,
+    )
+    by = {(row.condition, row.metric): row for row in rows}
+    assert [(j.image_size, j.length, j.training) for j in jobs] == [
+        (size, length, training)
+        for size, length in [((96, 96), None), ((96, 192), None), (None, 77)]
+        for training in (False, True)
+    ]
+    assert by["image=96", "images_per_s"].value == 4 / 0.5
+    assert by["image=96", "images_per_s"].extra["low"] == 4 / 0.8
+    assert by["text=77", "texts_per_s"].value == 4 / 0.5
+    assert by["text=77", "training_texts_per_s"].n == 9
+    assert (by["image=96", "latency_ms"].value, by["image=96", "latency_ms"].n) == (250, 7)
+    assert by["image=96", "training_memory_mb"].value == 100
+    assert by["image=96", "energy_j"].value == 3
+    count = count_macs("CLIP-ViT-Nano", (96, 192), text_length=77)
+    assert by["image=96x192", "macs"].value == count.image.total
+    assert by["text=77", "macs"].value == count.text.total
+    assert by["text=77", "macs"].extra["parts"]["attention"] == count.text.attention
+    assert by["image=96x192", "parameters"].value + by["text=77", "parameters"].value + 1 == count.parameters
+    assert by["image=96x192", "long_sequence_ratio"].value == pytest.approx(6 * 12 / (6 * 192))
+    assert by["text=77", "long_sequence_ratio"].extra == {"threshold": 12 * 128, "side": None}
+
+
+def test_what_is_there_is_not_measured_again(tmp_path):
+    out, jobs = tmp_path / "rows", []
+
+    def interrupted(job):
+        jobs.append(job.image_size[0])
+        if job.image_size[0] == 64:
+            raise KeyboardInterrupt
+        return MEASURED
+
+    def run(measure):
+        return sweep({"a": "test_vmamba"}, [32, 64, 96], [], out, modes=["inference"], measure=measure)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted)
+    run(lambda job: jobs.append(job.image_size[0]) or MEASURED)
+    assert jobs == [32, 64, 64, 96]
+    keys = [(row.condition, row.metric) for row in read_rows(out)[1]]
+    assert len(keys) == len(set(keys)) == 3 * 6
+
+
+def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
+    rows = sweep({"vit": "vit_nano_patch16", "vmamba": "test_vmamba"}, [100], [], tmp_path / "rows", modes=[])
+    assert [(row.model, row.metric) for row in rows][:2] == [("vit", "fits"), ("vmamba", "macs")]
+    assert "no multiple of the patch, 16: take 96, 112" in rows[0].extra["why"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--models", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
+        (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
+        (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
+        (["--models", "test_vmamba", "--sizes", "0"], "above 0"),
+        (["--models", "test_vmamba", "--sizes", "big"], "'big' is no whole number"),
+        (["--models", "test_vmamba", "--batch-size", "0"], "at least 1"),
+        (["--models", "test_vmamba", "--device", "cuda:99"], "CUDA devices; --device cpu"),
+        (["--models", "test_vmamba", "--device", "gpu"], "--device gpu: cpu, cuda"),
+        (["--models", "test_vmamba,test_vmamba"], "LABEL="),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments, says, tmp_path, capsys):
+    out = tmp_path / "rows"
+    assert main(["analyze", "efficiency", *arguments, "--out", str(out), "--count-only"]) == 1
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_energy_is_the_counters_difference(monkeypatch, tmp_path, hog):
+    counter = tmp_path / "intel-rapl:0"
+    counter.mkdir()
+    (tmp_path / "intel-rapl:0:0").mkdir()
+    monkeypatch.setattr(measuring, "POWER", tmp_path)
+    used = iter([5e6, 11e6])
+    monkeypatch.setattr(Path, "read_text", lambda self: str(next(used)))
+    found = measuring._timed(lambda: None, Job("hog", seconds=0.0))
+    assert found["energy_j"] == pytest.approx(6 / found["batch"]["n"])
+    monkeypatch.undo()
+    monkeypatch.setattr(measuring, "POWER", tmp_path / "none")
+    assert "energy_j" not in measuring._timed(lambda: None, Job("hog", seconds=0.0))
+
+
+def test_figures_fit_growth_and_find_the_crossing(tmp_path):
+    """a grows with the pixels, b with their square; they are equal at 512 pixels a side."""
+    sides = [128, 256, 1024, 2048]
+    rows = [
+        Result(model, "efficiency", f"image={side}", "macs", 3.0 * (side / 512) ** (2 * power))
+        for model, power in (("a", 1), ("b", 2))
+        for side in sides
+    ]
+    rows += [Result("b", "efficiency", f"image={side} attention=plain", "macs", 5.0) for side in sides[:2]]
+    rows += [Result("a", "efficiency", f"text={length}", "macs", float(length)) for length in (77, 256)]
+    write_rows(tmp_path / "rows", rows)
+    image, text = [d for d in drawings(read_store([tmp_path / "rows"])) if type(d) is FIGURES["efficiency"]]
+    assert image.growth() == pytest.approx({"a": 1, "b": 2, "b (plain attention)": 0})
+    assert text.growth() == pytest.approx({"a": 1})
+    assert text.crossings() == []
+    found = {(c["first"], c["second"]): c["x"] for c in image.crossings()}
+    assert found["a", "b"] == pytest.approx(512)
+    assert found["a", "b (plain attention)"] is None
+    axes = image.plot().axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["a: pixels^1.00", "b: pixels^2.00", "b (plain attention): pixels^0.00"]
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), sides)
+    assert axes.texts[0].get_text().strip() == "512"
+
+
+def test_a_clip_is_built_at_the_length_asked_for():
+    with pytest.raises(UnknownName):
+        towers.reads_text("vmamba_tny")
+    assert towers.reads_text("open_clip:ViT-B-32")
+    assert not towers.reads_text("vmamba_nano")
+    long = count_macs("CLIP-VMamba-Nano", 64, text_length=1024).text
+    assert long.attention == 4 * 2 * 128 * 1024**2

@@ -1,0 +1,211 @@
+"""The embedder against the model called for one input at a time; the index against a sort of all dot products."""
+
+import argparse
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+
+from ssmclip import Embedder, save_model
+from ssmclip.data.images import BadImage
+from ssmclip.evaluate import index as index_module
+from ssmclip.evaluate import index_command
+from ssmclip.evaluate.index import build_index, nearest, read_index
+
+COLOURS = ["red", "green", "blue", "white", "black", "orange", "cyan"]
+
+
+@pytest.fixture
+def embedder(tiny_clip) -> Embedder:
+    return Embedder(tiny_clip, batch_size=3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures at two depths, a file that is no picture, half a picture, and an empty one."""
+    pictures = tmp_path / "pictures"
+    (pictures / "deep").mkdir(parents=True)
+    for i, colour in enumerate(COLOURS):
+        where = pictures if i % 2 else pictures / "deep"
+        Image.effect_noise((40 + i, 50), 90).convert("RGB").save(where / f"{colour}.png")
+    (pictures / "notes.txt").write_text("no picture")
+    (pictures / "empty.jpg").write_bytes(b"")
+    (pictures / "half.PNG").write_bytes((pictures / "green.png").read_bytes()[:300])
+    return pictures
+
+
+def one_by_one(clip, images):
+    model, preprocess, _ = clip
+    with torch.no_grad():
+        inputs = [x if isinstance(x, torch.Tensor) else preprocess(x) for x in images]
+        return torch.cat([normalize(model.encode_image(x[None]), dim=-1) for x in inputs])
+
+
+def noise(seed, height, width):
+    return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mixed_shapes_keep_their_order_and_equal_one_by_one(tiny_clip, embedder):
+    shapes = [(32, 32), (48, 32), (32, 32), (40, 56), (48, 32), (32, 32), (32, 32), (32, 32)]
+    images = [noise(i, *shape) for i, shape in enumerate(shapes)]
+    images[2] = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 50, 3), dtype=np.uint8))
+    together = embedder.encode_images(images)
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together, one_by_one(tiny_clip, images), rtol=0, atol=1e-5)
+
+
+def test_a_path_a_picture_and_a_tensor_are_the_same_image(tiny_clip, embedder, folder):
+    path = folder / "green.png"
+    picture = Image.open(path)
+    found = embedder.encode_images([path, str(path), picture, tiny_clip[1](picture)])
+    torch.testing.assert_close(found, found[:1].expand(4, -1), rtol=0, atol=1e-6)
+
+
+def test_texts_keep_their_order_and_equal_one_by_one(tiny_clip, embedder):
+    model, _, tokenizer = tiny_clip
+    texts = ["a long text about a dog on a beach", "a", "a dog", "a", "cats", "", "two dogs and a cat"]
+    found = embedder.encode_texts(texts)
+    with torch.no_grad():
+        each = torch.cat([normalize(model.encode_text(tokenizer([text])), dim=-1) for text in texts])
+    torch.testing.assert_close(found, each, rtol=0, atol=1e-5)
+    assert torch.equal(embedder.encode_texts("cats"), embedder.encode_texts(["cats"]))
+
+
+def test_threads_get_what_they_would_alone(embedder):
+    work = [[noise(10 * i + j, 32 + 8 * (j % 2), 32) for j in range(5)] for i in range(6)]
+    alone = [embedder.encode_images(images) for images in work]
+    texts = embedder.encode_texts(["a dog", "b"])
+    with ThreadPoolExecutor(6) as pool:
+        both = [pool.submit(embedder.encode_texts, ["a dog", "b"]) for _ in range(3)]
+        together = list(pool.map(embedder.encode_images, work))
+        assert all(torch.equal(future.result(), texts) for future in both)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_gives_float32_vectors_near_the_others(tiny_clip, embedder):
+    images = [noise(i, 32, 32) for i in range(3)]
+    full = embedder.encode_images(images)
+    half = Embedder(tiny_clip, dtype=torch.bfloat16).encode_images(images)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=0, atol=0.05)
+
+
+def test_bad_input_is_named(embedder, tiny_clip, tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        embedder.encode_images([])
+    with pytest.raises(ValueError, match="no texts"):
+        embedder.encode_texts([])
+    with pytest.raises(BadImage, match=r"missing image file.*none\.png"):
+        embedder.encode_images([tmp_path / "none.png"])
+    with pytest.raises(ValueError, match=r"\(3, height, width\), got \(1, 3, 32, 32\)"):
+        embedder.encode_images([torch.zeros(1, 3, 32, 32)])
+    with pytest.raises(ValueError, match="1 of 1 image embeddings are not finite"):
+        embedder.encode_images([torch.full((3, 32, 32), torch.nan)])
+    with pytest.raises(ValueError, match="batch_size 0"):
+        Embedder(tiny_clip, batch_size=0)
+    with pytest.raises(ValueError, match="floating-point type"):
+        Embedder(tiny_clip, dtype=torch.int8)
+
+
+def test_an_index_holds_every_picture_that_can_be_read(embedder, folder, tmp_path):
+    index = build_index(folder, embedder, tmp_path / "index.parquet")
+    wanted = sorted(f"{'' if i % 2 else 'deep/'}{colour}.png" for i, colour in enumerate(COLOURS))
+    assert index.paths == wanted
+    assert set(index.about["unreadable"]) == {"empty.jpg", "half.PNG"}
+    each = torch.stack([embedder.encode_images([folder / path])[0] for path in wanted])
+    np.testing.assert_allclose(index.vectors, each, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir() if "index" in p.name] == ["index.parquet"]
+
+
+def test_an_interrupted_index_goes_on_where_it_was(embedder, folder, tmp_path, monkeypatch):
+    whole = build_index(folder, embedder, tmp_path / "whole.parquet")
+    monkeypatch.setattr(index_module, "PART", 2)
+    encode, opened = embedder.encode_images, []
+
+    def interrupted(images):
+        if len(opened) == 4:
+            raise KeyboardInterrupt
+        opened.extend(images)
+        return encode(images)
+
+    monkeypatch.setattr(embedder, "encode_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, embedder, tmp_path / "index.parquet")
+    before = len(opened)
+    monkeypatch.setattr(embedder, "encode_images", lambda images: opened.extend(images) or encode(images))
+    again = build_index(folder, embedder, tmp_path / "index.parquet")
+    assert (before, len(opened)) == (4, len(COLOURS))
+    assert again.paths == whole.paths
+    np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["faiss", "numpy"])
+def test_the_nearest_are_the_largest_dot_products(library, monkeypatch):
+    if library == "numpy":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(200, 24)).astype(np.float32)
+    queries = rng.normal(size=(3, 24)).astype(np.float32)
+    scores, places = nearest(vectors, queries, 7)
+    exact = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    order = np.argsort(-exact, axis=1)[:, :7]
+    assert np.array_equal(places, order)
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, order, axis=1), rtol=1e-5)
+    assert nearest(vectors[:2], queries, 5)[1].shape == (3, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        nearest(vectors, queries, 0)
+    with pytest.raises(ValueError, match="24 numbers, the query has 23"):
+        nearest(vectors, queries[:, 1:], 1)
+
+
+def run(which, *words):
+    parser = argparse.ArgumentParser()
+    getattr(index_command, f"add_{which}_arguments")(parser)
+    return getattr(index_command, f"run_{which}")(parser.parse_args([str(word) for word in words]))
+
+
+def test_embed_then_search(tiny_clip, tiny_config, folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    save_model(tiny_clip[0], tiny_config, model)
+    out = tmp_path / "index.parquet"
+    assert run("embed", folder, "--model", model, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "2 pictures could not be read" in said
+    assert "empty.jpg: broken image" in said
+    assert f"7 pictures in {out}" in said
+    assert run("search", "a dog", out, "-k", 3) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    index, text = read_index(out), Embedder(tiny_clip).encode_texts(["a dog"]).numpy()
+    best = np.argsort(-(text @ index.vectors.T)[0])[:3]
+    assert [path for _, path in lines] == [str(folder / index.paths[i]) for i in best]
+    assert [float(score) for score, _ in lines] == pytest.approx((text @ index.vectors.T)[0][best], abs=1e-4)
+    with torch.no_grad():
+        next(tiny_clip[0].parameters()).add_(1)
+    save_model(tiny_clip[0], tiny_config, model)
+    with pytest.raises(ValueError, match="does not have the weights"):
+        run("search", "a dog", out)
+    with pytest.raises(ValueError, match="the text is empty"):
+        run("search", " ", out)
+
+
+def test_what_is_no_index_or_folder_is_named(embedder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index"):
+        read_index(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("no")
+    with pytest.raises(ValueError, match="no index that ssmclip embed wrote"):
+        read_index(tmp_path / "text.parquet")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        build_index(tmp_path / "none", embedder, tmp_path / "i")
+    with pytest.raises(ValueError, match="no pictures in"):
+        build_index(tmp_path, embedder, tmp_path / "i")
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of the 1 pictures"):
+        build_index(tmp_path, embedder, tmp_path / "i")
