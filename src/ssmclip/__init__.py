@@ -5,7 +5,7 @@ Importing it adds its encoders to timm (`timm.create_model("vmamba_small_s2l15")
 """
 
 from ssmclip import ops
-from ssmclip.models import clip_config, create_clip, list_clips, load, save_model
+from ssmclip.models import clip_config, create_clip, list_clips, load, load_published, save_model
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "create_clip",
     "list_clips",
     "load",
+    "load_published",
     "ops",
     "read_rows",
     "save_model",

@@ -2,6 +2,7 @@
 
 from ssmclip.models import mamba_text, mambaout, simba, vit, vmamba
 from ssmclip.models.clip import build_preprocess, build_tokenizer, clip_config, create_clip, list_clips, load
+from ssmclip.models.published import load_published
 from ssmclip.models.weights import CheckpointError, load_config, load_state, save_model
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "list_clips",
     "load",
     "load_config",
+    "load_published",
     "load_state",
     "mamba_text",
     "mambaout",

@@ -192,7 +192,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     state = {}
     for name in names:
-        state |= {_own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
+        state |= {own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
     load_into(model, state, folder)
     return model
 
@@ -209,6 +209,6 @@ def _config_type(model_type: str) -> type:
     return CONFIGS[model_type]
 
 
-def _own_key(key: str) -> str:
+def own_key(key: str) -> str:
     """Of a `...ForCausalLM`, or of the first converted checkpoints, which said "embedding"."""
     return key.removeprefix("backbone.").replace("embedding.", "embeddings.")

@@ -161,7 +161,7 @@ class SiMBA(nn.Module):
         self,
         depths: Sequence[int] = (3, 4, 6, 3),
         dims: Sequence[int] = (64, 128, 320, 448),
-        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         stem_dim: int = 32,
         d_state: int = 64,
         d_conv: int = 4,
@@ -185,8 +185,8 @@ class SiMBA(nn.Module):
         mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
 
-        def mixer(dim: int, ratio: int, conv: bool = True) -> nn.Module:
-            return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, ratio * dim, conv)
+        def mixer(dim: int, ratio: float, conv: bool = True) -> nn.Module:
+            return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, int(ratio * dim), conv)
 
         channels = in_chans
         for i, (depth, dim, ratio) in enumerate(zip(depths, dims, mlp_ratios, strict=True), start=1):
@@ -312,6 +312,7 @@ def _init_weights(module: nn.Module) -> None:
 
 # name: the fields that make it
 VARIANTS: dict[str, dict[str, Any]] = {
+    "simba": {},  # of whatever fields it is given
     "simba_small": dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 448), stem_dim=32),
     "simba_base": dict(depths=(3, 4, 12, 3), dims=(64, 128, 320, 512), stem_dim=64),
     "simba_large": dict(depths=(3, 6, 18, 3), dims=(96, 192, 384, 512), stem_dim=64),

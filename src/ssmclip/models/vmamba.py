@@ -38,17 +38,23 @@ class SS2D(nn.Module):
 
     dim: channels of the map; ssm_ratio: inner channels D = ssm_ratio * dim; d_state: N, states per channel;
     gated: multiply the result by SiLU(z), z a second half of the input projection;
-    conv_bias: of the 3x3 depthwise convolution.
+    conv_bias: of the 3x3 depthwise convolution; dt_rank: of the projection to delta, None for dim / 16 rounded up.
     The four directions share projections and convolution; each has its own A, B, C, D and delta.
     """
 
     def __init__(
-        self, dim: int, d_state: int = 1, ssm_ratio: float = 2.0, gated: bool = False, conv_bias: bool = False
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 2.0,
+        gated: bool = False,
+        conv_bias: bool = False,
+        dt_rank: int | None = None,
     ):
         super().__init__()
         inner = int(ssm_ratio * dim)
         self.inner, self.d_state, self.gated = inner, d_state, gated
-        self.dt_rank = math.ceil(dim / 16)
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
@@ -249,7 +255,7 @@ class VMamba(nn.Module):
 
     depths, dims: blocks and channels of the four stages; mixer: "ss2d" | "gated_conv", the same block without the
     state-space model, always gated (so that beside it gated=True changes the scan alone; d_state means nothing to it);
-    d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
+    d_state: N; ssm_ratio, gated, conv_bias, dt_rank: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch", which learns faster from few images;
     drop_path_rate: of the last block, growing linearly from 0.
@@ -266,6 +272,7 @@ class VMamba(nn.Module):
         ssm_ratio: float = 2.0,
         gated: bool = False,
         conv_bias: bool = False,
+        dt_rank: int | None = None,
         mlp_ratio: float = 4.0,
         patch_embed: Literal["v1", "v2"] = "v2",
         downsample: Literal["v1", "v3"] = "v3",
@@ -289,7 +296,7 @@ class VMamba(nn.Module):
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm])
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         if mixer == "ss2d":
-            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias)
+            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, dt_rank=dt_rank)
         elif mixer == "gated_conv":
             op = partial(GatedConv, ssm_ratio=ssm_ratio, conv_bias=conv_bias)
         else:
@@ -398,6 +405,7 @@ FIRST_VERSION = dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patc
 
 # name: the fields that make it
 VARIANTS: dict[str, dict[str, Any]] = {
+    "vmamba": {},  # of whatever fields it is given
     "vmamba_tiny_s1l8": dict(depths=(2, 2, 8, 2), dims=TINY, ssm_ratio=1.0),
     "vmamba_tiny_s2l5": dict(depths=(2, 2, 5, 2), dims=TINY),
     "vmamba_tiny_gated": dict(depths=(2, 2, 4, 2), dims=TINY, gated=True),
