@@ -8,6 +8,7 @@ and the original MambaOut, Hugging Face's and mamba_ssm's language models, and w
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -342,17 +343,22 @@ def _name_mambaout(state: State, act_layer: str | None) -> dict[str, Any]:
     if (in_chans := fields.pop("in_chans")) != 3:
         ours["in_chans"] = in_chans
     linear_head = "head.pre_logits.fc.weight" not in state
-    if linear_head:
-        fields["head_fn"] = "default"  # what the linear head is made from
     for name in timm.list_models(MAMBAOUTS):
         if name.endswith("_linear_head") != linear_head:
             continue
-        with torch.device("meta"):
-            like = timm.create_model(name, **ours).state_dict()
-        if {k: v.shape for k, v in like.items()} == {k: v.shape for k, v in state.items()}:
+        if _timm_fields(name) == fields:
             return {"architecture": name, "model_args": ours | ({"act_layer": act_layer} if act_layer else {})}
     family = "mambaout_femto_linear_head" if linear_head else "mambaout_femto"
+    if linear_head:
+        del fields["head_fn"]
     return {"architecture": family, "model_args": fields | dict(act_layer=act_layer or "gelu") | ours}
+
+
+@functools.cache
+def _timm_fields(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        fields = mambaout_fields(timm.create_model(name, num_classes=1).state_dict())
+    return {field: value for field, value in fields.items() if field not in ("num_classes", "in_chans")}
 
 
 # ---- small things

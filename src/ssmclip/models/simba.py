@@ -161,7 +161,7 @@ class SiMBA(nn.Module):
         self,
         depths: Sequence[int] = (3, 4, 6, 3),
         dims: Sequence[int] = (64, 128, 320, 448),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        mlp_ratios: Sequence[int | float] = (8, 8, 4, 4),
         stem_dim: int = 32,
         d_state: int = 64,
         d_conv: int = 4,
@@ -185,7 +185,7 @@ class SiMBA(nn.Module):
         mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
 
-        def mixer(dim: int, ratio: float, conv: bool = True) -> nn.Module:
+        def mixer(dim: int, ratio: int | float, conv: bool = True) -> nn.Module:
             return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, int(ratio * dim), conv)
 
         channels = in_chans
@@ -312,11 +312,11 @@ def _init_weights(module: nn.Module) -> None:
 
 # name: the fields that make it
 VARIANTS: dict[str, dict[str, Any]] = {
-    "simba": {},  # of whatever fields it is given
     "simba_small": dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 448), stem_dim=32),
     "simba_base": dict(depths=(3, 4, 12, 3), dims=(64, 128, 320, 512), stem_dim=64),
     "simba_large": dict(depths=(3, 6, 18, 3), dims=(96, 192, 384, 512), stem_dim=64),
     "test_simba": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), mlp_ratios=(2, 2, 2, 2), stem_dim=8, d_state=8),
+    "simba": dict(dims=(64, 128, 320, 448)),  # for whatever fields it is given
 }
 default_cfgs = generate_default_cfgs(
     {name: default_cfg(first_conv="patch_embed1.conv.0", classifier="head") for name in VARIANTS}

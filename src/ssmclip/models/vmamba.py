@@ -405,7 +405,6 @@ FIRST_VERSION = dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patc
 
 # name: the fields that make it
 VARIANTS: dict[str, dict[str, Any]] = {
-    "vmamba": {},  # of whatever fields it is given
     "vmamba_tiny_s1l8": dict(depths=(2, 2, 8, 2), dims=TINY, ssm_ratio=1.0),
     "vmamba_tiny_s2l5": dict(depths=(2, 2, 5, 2), dims=TINY),
     "vmamba_tiny_gated": dict(depths=(2, 2, 4, 2), dims=TINY, gated=True),
@@ -420,6 +419,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vmamba_base_v0": dict(depths=(2, 2, 27, 2), dims=BASE, **FIRST_VERSION),
     "vmamba_nano": dict(depths=(1, 1, 4, 1), dims=(40, 80, 160, 320), ssm_ratio=1.0, conv_norm="batch"),
     "test_vmamba": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)),
+    "vmamba": dict(dims=TINY),  # for whatever fields it is given
 }
 default_cfgs = generate_default_cfgs(
     {name: default_cfg(first_conv="patch_embed.0", classifier="classifier.head") for name in VARIANTS}
