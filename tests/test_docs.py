@@ -51,11 +51,11 @@ def readme_rows() -> list[Path]:
 def test_every_command_in_the_readme_exists():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
-    commands = set(re.findall(r"ssmclip (train|evaluate|report|quickstart|models|ops)\b", README))
+    commands = set(re.findall(r"ssmclip (train|evaluate|report|quickstart|models|convert|push|ops)\b", README))
     assert {"train", "evaluate", "report", "models", "ops"} <= commands
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["report"], ["quickstart"], ["models"], ["ops"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["report"], ["quickstart"], *COMMANDS])
 def test_every_command_has_a_help_text(command):
     done = subprocess.run(
         [sys.executable, "-m", "ssmclip", *command, "--help"], capture_output=True, text=True, check=True

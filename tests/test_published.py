@@ -92,7 +92,7 @@ def test_a_training_checkpoint_equals_the_original(shared, name, weights):
         assert relative(model.encode_text(truth["text"]), text) < tolerance
 
 
-@pytest.mark.parametrize("name", ["climp_mamba1"])
+@pytest.mark.parametrize("name", ["climp_mamba1", "climp_mamba2"])
 @torch.no_grad()
 def test_climp_equals_the_original(shared, name):
     fixture = torch.load(shared / "parity" / f"{name}.pt")
@@ -234,6 +234,21 @@ LANGUAGE_MODELS = [
     ("mamba", dict(vocab_size=31, hidden_size=24, num_hidden_layers=11, state_size=5, expand=3, conv_kernel=3)),
     ("mamba", dict(vocab_size=9, hidden_size=24, num_hidden_layers=1, time_step_rank=7, use_bias=True)),
     ("mamba", dict(vocab_size=9, hidden_size=24, num_hidden_layers=1, use_conv_bias=False)),
+    ("mamba2", dict(vocab_size=9, hidden_size=24, num_hidden_layers=2, state_size=6, num_heads=6, head_dim=8)),
+    (
+        "mamba2",
+        dict(
+            vocab_size=9,
+            hidden_size=20,
+            num_hidden_layers=1,
+            state_size=6,
+            num_heads=12,
+            head_dim=5,
+            expand=3,
+            n_groups=4,
+            conv_kernel=3,
+        ),
+    ),
 ]
 
 
@@ -241,6 +256,8 @@ LANGUAGE_MODELS = [
 @pytest.mark.parametrize(("kind", "fields"), LANGUAGE_MODELS)
 @torch.no_grad()
 def test_a_language_model_is_read_as_it_was_built(kind, fields, naming):
+    if kind == "mamba2":
+        fields = {"n_groups": 1, **fields}
     model = perturbed(LanguageModel(read_config({"model_type": kind, **fields})))
     state = model.state_dict()
     if naming != "model":
@@ -248,16 +265,23 @@ def test_a_language_model_is_read_as_it_was_built(kind, fields, naming):
     if naming == "mamba_ssm":
         state = {key.replace("embeddings.", "embedding."): value for key, value in state.items()}
     tokens = torch.randint(0, fields["vocab_size"], (2, 9))
-    assert torch.equal(ssmclip.load_published(state)(tokens), model(tokens))
+    read = ssmclip.load_published(state, n_groups=fields.get("n_groups", 1))
+    assert torch.equal(read(tokens), model(tokens))
+    if kind == "mamba2":
+        with pytest.raises(ValueError, match="n_groups=7 does not divide"):
+            ssmclip.load_published(state, n_groups=7)
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
 @torch.no_grad()
 def test_a_language_model_of_transformers_is_read_from_its_folder(kind, tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, residual_in_fp32=False)
+    more = dict(num_heads=8, head_dim=8, n_groups=1) if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, residual_in_fp32=False, **more
+    )
     torch.manual_seed(0)
-    theirs = transformers.MambaForCausalLM(config).eval()
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     theirs.save_pretrained(tmp_path)
     tokens = torch.randint(0, 50, (2, 9))
     truth = theirs.backbone(tokens).last_hidden_state

@@ -5,7 +5,7 @@ Importing it adds its encoders to timm (`timm.create_model("vmamba_small_s2l15")
 """
 
 from ssmclip import ops
-from ssmclip.models import clip_config, create_clip, list_clips, load, load_published, save_model
+from ssmclip.models import clip_config, convert, create_clip, list_clips, load, load_published, push, save_model
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
 
@@ -14,11 +14,13 @@ __all__ = [
     "UnknownName",
     "append_rows",
     "clip_config",
+    "convert",
     "create_clip",
     "list_clips",
     "load",
     "load_published",
     "ops",
+    "push",
     "read_rows",
     "save_model",
     "write_rows",

@@ -9,6 +9,7 @@ from functools import partial
 
 from ssmclip import quickstart
 from ssmclip.evaluate import command as evaluate
+from ssmclip.models import command as models
 from ssmclip.report import command as report
 from ssmclip.train import command as train
 
@@ -38,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "train", train.HELP, partial(train.run, validation=quickstart.build_validation), train.add_arguments)
     _add(commands, "evaluate", evaluate.HELP, evaluate.run, evaluate.add_arguments)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
-    _add(commands, "models", "the CLIP models there are, with their parameters", _models)
+    _add(commands, "models", models.MODELS_HELP, models.run_models)
+    _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)
+    _add(commands, "push", models.PUSH_HELP, models.run_push, models.add_push_arguments)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)
     return parser
 
@@ -49,22 +52,6 @@ def _add(commands, name: str, help: str, run, add_arguments=lambda parser: None)
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def _models(args: argparse.Namespace) -> None:
-    import torch
-
-    from ssmclip.models import clip_config, create_clip, list_clips
-
-    print(f"{'name':26} {'image tower':24} {'image M':>8} {'text M':>8}")
-    for name in list_clips():
-        config = clip_config(name)
-        with torch.device("meta"):
-            model = create_clip(config)
-        total = sum(p.numel() for p in model.parameters())
-        image = sum(p.numel() for p in model.visual.parameters())
-        trunk = config["model_cfg"]["vision_cfg"]["timm_model_name"]
-        print(f"{name:26} {trunk:24} {image / 1e6:8.2f} {(total - image) / 1e6:8.2f}")
 
 
 def _ops(args: argparse.Namespace) -> None:

@@ -27,12 +27,14 @@ from ssmclip.registry import UnknownName
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network, made by `ssmclip.models.create_clip`, with fresh weights."""
+    """The network, made by `ssmclip.models.create_clip`, with fresh weights unless said otherwise."""
 
     name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
     drop_path_rate: float | None = None  # stochastic depth at the deepest block, in [0, 1); None: the model's own
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
+    text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
+    freeze_text: bool = False  # the text tower keeps the weights it starts with; its projection learns
     changes: dict[str, Any] = field(default_factory=dict)  # merged into the model's configuration, open_clip's form
 
 
@@ -71,6 +73,7 @@ class OptimiserConfig:
     """AdamW."""
 
     lr: float = 1e-3  # at the end of the warm-up
+    text_lr_scale: float = 1.0  # the text tower's learning rate, its projection's apart, over lr
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import open_clip
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ssmclip.models.hub import HUB, download
 from ssmclip.models.mamba_text import MambaText
 from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
 from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
@@ -123,18 +125,31 @@ def build_tokenizer(
     return open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length") or 77)
 
 
+def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
+    """Put a language model's tokenizer.json beside the weights in `folder`, where `load` looks first.
+
+    CLIP's own byte pairs come with the package: nothing to do for them. Raises FileNotFoundError as `build_tokenizer`.
+    """
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if "mamba" in text_cfg and text_cfg.get("hf_tokenizer_name"):
+        shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
+
+
 def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:
     """A model ready to evaluate, with its preprocessing and tokenizer.
 
     name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
     open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
-    or a folder with `open_clip_config.json` and weights. image_size: pixels, in place of the model's own.
+    a folder with `open_clip_config.json` and weights; or `hf-hub:OWNER/NAME`, such a folder on the Hugging Face hub,
+    downloaded once. image_size: pixels, in place of the model's own.
     Raises UnknownName, CheckpointError, FileNotFoundError.
     """
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name, device, image_size)
     folder = None
+    if name.startswith(HUB):
+        name = str(download(name))
     if Path(name).is_dir():
         folder = find_checkpoint(Path(name))
         config = load_config(folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import safetensors.torch
 import timm
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 from ssmclip.models import simba, vmamba
 from ssmclip.models.clip import clip_config, create_clip
+from ssmclip.models.hub import HUB, WEIGHT_FILES, download
 from ssmclip.models.mamba_text import LanguageModel, own_key, read_config
 from ssmclip.models.registration import name_with_fields
 from ssmclip.models.shapes import (
@@ -35,9 +38,9 @@ from ssmclip.models.shapes import (
     simba_fields,
     vmamba_fields,
 )
-from ssmclip.models.weights import CheckpointError, load_into, load_state
+from ssmclip.models.weights import CheckpointError, load_into, load_state, save_model
 
-__all__ = ["Architecture", "ClipText", "build", "load_published", "read_published"]
+__all__ = ["Architecture", "ClipText", "build", "convert", "load_published", "read_published"]
 
 WEIGHTS = ("online", "ema", "ema_online_bn")
 ONLINE, AVERAGED = ("state_dict", "model"), ("model_ema", "state_dict_ema")
@@ -77,7 +80,8 @@ def load_published(
     """The model that published weights belong to, with those weights, in evaluation mode.
 
     source: a checkpoint file (.safetensors, or what torch.save wrote: no pickled code is run), a folder that holds
-    one, or what either contains, a state dict or a dict around one;
+    one, `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FILE` (downloaded once), or what a file contains, a state dict or a
+    dict around one;
     weights: "online" | "ema", the moving average a training run kept, exactly as saved | "ema_online_bn", the average
     with the batch statistics of the online weights: CLIP-Mamba averages parameters alone, so that the averaged SiMBA
     tower still has the statistics it began with.
@@ -119,6 +123,41 @@ def build(architecture: Architecture, state: State, source: str = "the state dic
     return model.eval()
 
 
+def convert(
+    source: str | Path | Mapping[str, Any], folder: str | Path, weights: str = "online", **unreadable: Any
+) -> str:
+    """Write published weights as a folder that others read without this function: safetensors and a configuration.
+
+    source, weights, and what shapes cannot tell: as in `load_published`. Of a CLIP `open_clip_config.json` and weights,
+    which `ssmclip.load(folder)` reads and `open_clip.create_model_and_transforms("local-dir:" + folder)` too once
+    ssmclip is imported (but for text towers that are no transformers, of which open_clip's configurations cannot
+    speak); of an image encoder timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a language
+    model Hugging Face's. Returns which of these: "clip" | "encoder" | "language_model".
+
+    Raises what `load_published` raises, and CheckpointError for CLIP's text tower alone, which no library reads.
+    """
+    architecture, state = read_published(source, weights, **unreadable)
+    if architecture.kind == "text":
+        raise CheckpointError(f"{_told(source)} is CLIP's text tower alone, for which no library has a file format")
+    model = build(architecture, state, _told(source))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if architecture.kind == "clip":
+        save_model(model, architecture.config, folder)
+    elif architecture.kind == "encoder":
+        arguments = {k: v for k, v in architecture.config["model_args"].items() if k != "num_classes"}
+        name = {"architecture": architecture.config["architecture"]}
+        timm.models.save_for_hf(model, str(folder), model_config=name, model_args=arguments, safe_serialization=True)
+    else:
+        config = {**architecture.config, "architectures": [HUGGING_FACE[architecture.config["model_type"]]]}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    return architecture.kind
+
+
+HUGGING_FACE = {"mamba": "MambaModel", "mamba2": "Mamba2Model"}
+
+
 def read_published(
     source: str | Path | Mapping[str, Any],
     weights: str = "online",
@@ -131,7 +170,7 @@ def read_published(
     """The architecture of published weights, and the weights in this package's names. Arguments: `load_published`'s."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r}: one of {', '.join(map(repr, WEIGHTS))}")
-    held = load_state(find_weights(Path(source))) if isinstance(source, str | Path) else source
+    held = load_state(find_weights(source)) if isinstance(source, str | Path) else source
     state = select_weights(held, weights, _told(source))
     try:
         if _has(state, "visual.", "vision_encoder."):
@@ -159,17 +198,20 @@ class UnknownLayout(ValueError):
     """Weights in no layout known."""
 
 
-def find_weights(path: Path) -> Path:
-    """The checkpoint file at a path: itself, or the one in that folder. Raises FileNotFoundError, CheckpointError."""
+def find_weights(source: str | Path) -> Path:
+    """The checkpoint file of a path: itself, the one in that folder, or in a repository of the hub, `hf-hub:OWNER/NAME`
+    or `hf-hub:OWNER/NAME/FILE`, downloaded once. Raises FileNotFoundError, CheckpointError.
+    """
+    path = download(str(source)) if str(source).startswith(HUB) else Path(source)
     if not path.is_dir():
         return path
-    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for pattern in WEIGHT_FILES:
         files = sorted(path.glob(pattern))
         if len(files) == 1:
             return files[0]
         if files:
             raise CheckpointError(f"{path} holds several checkpoints, {', '.join(f.name for f in files)}: name one")
-    raise CheckpointError(f"{path} holds no checkpoint: no .safetensors, .bin, .pt or .pth file")
+    raise CheckpointError(f"{path} holds no checkpoint: no {', '.join(WEIGHT_FILES)}")
 
 
 # ---- which of the weights in a file

@@ -15,6 +15,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs import PairLoader, open_pairs, train_transform
+from ssmclip.train.optimiser import freeze_text_tower
 
 # SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
 _SIGLIP_START = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}
@@ -53,8 +54,15 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
-    """The model in training mode, after a look that it takes every image size of the schedule. Raises ValueError."""
+    """The model in training mode, after a look that it takes every image size of the schedule.
+
+    Raises ValueError; CheckpointError and FileNotFoundError about `model.text_weights`.
+    """
     model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
+    if config.model.text_weights:
+        _start_text(model, config)
+    if config.model.freeze_text:
+        freeze_text_tower(model)
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
@@ -65,6 +73,13 @@ def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
                 f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),)"
             ) from error
     return model.train()
+
+
+def _start_text(model: nn.Module, config: TrainConfig) -> None:
+    if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
+        raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
+    weights = models.mamba_text.load_language_model(config.model.text_weights).state_dict()
+    models.weights.load_into(model.text.transformer, weights, config.model.text_weights)
 
 
 def open_stream(

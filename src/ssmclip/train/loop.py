@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +276,10 @@ class _Run:
             }
             model = self.ema.model if self.ema else sharding.plain_model(self.architecture, online)
             best = self.best["step"] if self.best else None
-            save = partial(models.save_model, model, self.architecture)
+
+            def save(folder: Path) -> None:
+                models.save_model(model, self.architecture, folder)
+                models.save_tokenizer(self.architecture, folder)
+
             save_checkpoint(self.out, self.step, save, state, self.config.checkpoint.keep, best)
         accelerator.wait_for_everyone()

@@ -15,6 +15,8 @@ from ssmclip.config import OptimiserConfig, ScheduleConfig
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
 _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
 
+_NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
+
 
 def decays(rule: str, name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to a parameter, by its full name and number of dimensions.
@@ -31,21 +33,41 @@ def decays(rule: str, name: str, parameter: Tensor) -> bool:
     return not _NEVER_DECAYED.search(name.rsplit(".", 1)[-1])
 
 
+def in_text_tower(name: str) -> bool:
+    """Whether a parameter of a CLIP, by its full name, belongs to the text tower; its projection does not."""
+    return not _NOT_TEXT.match(name)
+
+
+def freeze_text_tower(model: nn.Module) -> None:
+    """The text tower learns no more; its projection still does."""
+    for name, parameter in model.named_parameters():
+        if in_text_tower(name):
+            parameter.requires_grad_(False)
+
+
 def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rule: str
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rule: str, text_lr_scale: float = 1.0
 ) -> list[dict[str, object]]:
-    """Two groups for an optimiser, with and without decay; frozen parameters are in neither."""
-    with_decay, without = [], []
+    """Two groups for an optimiser, with and without decay; frozen parameters are in neither.
+
+    With another learning rate for the text tower, two more, with `lr_scale` in them, which `set_lr` reads.
+    """
+    scales = [1.0] if text_lr_scale == 1 else [1.0, text_lr_scale]
+    groups = {(s, d): {"params": [], "weight_decay": weight_decay if d else 0.0} for s in scales for d in (True, False)}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            (with_decay if decays(rule, name, parameter) else without).append(parameter)
-    return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
+            scale = text_lr_scale if in_text_tower(name) else 1.0
+            groups[scale, decays(rule, name, parameter)]["params"].append(parameter)
+    for (scale, _), group in groups.items():
+        if scale != 1:
+            group["lr_scale"] = scale
+    return list(groups.values())
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; fused (one pass over memory a step) where the device has that."""
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    groups = parameter_groups(model.named_parameters(), config.weight_decay, config.decay_rule)
+    groups = parameter_groups(model.named_parameters(), config.weight_decay, config.decay_rule, config.text_lr_scale)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
@@ -63,4 +85,4 @@ def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = float(lr)
+        group["lr"] = float(lr) * group.get("lr_scale", 1.0)
