@@ -5,11 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 
-MODELS_HELP = "the CLIP models there are, with their parameters"
+MODELS_HELP = "the CLIP models there are: towers, parameters, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
 PUSH_HELP = "upload a model folder to the Hugging Face hub"
 
 log = logging.getLogger(__name__)
+
+
+# name: where its published weights are, "" for nowhere; and its row in a paper
+PUBLISHED = {
+    "CLIP-VMamba-T220": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 33.50"),
+    "CLIP-VMamba-S": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.34"),
+    "CLIP-VMamba-B": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.04"),
+    "CLIP-SiMBA-L": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 36.71"),
+    "CLIP-ViT-B-16": ("", "CLIP-Mamba: mean of 26 data sets 34.21"),
+    "CLIP-ViT-L-16": ("", "CLIP-Mamba: mean of 26 data sets 37.35"),
+    "CLIMP-Mamba1": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba1", "CLIMP: NoCaps at 224 px, image R@1 38.2, text R@1 51.8"),
+    "CLIMP-Mamba2": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba2", "CLIMP: NoCaps at 224 px, image R@1 37.4, text R@1 51.0"),
+}
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -17,7 +30,9 @@ def run_models(args: argparse.Namespace) -> None:
 
     from ssmclip.models import clip_config, create_clip, list_clips
 
-    print(f"{'name':26} {'image tower':24} {'image M':>8} {'text M':>8}")
+    print(
+        f"{'name':26} {'image tower':26} {'image M':>8} {'text M':>8}  {'text tower':12} {'published weights':38} row"
+    )
     for name in list_clips():
         config = clip_config(name)
         with torch.device("meta"):
@@ -25,7 +40,10 @@ def run_models(args: argparse.Namespace) -> None:
         total = sum(p.numel() for p in model.parameters())
         image = sum(p.numel() for p in model.visual.parameters())
         trunk = config["model_cfg"]["vision_cfg"]["timm_model_name"]
-        print(f"{name:26} {trunk:24} {image / 1e6:8.2f} {(total - image) / 1e6:8.2f}")
+        text = config["model_cfg"]["text_cfg"].get("mamba", {}).get("model_type", "transformer")
+        weights, row = PUBLISHED.get(name, ("", ""))
+        numbers = f"{image / 1e6:8.2f} {(total - image) / 1e6:8.2f}"
+        print(f"{name:26} {trunk:26} {numbers}  {text:12} {weights:38} {row}".rstrip())
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
