@@ -15,7 +15,7 @@ import ssmclip
 from ssmclip.config import DataConfig, LoggingConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from ssmclip.models import build_preprocess, build_tokenizer, clip_config, create_clip
 from ssmclip.models.tokenizer import LanguageModelTokenizer, find_tokenizer
-from ssmclip.train.build import build_model, model_config
+from ssmclip.train.build import load_start, model_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -214,7 +214,7 @@ def test_a_run_keeps_a_frozen_language_model_and_its_tokenizer(tmp_path, monkeyp
 def test_only_mamba_towers_start_from_a_language_model():
     config = TrainConfig(model=ModelConfig(name="CLIP-ViT-Nano", text_weights="somewhere"))
     with pytest.raises(ValueError, match="CLIP-ViT-Nano has none"):
-        build_model(config, model_config(config))
+        load_start(create_clip("CLIP-ViT-Nano"), config, None)
 
 
 @torch.no_grad()

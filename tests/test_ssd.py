@@ -156,6 +156,14 @@ def test_half_precision_inputs_keep_a_float32_state(backend, dtype):
     assert worst < 1e-2, where
 
 
+@pytest.mark.parametrize("backend", SSD)
+def test_autocast_leaves_the_state_in_float32(backend):
+    inputs = {k: v.float() for k, v in random_inputs(1, 1, 2, 3, 140, 4).items()}
+    wanted = ssd(**inputs, dt_softplus=True, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ssd(**inputs, dt_softplus=True, backend=backend), wanted)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_long_sequences_stay_accurate(backend):
     worst, where = compare(torch.float32, backend, True, True, 1, 1, 2, 4, 2048, 8)

@@ -56,6 +56,8 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     workers: int = 0  # processes that decode images, per training process; 0: the training process itself
     shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
+    captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
+    views_per_image: int = 1  # augmented differently, each time an image is seen; the loss is the mean of theirs
 
     def __post_init__(self):
         starts = [start for start, _ in self.image_sizes]
@@ -96,6 +98,7 @@ class LossConfig:
 
     kind: Literal["clip", "siglip"] = "clip"  # softmax over the batch, or a sigmoid for every pair
     micro_batch: int | None = None  # pairs embedded at a time per process (GradCache); None: the whole batch
+    view_weight: float = 0.0  # of the loss between two views of an image, added (SLIP); needs views_per_image > 1
     max_logit_scale: float = 100.0  # logit_scale is clamped to [0, ln of this] after every step
 
 
@@ -156,6 +159,9 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {
             "steps": (self.steps, 1),
+            "data.captions_per_image": (self.data.captions_per_image, 1),
+            "data.views_per_image": (self.data.views_per_image, 1),
+            "loss.view_weight": (self.loss.view_weight, 0),
             "batch_size": (self.batch_size, 1),
             "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
             "checkpoint.every": (self.checkpoint.every, 1),
@@ -166,6 +172,10 @@ class TrainConfig:
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name}={value}: wanted at least {least}")
+        if self.loss.view_weight and self.data.views_per_image == 1:
+            raise ValueError(
+                f"loss.view_weight={self.loss.view_weight}: wanted 0, or data.views_per_image of 2 or more"
+            )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}"

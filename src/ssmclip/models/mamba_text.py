@@ -230,7 +230,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     """
     folder = Path(folder) if Path(folder).is_dir() else download(str(folder))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_infinity)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no model folder: config.json cannot be read ({error})") from error
     if config.get("hidden_act", "silu") != "silu":
@@ -261,6 +261,11 @@ def _config_type(model_type: str) -> type:
     if model_type not in CONFIGS:
         raise UnknownName("language model", model_type, CONFIGS)
     return CONFIGS[model_type]
+
+
+def _infinity(value: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def own_key(key: str) -> str:

@@ -25,11 +25,12 @@ __all__ = [
     "using",
 ]
 
+from ssmclip.ops.causal_conv import BACKENDS as _CONV
 from ssmclip.ops.cross_scan import BACKENDS as _CROSS
 from ssmclip.ops.selective_scan import BACKENDS as _SCAN
 from ssmclip.ops.ssd import BACKENDS as _SSD
 
-BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD}
+BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD, "causal_conv1d": _CONV}
 
 
 def available(device: str = "cpu") -> list[tuple[str, str, bool, str]]:

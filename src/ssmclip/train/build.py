@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,13 +55,8 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
-    """The model in training mode, after a look that it takes every image size of the schedule.
-
-    Raises ValueError; CheckpointError and FileNotFoundError about `model.text_weights`.
-    """
+    """The model in training mode, after a look that it takes every image size of the schedule. Raises ValueError."""
     model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
-    if config.model.text_weights:
-        _start_text(model, config)
     if config.model.freeze_text:
         freeze_text_tower(model)
     for _, size in config.data.image_sizes:
@@ -75,11 +71,19 @@ def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
     return model.train()
 
 
-def _start_text(model: nn.Module, config: TrainConfig) -> None:
-    if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
-        raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
-    weights = models.mamba_text.load_language_model(config.model.text_weights).state_dict()
-    models.weights.load_into(model.text.transformer, weights, config.model.text_weights)
+def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -> None:
+    """The weights a run goes on with, or begins with: the checkpoint's, else `model.text_weights` in the text tower.
+
+    Raises ValueError, CheckpointError, FileNotFoundError.
+    """
+    source = config.model.text_weights
+    if checkpoint:
+        models.weights.load_into(model, models.load_state(checkpoint / models.weights.WEIGHTS_NAME), checkpoint)
+    elif source:
+        if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
+            raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
+        weights = models.mamba_text.load_language_model(source).state_dict()
+        models.weights.load_into(model.text.transformer, weights, source)
 
 
 def open_stream(
@@ -107,6 +111,8 @@ def open_stream(
         world_size=world_size,
         cursor=cursor,
         shuffle_buffer=config.data.shuffle_buffer,
+        captions_per_image=config.data.captions_per_image,
+        views_per_image=config.data.views_per_image,
     )
 
 

@@ -72,6 +72,11 @@ def cut(length: int, longest: int) -> tuple[int, int]:
 
 def scan(x, step, A, B, C, initial, want_last):
     """The core, see `around`."""
+    with torch.autocast(x.device.type, enabled=False):  # or products would be in half precision
+        return _scan(x, step, A, B, C, initial, want_last)
+
+
+def _scan(x, step, A, B, C, initial, want_last):
     length, groups = x.shape[1], B.shape[2]
     count, size = cut(length, CHUNK)
     padding = count * size - length  # steps of no size: they change no state

@@ -26,6 +26,16 @@ _library.define(
 )
 
 
+def _full_precision(function):
+    """The function where autocast does not take half the digits of its products."""
+
+    def run(*inputs):
+        with torch.autocast("cpu", enabled=False):
+            return function(*inputs)
+
+    return run
+
+
 def ssd(*inputs, **options):
     """See `ssmclip.ops.ssd`."""
     return chunked.around(torch.ops.ssmclip.ssd, *inputs, **options)
@@ -109,6 +119,7 @@ def _new_outputs(x, B, want_last):
 
 
 @torch.library.impl(_library, "ssd", "CPU")
+@_full_precision
 def _forward(x, step, A, B, C, initial, want_last):
     if x.numel() == 0:
         y, last = _new_outputs(x, B, want_last)
@@ -135,6 +146,7 @@ def _new_gradients(x, step, A, B, C, initial):
 
 
 @torch.library.impl(_library, "ssd_backward", "CPU")
+@_full_precision
 def _backward(dy, dlast, x, step, A, B, C, initial):
     from ssmclip.ops.ssd import kernels
 
