@@ -118,7 +118,7 @@ VMAMBAS = [
     dict(ssm_ratio=1.0, mlp_ratio=1 / 3, in_chans=1),
     dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patch_embed="v1", downsample="v1", num_classes=3),
     dict(dt_rank=3, patch_embed="v1", depths=(2, 1, 1), dims=(10, 26, 34)),
-    dict(mixer="gated_conv", gated=True, conv_norm="batch", ssm_ratio=2.3, depths=(1, 2), dims=(14, 22)),
+    dict(mixer="gated_conv", gated=True, conv_norm="batch", conv_act=True, ssm_ratio=2.3, depths=(1, 2), dims=(14, 22)),
     dict(dims=(48, 96, 192, 384), depths=(1, 1, 11, 1), ssm_ratio=1.0),
 ]
 SIMBAS = [

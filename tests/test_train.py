@@ -158,20 +158,24 @@ def test_every_parameter_is_in_one_group_and_undecayed_ones_do_not_shrink(tiny_c
         torch.testing.assert_close(p.detach(), before[name] * factor, msg=name)
 
 
-@pytest.mark.parametrize("name", ["CLIP-ViT-Nano", "CLIMP-Nano"])
-def test_the_text_tower_has_a_learning_rate_of_its_own(name):
-    config = tiny(f"model.name={name}", "model.changes={}", "text_lr_scale=0.1", "lr=0.01").optimiser
+@pytest.mark.parametrize("name", ["CLIP-ViT-Nano", "CLIP-VMamba-Nano", "CLIMP-Nano"])
+def test_text_tower_and_image_blocks_have_learning_rates_of_their_own(name):
+    config = tiny(f"model.name={name}", "model.changes={}", "text_lr_scale=0.1", "block_lr_scale=0.5", "lr=0.01")
     model = models.create_clip(name)
-    optimiser = build_optimiser(model, config)
+    optimiser = build_optimiser(model, config.optimiser)
     set_lr(optimiser, 0.02)
     rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     of_text = model.text if name.startswith("CLIMP") else model
     outside = {id(p) for n, p in of_text.named_parameters() if n in ("proj.weight", "proj.bias", "text_projection")}
     outside |= {id(p) for p in (*model.visual.parameters(), model.logit_scale)}
+    trunk = model.visual.trunk
+    stages = trunk.layers if hasattr(trunk, "layers") else [trunk]
+    blocks = {id(p) for stage in stages for p in stage.blocks.parameters()}
     assert len(rates) == sum(1 for _ in model.parameters())
     for full_name, p in model.named_parameters():
-        assert rates[id(p)] == pytest.approx(0.02 if id(p) in outside else 0.002), full_name
+        expected = 0.01 if id(p) in blocks else 0.02 if id(p) in outside else 0.002
+        assert rates[id(p)] == pytest.approx(expected), full_name
         assert (decay[id(p)] > 0) == decays("ssm", full_name, p), full_name
 
 

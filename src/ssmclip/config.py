@@ -75,6 +75,7 @@ class OptimiserConfig:
     """AdamW."""
 
     lr: float = 1e-3  # at the end of the warm-up
+    block_lr_scale: float = 1.0  # the learning rate of the image tower's residual blocks, over lr
     text_lr_scale: float = 1.0  # the text tower's learning rate, its projection's apart, over lr
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8

@@ -52,6 +52,7 @@ def vmamba_fields(state: State) -> dict[str, Any]:
     dims = tuple(len(state[f"{block}.norm.weight"]) for block in first)
     inner = [len(state[f"{block}.op.out_norm.weight"]) for block in first]
     scans = "layers.0.blocks.0.op.A_logs" in state
+    batch_norms = "patch_embed.2.running_mean" in state
     fields = dict(
         depths=tuple(count(state, f"{block}.") for block in blocks),
         dims=dims,
@@ -62,7 +63,8 @@ def vmamba_fields(state: State) -> dict[str, Any]:
         mlp_ratio=0.0,
         patch_embed="v2" if "patch_embed.5.weight" in state else "v1",
         downsample="v1" if "layers.0.downsample.reduction.weight" in state else "v3",
-        conv_norm="batch" if "patch_embed.2.running_mean" in state else "layer",
+        conv_norm="batch" if batch_norms else "layer",
+        conv_act=batch_norms,  # leaves no trace; VMamba-Nano, which alone has batch norms, has it
         num_classes=classes(state, "classifier.head"),
         in_chans=state["patch_embed.0.weight"].shape[1],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from ssmclip.config import OptimiserConfig, ScheduleConfig
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
 _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
 
+# timm's towers call theirs blocks, open_clip's own resblocks.
+_IMAGE_BLOCK = re.compile(r"visual\..*blocks\.")
 _NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
 
 
@@ -45,29 +48,33 @@ def freeze_text_tower(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rule: str, text_lr_scale: float = 1.0
-) -> list[dict[str, object]]:
-    """Two groups for an optimiser, with and without decay; frozen parameters are in neither.
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig) -> list[dict[str, Any]]:
+    """Groups for an optimiser, each of one learning rate, with or without decay; frozen parameters are in none.
 
-    With another learning rate for the text tower, two more, with `lr_scale` in them, which `set_lr` reads.
+    A group's `lr_scale`, which `set_lr` reads, is its learning rate over the others'.
     """
-    scales = [1.0] if text_lr_scale == 1 else [1.0, text_lr_scale]
-    groups = {(s, d): {"params": [], "weight_decay": weight_decay if d else 0.0} for s in scales for d in (True, False)}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            scale = text_lr_scale if in_text_tower(name) else 1.0
-            groups[scale, decays(rule, name, parameter)]["params"].append(parameter)
-    for (scale, _), group in groups.items():
-        if scale != 1:
-            group["lr_scale"] = scale
-    return list(groups.values())
+            kind = lr_scale(name, config), decays(config.decay_rule, name, parameter)
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": members, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": scale}
+        for (scale, decay), members in groups.items()
+    ]
+
+
+def lr_scale(name: str, config: OptimiserConfig) -> float:
+    """A parameter's learning rate over `config.lr`, by its full name in a CLIP."""
+    if in_text_tower(name):
+        return config.text_lr_scale
+    return config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; fused (one pass over memory a step) where the device has that."""
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    groups = parameter_groups(model.named_parameters(), config.weight_decay, config.decay_rule, config.text_lr_scale)
+    groups = parameter_groups(model.named_parameters(), config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
@@ -85,4 +92,4 @@ def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = float(lr) * group.get("lr_scale", 1.0)
+        group["lr"] = float(lr) * group["lr_scale"]
