@@ -45,7 +45,7 @@ def parameters(model):
 
 
 def test_every_published_vmamba_is_registered():
-    ours = {"vmamba_tiny_gated_conv", "vmamba_nano", "test_vmamba"}
+    ours = {"vmamba", "vmamba_tiny_gated_conv", "vmamba_nano", "test_vmamba"}
     assert set(PUBLISHED_PARAMETERS) | ours == set(vmamba.VARIANTS) <= set(timm.list_models())
 
 

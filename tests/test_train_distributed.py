@@ -20,6 +20,7 @@ from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.objective import backward, build_loss
 
 ROOT = Path(__file__).parents[1]
+PARITY = ROOT.parent / "shared" / "parity"
 SETTINGS = [
     "steps=4",
     "batch_size=8",
@@ -64,6 +65,10 @@ def test_two_processes_have_the_doubled_batchs_gradient(said, what):
     assert f"{what}: same" in said
 
 
+def test_two_processes_have_the_originals_loss_and_gradients(shared, said):
+    assert "original: same" in said
+
+
 def test_two_processes_resume_exactly(said):
     assert "resumed: same" in said
 
@@ -80,6 +85,9 @@ def main(out: Path) -> None:
         for name, micro_batch in (("whole", None), ("cached", 3)):
             _compare_gradients(accelerator, kind, micro_batch)
             accelerator.print(f"{kind} {name}: same")
+    if PARITY.is_dir():
+        _compare_with_original(accelerator.process_index)
+        accelerator.print("original: same")
     _resume(out)
     accelerator.print("resumed: same")
     torch.distributed.destroy_process_group()
@@ -105,6 +113,28 @@ def _compare_gradients(accelerator, kind, micro_batch) -> None:
     torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _compare_with_original(rank: int) -> None:
+    """Before data-parallel training takes the mean over processes."""
+    truth = torch.load(PARITY / "train_eval_misc.pt", weights_only=False)
+    expected = truth["loss_two_processes"]
+    n = len(truth["loss_inputs"]["image"]) // 2
+    mine = slice(n * rank, n * rank + n)
+    image, text = (truth["loss_inputs"][key][mine].clone().requires_grad_() for key in ("image", "text"))
+    log_scale = truth["loss_inputs"]["log_scale"].clone().requires_grad_()
+    normalise = nn.functional.normalize
+    loss = build_loss("clip", rank, 2)(normalise(image, dim=-1), normalise(text, dim=-1), log_scale.exp())
+    loss.backward()
+    for value, key in (
+        (loss.detach(), "loss"),
+        (image.grad, "grad_image"),
+        (text.grad, "grad_text"),
+        (log_scale.grad, "grad_log_scale"),
+    ):
+        torch.testing.assert_close(
+            value, torch.as_tensor(expected[f"{key}_per_rank"][rank], dtype=value.dtype), rtol=1e-9, atol=1e-12
+        )
 
 
 def _resume(out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ssmclip import ops
 from ssmclip.data.distortions import distort
-from ssmclip.models import clip_config, create_clip, list_clips, load, save_model
+from ssmclip.models import clip_config, convert, create_clip, list_clips, load, load_published, push, save_model
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result, append_rows, read_rows, write_rows
 
@@ -20,13 +20,16 @@ __all__ = [
     "UnknownName",
     "append_rows",
     "clip_config",
+    "convert",
     "count_macs",
     "create_clip",
     "distort",
     "hessian_eigenvalues",
     "list_clips",
     "load",
+    "load_published",
     "ops",
+    "push",
     "read_rows",
     "save_model",
     "write_rows",

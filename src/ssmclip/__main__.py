@@ -13,6 +13,7 @@ from ssmclip.data import command as distort
 from ssmclip.evaluate import command as evaluate
 from ssmclip.evaluate import index_command as index
 from ssmclip.evaluate import ood_command as ood
+from ssmclip.models import command as models
 from ssmclip.report import command as report
 from ssmclip.train import command as train
 
@@ -44,11 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "ood", ood.HELP, ood.run, ood.add_arguments)
     _add(commands, "distort", distort.HELP, distort.run, distort.add_arguments)
     _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
-    _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
     _add(commands, "embed", index.EMBED_HELP, index.run_embed, index.add_embed_arguments)
     _add(commands, "search", index.SEARCH_HELP, index.run_search, index.add_search_arguments)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
-    _add(commands, "models", "the CLIP models there are, with their parameters", _models)
+    _add(commands, "models", models.MODELS_HELP, models.run_models)
+    _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)
+    _add(commands, "push", models.PUSH_HELP, models.run_push, models.add_push_arguments)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)
     return parser
 
@@ -59,22 +61,6 @@ def _add(commands, name: str, help: str, run, add_arguments=lambda parser: None)
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def _models(args: argparse.Namespace) -> None:
-    import torch
-
-    from ssmclip.models import clip_config, create_clip, list_clips
-
-    print(f"{'name':26} {'image tower':24} {'image M':>8} {'text M':>8}")
-    for name in list_clips():
-        config = clip_config(name)
-        with torch.device("meta"):
-            model = create_clip(config)
-        total = sum(p.numel() for p in model.parameters())
-        image = sum(p.numel() for p in model.visual.parameters())
-        trunk = config["model_cfg"]["vision_cfg"]["timm_model_name"]
-        print(f"{name:26} {trunk:24} {image / 1e6:8.2f} {(total - image) / 1e6:8.2f}")
 
 
 def _ops(args: argparse.Namespace) -> None:

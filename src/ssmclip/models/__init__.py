@@ -10,6 +10,8 @@ from ssmclip.models.clip import (
     load,
     save_tokenizer,
 )
+from ssmclip.models.hub import download, push
+from ssmclip.models.published import convert, load_published
 from ssmclip.models.weights import CheckpointError, load_config, load_state, save_model
 
 __all__ = [
@@ -17,13 +19,17 @@ __all__ = [
     "build_preprocess",
     "build_tokenizer",
     "clip_config",
+    "convert",
     "create_clip",
+    "download",
     "list_clips",
     "load",
     "load_config",
+    "load_published",
     "load_state",
     "mamba_text",
     "mambaout",
+    "push",
     "save_model",
     "save_tokenizer",
     "simba",

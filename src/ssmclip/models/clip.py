@@ -17,6 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ssmclip.models.bag_of_words import BagOfWords
+from ssmclip.models.hub import HUB, download
 from ssmclip.models.mamba_text import MambaText
 from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
 from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
@@ -147,13 +148,16 @@ def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None
 
     name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
     open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
-    or a folder with `open_clip_config.json` and weights. image_size: pixels, in place of the model's own.
+    a folder with `open_clip_config.json` and weights; or `hf-hub:OWNER/NAME`, such a folder on the Hugging Face hub,
+    downloaded once. image_size: pixels, in place of the model's own.
     Raises UnknownName, CheckpointError, FileNotFoundError.
     """
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name, device, image_size)
     folder = None
+    if name.startswith(HUB):
+        name = str(download(name))
     if Path(name).is_dir():
         folder = find_checkpoint(Path(name))
         config = load_config(folder)

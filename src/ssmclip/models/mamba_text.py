@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from ssmclip.models.hub import download
 from ssmclip.models.mamba import Mamba, Mamba2, at_least_float32
 from ssmclip.models.weights import CheckpointError, load_into, load_state
 from ssmclip.registry import UnknownName
@@ -221,12 +222,14 @@ def left_align(text: Int[Tensor, "B L"], pad_id: int) -> tuple[Int[Tensor, "B K"
 
 
 def load_language_model(folder: str | Path) -> LanguageModel:
-    """The language model in a folder that Hugging Face's `save_pretrained` wrote, or that was downloaded from its hub.
+    """The language model in a folder that Hugging Face's `save_pretrained` wrote, or in a repository of its hub.
+
+    folder: a folder, or a repository's name ("state-spaces/mamba-130m-hf"), which is downloaded once.
 
     Reads config.json and model.safetensors, whole or in shards; a `...ForCausalLM`'s output head is left out.
     Raises FileNotFoundError, CheckpointError, UnknownName for a model_type that is none of these.
     """
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).is_dir() else download(str(folder))
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_infinity)
     except (OSError, ValueError) as error:
@@ -241,7 +244,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     state = {}
     for name in names:
-        state |= {_own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
+        state |= {own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
     load_into(model, state, folder)
     return model
 
@@ -266,6 +269,6 @@ def _infinity(value: dict[str, Any]) -> Any:
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
-def _own_key(key: str) -> str:
+def own_key(key: str) -> str:
     """Of a `...ForCausalLM`, or of the first converted checkpoints, which said "embedding"."""
     return key.removeprefix("backbone.").replace("embedding.", "embeddings.")

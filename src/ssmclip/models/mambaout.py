@@ -12,6 +12,8 @@ import timm
 from timm.models import register_model
 from torch import nn
 
+from ssmclip.models.registration import take_fields
+
 __all__ = ["SIZES"]
 
 SIZES = ("femto", "kobe", "tiny", "small", "base")
@@ -21,7 +23,7 @@ def _register(size: str) -> None:
     original = f"mambaout_{size}"
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        model = timm.create_model(original, pretrained=pretrained, **kwargs)
+        model = timm.create_model(original, pretrained=pretrained, **take_fields(kwargs))
         if hasattr(model, "head"):  # features_only leaves none
             model.head.pre_logits = nn.Identity()
             model.head.num_features = model.num_features

@@ -14,19 +14,19 @@ There is no positional table: any height and width work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm.layers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip.models.mamba import Mamba
+from ssmclip.models.registration import default_cfg, register_variants
 
 __all__ = ["EinFFT", "SiMBA"]
 
@@ -161,7 +161,7 @@ class SiMBA(nn.Module):
         self,
         depths: Sequence[int] = (3, 4, 6, 3),
         dims: Sequence[int] = (64, 128, 320, 448),
-        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
+        mlp_ratios: Sequence[int | float] = (8, 8, 4, 4),
         stem_dim: int = 32,
         d_state: int = 64,
         d_conv: int = 4,
@@ -185,8 +185,8 @@ class SiMBA(nn.Module):
         mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
 
-        def mixer(dim: int, ratio: int, conv: bool = True) -> nn.Module:
-            return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, ratio * dim, conv)
+        def mixer(dim: int, ratio: int | float, conv: bool = True) -> nn.Module:
+            return EinFFT(dim) if channel_mixer == "einfft" else Mlp(dim, int(ratio * dim), conv)
 
         channels = in_chans
         for i, (depth, dim, ratio) in enumerate(zip(depths, dims, mlp_ratios, strict=True), start=1):
@@ -310,51 +310,15 @@ def _init_weights(module: nn.Module) -> None:
         module.reset_parameters()  # the original loses delta's initialisation to the lines above, unintended
 
 
-def _cfg(**kwargs) -> dict:
-    return dict(
-        url="",
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed1.conv.0",
-        classifier="head",
-        license="mit",
-        **kwargs,
-    )
-
-
 # name: the fields that make it
-VARIANTS: dict[str, dict] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "simba_small": dict(depths=(3, 4, 6, 3), dims=(64, 128, 320, 448), stem_dim=32),
     "simba_base": dict(depths=(3, 4, 12, 3), dims=(64, 128, 320, 512), stem_dim=64),
     "simba_large": dict(depths=(3, 6, 18, 3), dims=(96, 192, 384, 512), stem_dim=64),
     "test_simba": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), mlp_ratios=(2, 2, 2, 2), stem_dim=8, d_state=8),
+    "simba": dict(dims=(64, 128, 320, 448)),  # for whatever fields it is given
 }
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
-
-
-def _register(name: str) -> None:
-    fields = VARIANTS[name]
-
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        settings = {**fields, **kwargs}
-        return build_model_with_cfg(
-            SiMBA,
-            name,
-            pretrained,
-            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
-            **settings,
-        )
-
-    entrypoint.__name__ = name
-    entrypoint.__module__ = __name__  # timm reads default_cfgs from the module a model was defined in
-    entrypoint.__doc__ = f"SiMBA with {fields}."
-    register_model(entrypoint)
-
-
-for _name in VARIANTS:
-    _register(_name)
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg(first_conv="patch_embed1.conv.0", classifier="head") for name in VARIANTS}
+)
+register_variants(SiMBA, VARIANTS)

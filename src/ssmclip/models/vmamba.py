@@ -16,19 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import timm.layers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip import ops
+from ssmclip.models.registration import default_cfg, register_variants
 
 __all__ = ["SS2D", "GatedConv", "VMamba"]
 
@@ -38,17 +38,23 @@ class SS2D(nn.Module):
 
     dim: channels of the map; ssm_ratio: inner channels D = ssm_ratio * dim; d_state: N, states per channel;
     gated: multiply the result by SiLU(z), z a second half of the input projection;
-    conv_bias: of the 3x3 depthwise convolution.
+    conv_bias: of the 3x3 depthwise convolution; dt_rank: of the projection to delta, None for dim / 16 rounded up.
     The four directions share projections and convolution; each has its own A, B, C, D and delta.
     """
 
     def __init__(
-        self, dim: int, d_state: int = 1, ssm_ratio: float = 2.0, gated: bool = False, conv_bias: bool = False
+        self,
+        dim: int,
+        d_state: int = 1,
+        ssm_ratio: float = 2.0,
+        gated: bool = False,
+        conv_bias: bool = False,
+        dt_rank: int | None = None,
     ):
         super().__init__()
         inner = int(ssm_ratio * dim)
         self.inner, self.d_state, self.gated = inner, d_state, gated
-        self.dt_rank = math.ceil(dim / 16)
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
@@ -255,7 +261,7 @@ class VMamba(nn.Module):
 
     depths, dims: blocks and channels of the four stages; mixer: "ss2d" | "gated_conv", the same block without the
     state-space model, always gated (so that beside it gated=True changes the scan alone; d_state means nothing to it);
-    d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
+    d_state: N; ssm_ratio, gated, conv_bias, dt_rank: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch"; conv_act: and then a GELU, where the
     published ones have none, but in the middle of the stem. Both make it learn faster from few images;
@@ -273,6 +279,7 @@ class VMamba(nn.Module):
         ssm_ratio: float = 2.0,
         gated: bool = False,
         conv_bias: bool = False,
+        dt_rank: int | None = None,
         mlp_ratio: float = 4.0,
         patch_embed: Literal["v1", "v2"] = "v2",
         downsample: Literal["v1", "v3"] = "v3",
@@ -297,7 +304,7 @@ class VMamba(nn.Module):
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm], conv_act)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         if mixer == "ss2d":
-            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias)
+            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, dt_rank=dt_rank)
         elif mixer == "gated_conv":
             op = partial(GatedConv, ssm_ratio=ssm_ratio, conv_bias=conv_bias)
         else:
@@ -401,63 +408,28 @@ def _init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def _cfg(**kwargs) -> dict:
-    return dict(
-        url="",
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="patch_embed.0",
-        classifier="classifier.head",
-        license="mit",
-        **kwargs,
-    )
-
-
 TINY, BASE = (96, 192, 384, 768), (128, 256, 512, 1024)
 FIRST_VERSION = dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patch_embed="v1", downsample="v1")
 
-# name: (depths, dims, what else differs from the defaults)
-VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
-    "vmamba_tiny_s1l8": ((2, 2, 8, 2), TINY, dict(ssm_ratio=1.0)),
-    "vmamba_tiny_s2l5": ((2, 2, 5, 2), TINY, {}),
-    "vmamba_tiny_gated": ((2, 2, 4, 2), TINY, dict(gated=True)),
-    "vmamba_tiny_gated_conv": ((2, 2, 4, 2), TINY, dict(gated=True, mixer="gated_conv")),  # not published
-    "vmamba_small_s1l20": ((2, 2, 20, 2), TINY, dict(ssm_ratio=1.0)),
-    "vmamba_small_s2l15": ((2, 2, 15, 2), TINY, {}),
-    "vmamba_base_s1l20": ((2, 2, 20, 2), BASE, dict(ssm_ratio=1.0)),
-    "vmamba_base_s2l15": ((2, 2, 15, 2), BASE, {}),
-    "vmamba_tiny_v0": ((2, 2, 9, 2), TINY, FIRST_VERSION),
-    "vmamba_small_v0": ((2, 2, 27, 2), TINY, FIRST_VERSION),
-    "vmamba_base_v0": ((2, 2, 27, 2), BASE, FIRST_VERSION),
-    "vmamba_nano": ((1, 1, 4, 1), (40, 80, 160, 320), dict(ssm_ratio=1.0, conv_norm="batch", conv_act=True)),
-    "test_vmamba": ((1, 1, 1, 1), (16, 16, 32, 32), {}),
+# name: the fields that make it
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vmamba_tiny_s1l8": dict(depths=(2, 2, 8, 2), dims=TINY, ssm_ratio=1.0),
+    "vmamba_tiny_s2l5": dict(depths=(2, 2, 5, 2), dims=TINY),
+    "vmamba_tiny_gated": dict(depths=(2, 2, 4, 2), dims=TINY, gated=True),
+    # not published
+    "vmamba_tiny_gated_conv": dict(depths=(2, 2, 4, 2), dims=TINY, gated=True, mixer="gated_conv"),
+    "vmamba_small_s1l20": dict(depths=(2, 2, 20, 2), dims=TINY, ssm_ratio=1.0),
+    "vmamba_small_s2l15": dict(depths=(2, 2, 15, 2), dims=TINY),
+    "vmamba_base_s1l20": dict(depths=(2, 2, 20, 2), dims=BASE, ssm_ratio=1.0),
+    "vmamba_base_s2l15": dict(depths=(2, 2, 15, 2), dims=BASE),
+    "vmamba_tiny_v0": dict(depths=(2, 2, 9, 2), dims=TINY, **FIRST_VERSION),
+    "vmamba_small_v0": dict(depths=(2, 2, 27, 2), dims=TINY, **FIRST_VERSION),
+    "vmamba_base_v0": dict(depths=(2, 2, 27, 2), dims=BASE, **FIRST_VERSION),
+    "vmamba_nano": dict(depths=(1, 1, 4, 1), dims=(40, 80, 160, 320), ssm_ratio=1.0, conv_norm="batch", conv_act=True),
+    "test_vmamba": dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)),
+    "vmamba": dict(dims=TINY),  # for whatever fields it is given
 }
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
-
-
-def _register(name: str) -> None:
-    depths, dims, fields = VARIANTS[name]
-
-    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        settings = {"depths": depths, "dims": dims, **fields, **kwargs}
-        return build_model_with_cfg(
-            VMamba,
-            name,
-            pretrained,
-            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
-            **settings,
-        )
-
-    entrypoint.__name__ = name
-    entrypoint.__module__ = __name__  # timm reads default_cfgs from the module a model was defined in
-    entrypoint.__doc__ = f"VMamba with depths {depths}, dims {dims}, {fields or 'default fields'}."
-    register_model(entrypoint)
-
-
-for _name in VARIANTS:
-    _register(_name)
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg(first_conv="patch_embed.0", classifier="classifier.head") for name in VARIANTS}
+)
+register_variants(VMamba, VARIANTS)

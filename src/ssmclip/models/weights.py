@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -20,10 +22,26 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, is cut short, belongs to another model, or would run code."""
 
 
+class ConfigNode(dict):
+    """What a yacs config becomes: the dict that it is."""
+
+
+# What a pickle may hold besides: none of it runs code when it is made. NumPy's scalars changed modules in NumPy 2.
+HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (ConfigNode, "yacs.config.CfgNode"),
+]
+
+
 def load_state(path: str | Path) -> dict[str, Any]:
     """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else).
 
-    Pickles are read with `weights_only=True`: one that would run code is refused.
+    Pickles are read with `weights_only=True`: one that would run code is refused. Besides tensors and plain containers
+    they may hold what training scripts put beside the weights: an argparse.Namespace, NumPy scalars, a yacs config.
     Raises FileNotFoundError, CheckpointError.
     """
     path = Path(path)
@@ -35,7 +53,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is cut short or is no safetensors file ({error}); copy it again") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is no torch checkpoint, or unpickling it would run code "
@@ -48,8 +67,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `model`, all of it or none. Raises CheckpointError naming every kind of misfit."""
+def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, told: int | None = 4) -> None:
+    """Copy `state` into `model`, all of it or none.
+
+    Raises CheckpointError naming every kind of misfit, with the first `told` keys of each, or all where it is None.
+    """
     own = model.state_dict()
     misfits = {
         "missing": [key for key in own if key not in state],
@@ -61,12 +83,12 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
         ],
     }
     if any(misfits.values()):
-        told = [
-            f"{len(keys)} {kind}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
+        reports = [
+            f"{len(keys)} {kind}: {', '.join(keys[:told])}{' …' if len(keys) > len(keys[:told]) else ''}"
             for kind, keys in misfits.items()
             if keys
         ]
-        raise CheckpointError(f"{source} is a checkpoint of another model; {'; '.join(told)}")
+        raise CheckpointError(f"{source} is a checkpoint of another model; {'; '.join(reports)}")
     model.load_state_dict(state)
 
 

@@ -1,0 +1,103 @@
+"""Model folders from and to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+from tqdm import tqdm
+
+from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+
+HUB = "hf-hub:"
+# In the order of preference: where there is one of the first kind, those of the others are left alone.
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def download(name: str) -> Path:
+    """The files of a repository of the hub, in a folder on this machine; or one file of it.
+
+    name: OWNER/NAME, or OWNER/NAME/FILE, with or without "hf-hub:" before it. Of a whole repository its configurations
+    and weights. Files come with a progress bar, are compared with the hub's SHA-256 and kept in its cache; when the hub
+    cannot be reached, what is in the cache is taken.
+
+    Raises FileNotFoundError where there is neither, CheckpointError for a file that is not what the hub says.
+    """
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, file = rest.partition("/")
+    repo = f"{owner}/{repository}"
+    if not owner or not repository:
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a repository of the Hugging Face hub, OWNER/NAME")
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        return _from_cache(repo, file, error)
+    checksums = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in info.siblings}
+    wanted = [file] if file else _wanted(list(checksums))
+    if not set(wanted) <= set(checksums):
+        raise FileNotFoundError(f"{repo} has no file {file}; it has {', '.join(checksums)}")
+    if not wanted:
+        raise FileNotFoundError(f"{repo} has neither configurations nor weights; it has {', '.join(checksums)}")
+    paths = [_fetch(repo, name, info.sha, checksums[name]) for name in wanted]
+    return paths[0] if file else paths[0].parent
+
+
+def _wanted(names: list[str]) -> list[str]:
+    """Configurations, and the weights of the first kind there is."""
+    weights = next((found for kind in WEIGHT_FILES if (found := fnmatch.filter(names, kind))), [])
+    return [name for name in [*fnmatch.filter(names, "*.json"), *weights] if "/" not in name]
+
+
+def _fetch(repo: str, name: str, revision: str | None, sha256: str | None) -> Path:
+    cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+    if sha256 and (found := _sha256(path)) != sha256:
+        path.resolve().unlink()
+        raise CheckpointError(
+            f"{name} of {repo} came with the checksum {found} where the hub has {sha256}; it is deleted, try again"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc="checking") as bar:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _from_cache(repo: str, file: str, reason: Exception) -> Path:
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except (OSError, ValueError) as error:
+        told = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
+        raise FileNotFoundError(f"{repo} is neither on disk nor to be had from the hub ({told})") from error
+    if file and not (folder / file).is_file():
+        raise FileNotFoundError(f"the hub cannot be reached, and {file} of {repo} is not among what is on disk")
+    return folder / file if file else folder
+
+
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
+    """Upload a model folder (`convert` and `save_model` write them) to the hub; returns the repository's address.
+
+    repo: OWNER/NAME, made where it does not exist. The token is the one `hf auth login` keeps. Raises CheckpointError
+    for a folder that holds no model.
+    """
+    folder = Path(folder)
+    forms = [(CONFIG_NAME, WEIGHTS_NAME), ("config.json", "model.safetensors")]
+    if not any(all((folder / name).is_file() for name in form) for form in forms):
+        raise CheckpointError(
+            f"{folder} holds no model: neither {' and '.join(forms[0])} nor {' and '.join(forms[1])}; "
+            "`ssmclip convert` writes them"
+        )
+    api = huggingface_hub.HfApi()
+    url = api.create_repo(repo, private=private, exist_ok=True)
+    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Add model")
+    return str(url)

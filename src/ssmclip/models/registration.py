@@ -1,0 +1,76 @@
+"""How this package's encoders become timm models: `timm.create_model("vmamba_small_s2l15", num_classes=10)`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+
+def default_cfg(**cfg: Any) -> dict[str, Any]:
+    """What timm wants to know of a model: ImageNet's statistics and sizes, with no weights to download.
+
+    cfg: what else there is to say, at least `first_conv` and `classifier`, names of parameters.
+    """
+    return (
+        dict(
+            url="",
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation="bicubic",
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            license="mit",
+        )
+        | cfg
+    )
+
+
+def name_with_fields(name: str, fields: dict[str, Any]) -> str:
+    """A model's name that says how it differs: `name.depths=[1, 1];gated=true`, which timm.create_model builds.
+
+    open_clip's configurations hold of an image tower one string, a name; so a tower that has no name of its own is
+    written with its fields where timm has the tag. fields: JSON values, strings without ";".
+    """
+    tag = ";".join(f"{key}={json.dumps(value)}" for key, value in fields.items())
+    return f"{name}.{tag}" if tag else name
+
+
+def take_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """An entrypoint's arguments, with the fields from the tag of the name it was called by. Raises ValueError."""
+    tag = kwargs.get("pretrained_cfg")
+    if not isinstance(tag, str):
+        return kwargs
+    try:
+        fields = {key: json.loads(value) for key, value in (field.split("=", 1) for field in tag.split(";"))}
+    except ValueError as error:
+        raise ValueError(f"no weights are called {tag!r}, and it is no list of fields, field=JSON;...") from error
+    return {**fields, **{key: value for key, value in kwargs.items() if key != "pretrained_cfg"}}
+
+
+def register_variants(encoder: type[nn.Module], variants: dict[str, dict[str, Any]]) -> None:
+    """Make every variant of `encoder`, name -> fields, known to timm; `default_cfgs` is already in the same module."""
+    for name, fields in variants.items():
+        _register(encoder, name, fields)
+
+
+def _register(encoder: type[nn.Module], name: str, fields: dict[str, Any]) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
+        settings = {**fields, **take_fields(kwargs)}
+        return build_model_with_cfg(
+            encoder,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
+            **settings,
+        )
+
+    entrypoint.__name__ = name
+    entrypoint.__module__ = encoder.__module__  # timm reads default_cfgs from the module a model was defined in
+    entrypoint.__doc__ = f"{encoder.__name__} with {fields}."
+    register_model(entrypoint)

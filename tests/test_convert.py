@@ -1,0 +1,219 @@
+"""Published weights into folders that open_clip, timm and transformers read, and those to the hub and back."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import ssmclip
+from ssmclip.__main__ import main
+from ssmclip.models import CheckpointError, create_clip, hub
+from ssmclip.models.mamba_text import LanguageModel, load_language_model, read_config
+from ssmclip.models.registration import name_with_fields
+
+ODD = dict(depths=(1, 2, 1, 1), dims=(8, 14, 20, 36))
+
+
+@pytest.fixture
+def odd_checkpoint(tiny_config, tmp_path):
+    """(a CLIP of odd dimensions, the training checkpoint that CLIP-Mamba's code would have saved of it)."""
+    tiny_config["model_cfg"]["vision_cfg"]["timm_model_name"] = name_with_fields("vmamba", {**ODD, "gated": True})
+    tiny_config["model_cfg"]["quick_gelu"] = True
+    torch.manual_seed(0)
+    model = create_clip(tiny_config).eval()
+    state = {f"module.{k.replace('visual.trunk.', 'visual.')}": v for k, v in model.state_dict().items()}
+    state["module.image_projection"] = state.pop("module.visual.head.proj.weight").T
+    torch.save({"epoch": 25, "state_dict": state}, tmp_path / "checkpoint_best.pt")
+    return model, tmp_path / "checkpoint_best.pt"
+
+
+TEXT = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_a_clip_is_read_back_by_open_clip_and_ssmclip(odd_checkpoint, tmp_path):
+    model, path = odd_checkpoint
+    heads = ["--text-heads", "2"]
+    assert main(["convert", str(path), str(tmp_path / "out"), *heads]) == 0
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    ours = ssmclip.load(tmp_path / "out")
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    image = preprocess(picture)[None]
+    assert torch.equal(ours.preprocess(picture), image[0])
+    for read in (theirs.eval(), ours.model):
+        assert torch.equal(read.encode_image(image), model.encode_image(image))
+        assert torch.equal(read.encode_text(TEXT), model.encode_text(TEXT))
+        assert read.logit_scale == model.logit_scale
+    (tmp_path / "out").rename(tmp_path / "moved")  # nothing in the folder says where it was
+    theirs = open_clip.create_model(f"local-dir:{tmp_path / 'moved'}").eval()
+    assert torch.equal(theirs.encode_image(image), model.encode_image(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("test_vmamba", {}),
+        ("vmamba", {**ODD, "num_classes": 5}),
+        ("simba", {**ODD, "d_state": 5, "num_classes": 0, "in_chans": 1}),
+        ("mambaout_femto", {**ODD, "num_classes": 4}),
+    ],
+)
+@torch.no_grad()
+def test_an_encoder_is_read_back_by_timm(name, fields, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **fields).eval()
+    assert ssmclip.convert({"model": model.state_dict()}, tmp_path) == "encoder"
+    image = torch.randn(2, fields.get("in_chans", 3), 32, 40)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for read in (theirs, ssmclip.load_published(tmp_path)):
+        assert torch.equal(read(image), model(image))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("mamba", {}), ("mamba2", dict(num_heads=4, head_dim=12, n_groups=1, state_size=8))]
+)
+@torch.no_grad()
+def test_a_language_model_is_read_back_by_transformers(kind, fields, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    fields = dict(model_type=kind, vocab_size=30, hidden_size=24, num_hidden_layers=2, **fields)
+    model = LanguageModel(read_config(fields)).eval()
+    state = {f"backbone.{key}": value for key, value in model.state_dict().items()}
+    assert ssmclip.convert(state, tmp_path) == "language_model"
+    tokens = torch.randint(0, 30, (2, 7))
+    theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens).last_hidden_state, model(tokens), rtol=1e-4, atol=1e-4)
+    assert torch.equal(load_language_model(tmp_path)(tokens), model(tokens))
+
+
+def test_a_text_tower_alone_has_no_folder_form(shared, tmp_path):
+    state = torch.load(shared / "parity" / "text_clip.pt")["state_dict"]
+    with pytest.raises(CheckpointError, match="text tower alone"):
+        ssmclip.convert(state, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_with_fields_is_a_model_and_a_wrong_one_says_so():
+    name = name_with_fields("vmamba", {**ODD, "ssm_ratio": 1.5, "patch_embed": "v1"})
+    assert name == 'vmamba.depths=[1, 2, 1, 1];dims=[8, 14, 20, 36];ssm_ratio=1.5;patch_embed="v1"'
+    assert timm.create_model(name).layers[1].blocks[1].op.inner == 21
+    with pytest.raises(ValueError, match="no weights are called 'in1k'"):
+        timm.create_model("vmamba.in1k")
+
+
+# ---- the hub, played by a folder
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    """A folder of repositories that huggingface_hub's functions read, instead of the network; with what was asked."""
+    root, asked = tmp_path / "hub", []
+
+    def files(repo):
+        return sorted(p for p in (root / repo).rglob("*") if p.is_file())
+
+    def model_info(self, repo, files_metadata=False):
+        if not (root / repo).is_dir():
+            raise OSError("no network here")
+        siblings = [
+            SimpleNamespace(
+                rfilename=str(p.relative_to(root / repo)),
+                lfs=None if p.suffix == ".json" else SimpleNamespace(sha256=hashlib.sha256(p.read_bytes()).hexdigest()),
+            )
+            for p in files(repo)
+        ]
+        return SimpleNamespace(sha="abc", siblings=siblings)
+
+    def hf_hub_download(repo, name, revision=None):
+        asked.append(name)
+        path = tmp_path / "cache" / repo / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((root / repo / name).read_bytes() + (b"!" if "broken" in name else b""))
+        return str(path)
+
+    def try_to_load_from_cache(repo, name, revision=None):
+        path = tmp_path / "cache" / repo / name
+        return str(path) if path.is_file() else None
+
+    def snapshot_download(repo, local_files_only):
+        assert local_files_only
+        if not (tmp_path / "cache" / repo).is_dir():
+            raise OSError("not in the cache")
+        return str(tmp_path / "cache" / repo)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    for function in (hf_hub_download, try_to_load_from_cache, snapshot_download):
+        monkeypatch.setattr(huggingface_hub, function.__name__, function)
+    return SimpleNamespace(root=root, asked=asked)
+
+
+def test_a_clip_comes_from_the_hub_once_and_then_from_disk(fake_hub, tiny_clip, tiny_config):
+    ssmclip.save_model(tiny_clip[0], tiny_config, fake_hub.root / "someone" / "clip")
+    (fake_hub.root / "someone" / "clip" / "README.md").write_text("not needed")
+    for _ in range(2):
+        loaded = ssmclip.load("hf-hub:someone/clip").model
+        assert torch.equal(loaded.text_projection, tiny_clip[0].text_projection)
+    assert sorted(fake_hub.asked) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    (fake_hub.root / "someone").rename(fake_hub.root / "unreachable")
+    assert torch.equal(ssmclip.load("hf-hub:someone/clip").model.text_projection, tiny_clip[0].text_projection)
+    with pytest.raises(FileNotFoundError, match=r"someone/else is neither on disk nor.*no network here"):
+        ssmclip.load("hf-hub:someone/else")
+
+
+def test_one_file_of_several_is_named(fake_hub):
+    folder = fake_hub.root / "someone" / "checkpoints"
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(["small.pt", "large.pt", "broken.pt"]):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vmamba").state_dict(), folder / name)
+    torch.manual_seed(1)
+    truth = timm.create_model("test_vmamba").patch_embed[0].weight
+    assert torch.equal(ssmclip.load_published("hf-hub:someone/checkpoints/large.pt").patch_embed[0].weight, truth)
+    assert fake_hub.asked == ["large.pt"]
+    with pytest.raises(FileNotFoundError, match=r"has no file huge\.pt; it has .*large\.pt"):
+        ssmclip.load_published("hf-hub:someone/checkpoints/huge.pt")
+    with pytest.raises(CheckpointError, match=r"broken\.pt of someone/checkpoints came with the checksum"):
+        hub.download("someone/checkpoints/broken.pt")
+    (folder / "broken.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"several checkpoints.*name one"):
+        ssmclip.load_published("hf-hub:someone/checkpoints")
+
+
+def test_a_language_model_comes_from_the_hub_by_its_name(fake_hub):
+    torch.manual_seed(0)
+    fields = dict(model_type="mamba", vocab_size=30, hidden_size=24, num_hidden_layers=1)
+    model = LanguageModel(read_config(fields))
+    ssmclip.convert(model.state_dict(), fake_hub.root / "someone" / "mamba-hf")
+    (fake_hub.root / "someone" / "mamba-hf" / "pytorch_model.bin").write_bytes(b"the same again")
+    assert torch.equal(load_language_model("someone/mamba-hf").embeddings.weight, model.embeddings.weight)
+    assert sorted(fake_hub.asked) == ["config.json", "model.safetensors"]
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository"):
+        load_language_model("nowhere")
+
+
+def test_push_makes_the_repository_and_sends_the_folder(tiny_clip, tiny_config, tmp_path, monkeypatch):
+    sent = {}
+
+    def create_repo(self, repo, private, exist_ok):
+        sent["private"] = private
+        assert exist_ok
+        return f"https://huggingface.co/{repo}"
+
+    def upload_folder(self, folder_path, repo_id, commit_message):
+        sent[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    ssmclip.save_model(tiny_clip[0], tiny_config, tmp_path / "clip")
+    assert main(["push", str(tmp_path / "clip"), "someone/clip", "--private"]) == 0
+    assert sent["private"]
+    assert json.loads(sent["someone/clip"]["open_clip_config.json"]) == tiny_config
+    with pytest.raises(CheckpointError, match=r"holds no model: neither open_clip_config\.json and"):
+        ssmclip.push(tmp_path, "someone/clip")
