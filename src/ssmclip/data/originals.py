@@ -19,7 +19,7 @@ from torchvision import datasets
 
 from ssmclip.data.images import SUFFIXES
 from ssmclip.data.layouts import from_file
-from ssmclip.data.prompts import plain, spoken
+from ssmclip.data.prompts import spoken
 from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
 
 VEHICLES = ("Car", "Van", "Truck")
@@ -118,12 +118,13 @@ def pets(dataset: datasets.OxfordIIITPet, card: Card):
 
 @torchvision_layout("Caltech101", "caltech101/101_ObjectCategories")
 def caltech101(dataset: datasets.Caltech101, card: Card):
-    """caltech101/101_ObjectCategories/CLASS/image_0001.jpg. torchvision leaves BACKGROUND_Google out."""
+    """caltech101/101_ObjectCategories/CLASS/image_0001.jpg, and BACKGROUND_Google, which torchvision leaves out."""
     root = Path(dataset.root) / "101_ObjectCategories"
     names = dataset.categories
     paths = [root / names[y] / f"image_{i:04d}.jpg" for i, y in zip(dataset.index, dataset.y, strict=True)]
-    known = {plain(name): label for label, name in enumerate(card.folders)}
-    return paths, [known[plain(names[y])] for y in dataset.y], ()
+    paths += sorted((root / "BACKGROUND_Google").glob("image_*.jpg"))
+    known = {name: label for label, name in enumerate(card.folders)}
+    return paths, [known[path.parent.name] for path in paths], ()
 
 
 @torchvision_layout("Flowers102", "flowers-102/setid.mat", split="test")
