@@ -9,6 +9,7 @@ from functools import partial
 
 from ssmclip import quickstart
 from ssmclip.evaluate import command as evaluate
+from ssmclip.evaluate import listing
 from ssmclip.report import command as report
 from ssmclip.train import command as train
 
@@ -37,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "quickstart", quickstart.HELP, quickstart.run, quickstart.add_arguments)
     _add(commands, "train", train.HELP, partial(train.run, validation=quickstart.build_validation), train.add_arguments)
     _add(commands, "evaluate", evaluate.HELP, evaluate.run, evaluate.add_arguments)
+    _add(commands, "datasets", listing.DATASETS, listing.datasets, listing.add_data)
+    _add(commands, "captions", listing.CAPTIONS, listing.captions, listing.add_captions)
+    _add(commands, "compare", listing.COMPARE, listing.compare, listing.add_rows)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", "the CLIP models there are, with their parameters", _models)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)

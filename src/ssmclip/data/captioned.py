@@ -13,7 +13,7 @@ from ssmclip.data.images import SUFFIXES
 from ssmclip.data.layouts import from_file
 from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
 
-DESCRIPTIONS = ("IIW", "caption", "description", "extra_caption", "text")  # of these the first a record has
+DESCRIPTIONS = ("IIW", "IIW-P5B", "caption", "description", "extra_caption", "text")  # of these the first a record has
 
 
 @LAYOUTS.register("coco_json")

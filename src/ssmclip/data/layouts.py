@@ -94,7 +94,8 @@ def _text(value: object) -> str:
 def idx_files(folder: Path, card: Card) -> Found | str:
     """MNIST's format: t10k-images-idx3-ubyte and its labels, gzipped or not, in the folder, raw/ or NAME/raw/."""
     stem = "t10k-images-idx3-ubyte"
-    places = [folder, folder / "raw", *sorted(folder.glob("*/raw"))]
+    names = {plain(name) for name in (card.name, *card.aliases)}  # MNIST and Fashion-MNIST differ in nothing else
+    places = [folder, folder / "raw", *(p for p in sorted(folder.glob("*/raw")) if plain(p.parent.name) in names)]
     found = [place / name for place in places for name in (stem, stem + ".gz") if (place / name).is_file()]
     if not found:
         return f"{stem}[.gz] in it, raw/ or */raw/"

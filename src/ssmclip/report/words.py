@@ -22,11 +22,16 @@ class Said(NamedTuple):
 NAMES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
+    "mean_top1_top5": "mean of top-1 and top-5 accuracy",
     "mean_per_class": "mean accuracy over classes",
+    "worst_group": "accuracy in the worst group",
+    "average_group": "mean accuracy over groups",
     "roc_auc": "area under the ROC curve",
     "mean_recall": "mean of the recalls",
     "images_per_s": "images per second",
 }
+FRACTIONS = frozenset(NAMES) - {"images_per_s"}
+DIFFERENCE = "_difference"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
@@ -36,6 +41,8 @@ def metric_name(metric: str) -> str:
     >>> metric_name("image_to_text_recall@10"), metric_name("grad_norm")
     ('image to text R@10', 'grad norm')
     """
+    if metric.endswith(DIFFERENCE):
+        return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return NAMES.get(metric, metric.replace("_", " "))
@@ -43,9 +50,7 @@ def metric_name(metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether a metric's values are fractions, written as percentages."""
-    return (
-        metric in ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall") or RECALL.fullmatch(metric) is not None
-    )
+    return metric in FRACTIONS or RECALL.fullmatch(metric.removesuffix(DIFFERENCE)) is not None
 
 
 def number(value: float | None, metric: str) -> str:
@@ -82,9 +87,16 @@ def caveats(row: Result) -> list[str]:
     """What a reader must know about a row's data: only a part was used, images could not be read."""
     said = []
     if partial := row.extra.get("partial"):
-        said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
+        if partial["used"] > partial["of"]:
+            said.append(f"another split: {_count(partial['used'])} images, the test set has {_count(partial['of'])}")
+        else:
+            said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
     if unreadable := row.extra.get("unreadable"):
         said.append(f"{_count(unreadable)} images could not be read")
+    if told := row.extra.get("said"):
+        said.append(str(told))
+    if same := row.extra.get("same_names"):
+        said.append(f"classes of the same name: {', '.join(same)}")
     return said
 
 
