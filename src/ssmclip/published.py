@@ -27,7 +27,7 @@ class Table:
 
 def _read(name: str) -> Table:
     content = json.loads((resources.files("ssmclip") / name).read_text(encoding="utf-8"))
-    rows = tuple(Row(row["model"], row["parameters"], tuple(row["values"])) for row in content["rows"])
+    rows = tuple(Row(row["model"], float(row["parameters"]), tuple(row["values"])) for row in content["rows"])
     return Table(content["source"], tuple(content["columns"]), rows)
 
 

@@ -26,7 +26,7 @@ def datasets(args: argparse.Namespace) -> int:
         sys.stdout.write(described(name, args.data) + "\n")
     sys.stdout.write(
         f"\n{len(names)} data sets. Those CLIP_benchmark has, `--data hub:clip-benchmark` downloads; every other "
-        "copy is found\nunder --data in the files its authors published, as class folders, wds_* shards or parquet files.\n"
+        "copy is found\nunder --data in the files its authors published, as class folders, wds_* shards or parquet.\n"
     )
     return 0
 
