@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from ssmclip.data import prompts as prompts_module
 from ssmclip.data.sources import open_dataset
 from ssmclip.evaluate import METRICS, Clip, Settings, cache, embed_images, embed_texts, evaluate
-from ssmclip.evaluate.captions import caption_rows, longer_than, token_counts, words_seen
+from ssmclip.evaluate.captions import caption_rows, cut_at, longer_than, token_counts, words_seen
 from ssmclip.evaluate.geometry import alignment, hubness, k_occurrence, modality_gap, uniformity
 from ssmclip.evaluate.metrics import first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.paired import marked, mcnemar, paired_rows, unmarked
@@ -228,14 +228,26 @@ def test_long_captions_are_evaluated_cut_and_whole(data):
     vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
     text = {"context_length": 300, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    model.transformer.register_forward_pre_hook(lambda module, args: None)
     tokenizer = open_clip.SimpleTokenizer(context_length=300)
     preprocess = open_clip.image_transform(32, is_train=False)
     assert longer_than(tokenizer, [SENTENCE * 10], 77)
     assert not longer_than(tokenizer, [SENTENCE], 77)
     assert not longer_than(open_clip.SimpleTokenizer(), [SENTENCE * 10], 77)
-    rows = evaluate(model, preprocess, tokenizer, ["urban1k"], data, model_name="long", truncate=200)
-    assert {row.condition for row in rows} == {"", "200 tokens"} or {row.condition for row in rows} == {""}
+    rows = evaluate(model, preprocess, tokenizer, ["urban1k"], data, model_name="long")
+    assert {row.condition for row in rows} == {"", "77 tokens"}
+    # What the tower gets of a caption cut there is what it gets of the words that fit.
+    dataset = open_dataset("urban1k", data)
+    captions = [of_image[0] for of_image in dataset.captions]
+    cut = cut_at(tokenizer, 77)(captions)
+    assert cut.shape == (4, 300)
+    assert cut[:, :77].equal(open_clip.SimpleTokenizer()(captions))
+    assert not cut[:, 77:].any()
+    gaps = {row.condition: row.value for row in rows if row.metric == "modality_gap"}
+    with torch.no_grad():
+        texts = normalize(model.encode_text(cut), dim=-1)
+        images = normalize(model.encode_image(torch.stack([preprocess(dataset[i]) for i in range(4)])), dim=-1)
+    assert gaps["77 tokens"] == pytest.approx((images.mean(0) - texts.mean(0)).norm().item(), rel=1e-4)
+    assert gaps[""] != pytest.approx(gaps["77 tokens"], rel=1e-4)
 
 
 # ---- cache and processes ---------------------------------------------------------------------------------------------

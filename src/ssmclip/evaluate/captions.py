@@ -45,6 +45,17 @@ def words_seen(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: in
     return seen
 
 
+def cut_at(tokenizer: Callable[..., Tensor], limit: int) -> Callable[[list[str]], Tensor]:
+    """The tokenizer with texts cut after `limit` tokens, filled up to its own width: towers may want all of it."""
+    width = getattr(tokenizer, "context_length", None) or limit
+    filling = tokenizer([""], context_length=ROOM)[0, -1].item()
+
+    def cut(texts: list[str]) -> Tensor:
+        return torch.nn.functional.pad(tokenizer(texts, context_length=limit), (0, width - limit), value=filling)
+
+    return cut
+
+
 def longer_than(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: int) -> bool:
     """Whether the tower sees tokens of a text beyond `limit`: its own limit is higher, and some text is longer."""
     own = getattr(tokenizer, "context_length", limit)

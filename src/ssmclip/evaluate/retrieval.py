@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssmclip.evaluate import paired, pictures
-from ssmclip.evaluate.captions import longer_than
+from ssmclip.evaluate.captions import cut_at, longer_than
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.geometry import geometry
 from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
@@ -45,7 +45,7 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
     keys = [dataset.keys[place] for place in images.index.tolist()]
     clips = {"": clip}
     if settings.truncate and longer_than(clip.tokenizer, flat, settings.truncate):
-        cut = partial(clip.tokenizer, context_length=settings.truncate)
+        cut = cut_at(clip.tokenizer, settings.truncate)
         clips[f"{settings.truncate} tokens"] = replace(clip, tokenizer=cut)
     rows = []
     for condition, seen in clips.items():
