@@ -378,13 +378,12 @@ write_rows(f"{sys.argv[2]}{rank}.jsonl", rows)
 
 
 def test_two_processes_give_the_numbers_of_one(data, tmp_path):
-    """As `accelerate launch` starts them: 25 images in batches of 5 and one unreadable, dealt out to two."""
+    """As a launcher starts them: 24 images in batches of 5 and one unreadable, dealt out to two."""
     (data / "rendered-sst2/test/negative/01.png").write_bytes(b"no picture")
     (tmp_path / "run.py").write_text(RUN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-              "no", "--dynamo_backend", "no"]  # fmt: skip
-    for words, name in (([], "one"), (["-m", *launch], "two")):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # accelerate's needs MPI on a CPU
+    for words, name in (([], "one"), (launch, "two")):
         command = [sys.executable, *words, str(tmp_path / "run.py"), str(data), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -114,7 +114,7 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
     images = _embed_images(clip, dataset, places, settings)
     if ranks.rank()[0] == 0:
         tensors = {"features": images.features, "index": images.index, "labels": images.labels}
-        cache.write(path, made_of, tensors, images.unreadable)
+        cache.write(path, made_of, tensors, {str(place): why for place, why in images.unreadable.items()})
     return images
 
 
