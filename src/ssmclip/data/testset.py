@@ -53,7 +53,7 @@ class Found:
     """
 
     where: str
-    pictures: Sequence[Image.Image]
+    pictures: Sequence  # of PIL images; what checks types would open one, which may not be possible
     keys: list[str]
     labels: list[int] | None = None
     captions: list[list[str]] | None = None
