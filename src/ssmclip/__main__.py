@@ -12,6 +12,7 @@ from ssmclip.analyze import command as analyze
 from ssmclip.data import command as distort
 from ssmclip.evaluate import command as evaluate
 from ssmclip.evaluate import index_command as index
+from ssmclip.evaluate import listing
 from ssmclip.evaluate import ood_command as ood
 from ssmclip.models import command as models
 from ssmclip.report import command as report
@@ -47,6 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "analyze", analyze.HELP, analyze.run, analyze.add_arguments)
     _add(commands, "embed", index.EMBED_HELP, index.run_embed, index.add_embed_arguments)
     _add(commands, "search", index.SEARCH_HELP, index.run_search, index.add_search_arguments)
+    _add(commands, "datasets", listing.DATASETS, listing.datasets, listing.add_data)
+    _add(commands, "captions", listing.CAPTIONS, listing.captions, listing.add_captions)
+    _add(commands, "compare", listing.COMPARE, listing.compare, listing.add_rows)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", models.MODELS_HELP, models.run_models)
     _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)

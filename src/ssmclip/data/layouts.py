@@ -1,17 +1,16 @@
-"""The forms in which test sets lie on disks.
+"""The forms in which test sets lie on disks: embedded, arrays, class folders, CLIP_benchmark's shards.
 
-A layout is a function (folder, class names, kind) -> Found, or a string that names what is not there. Files that are
-there but damaged raise ValueError or FileNotFoundError.
+Others are in `originals.py`, `parquet.py` and `captioned.py`.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import pickle
-import re
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,54 +20,20 @@ from PIL import Image
 
 from ssmclip.data import synthetic
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
-from ssmclip.registry import Registry
-
-
-@dataclass(frozen=True)
-class Found:
-    """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
-
-    classnames, templates: when the files bring their own.
-    """
-
-    where: str
-    pictures: Sequence[Image.Image]
-    keys: list[str]
-    labels: list[int] | None = None
-    captions: list[list[str]] | None = None
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-
-
-LAYOUTS: Registry[Callable[[Path, tuple[str, ...], str], Found | str]] = Registry("layout")
-
-
-class Pictures(Sequence):
-    """Pictures opened one at a time, by a function of the number."""
-
-    def __init__(self, count: int, get: Callable[[int], Image.Image]):
-        self.count, self.get = count, get
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Image.Image:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        return self.get(index)
-
+from ssmclip.data.prompts import folders_on, names_on, plain, spoken
+from ssmclip.data.testset import LAYOUTS, SORTED, Card, Found, Pictures
 
 # ---- embedded --------------------------------------------------------------------------------------------------------
 
 
 @LAYOUTS.register("embedded_digits")
-def embedded_digits(folder: Path, classnames: tuple[str, ...], kind: str) -> Found:
+def embedded_digits(folder: Path, card: Card) -> Found:
     """synthetic.digits("test"), wherever."""
     return _embedded("scikit-learn's digits", synthetic.digits("test"))
 
 
 @LAYOUTS.register("embedded_scenes")
-def embedded_scenes(folder: Path, classnames: tuple[str, ...], kind: str) -> Found:
+def embedded_scenes(folder: Path, card: Card) -> Found:
     """synthetic.scenes("test"), wherever."""
     return _embedded("drawn scenes", synthetic.scenes("test"))
 
@@ -101,22 +66,23 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 @LAYOUTS.register("cifar_pickles")
-def cifar_pickles(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
-    """The original Python pickles, `cifar-10-batches-py/test_batch`, whole or cut."""
-    path = folder / "cifar-10-batches-py" / "test_batch"
+def cifar_pickles(folder: Path, card: Card) -> Found | str:
+    """The original Python pickles, `cifar-10-batches-py/test_batch` or `cifar-100-python/test`, whole or cut."""
+    name = {"cifar100": "cifar-100-python/test"}.get(card.name, "cifar-10-batches-py/test_batch")
+    path = folder / name
     if not path.is_file():
-        return "cifar-10-batches-py/test_batch"
+        return name
     try:
         with path.open("rb") as file:
             batch = {_text(key): value for key, value in _ArraysOnly(file, encoding="latin1").load().items()}
         pixels = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = [int(label) for label in batch["labels"]]
+        labels = [int(label) for label in batch["fine_labels" if "fine_labels" in batch else "labels"]]
         keys = [_text(name) for name in batch.get("filenames", range(len(labels)))]
         if not len(pixels) == len(labels) == len(keys):
             raise ValueError(f"{len(pixels)} images, {len(labels)} labels and {len(keys)} file names")
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path} is not a CIFAR batch: {type(error).__name__}: {error}") from error
-    return Found(str(path), Pictures(len(labels), partial(_from_array, pixels)), keys, labels=labels)
+    return Found(str(path), Pictures(len(labels), partial(_from_array, pixels)), keys, labels=labels, files=(path,))
 
 
 def _text(value: object) -> str:
@@ -125,10 +91,11 @@ def _text(value: object) -> str:
 
 
 @LAYOUTS.register("idx_files")
-def idx_files(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
+def idx_files(folder: Path, card: Card) -> Found | str:
     """MNIST's format: t10k-images-idx3-ubyte and its labels, gzipped or not, in the folder, raw/ or NAME/raw/."""
     stem = "t10k-images-idx3-ubyte"
-    places = [folder, folder / "raw", *sorted(folder.glob("*/raw"))]
+    names = {plain(name) for name in (card.name, *card.aliases)}  # MNIST and Fashion-MNIST differ in nothing else
+    places = [folder, folder / "raw", *(p for p in sorted(folder.glob("*/raw")) if plain(p.parent.name) in names)]
     found = [place / name for place in places for name in (stem, stem + ".gz") if (place / name).is_file()]
     if not found:
         return f"{stem}[.gz] in it, raw/ or */raw/"
@@ -137,7 +104,8 @@ def idx_files(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | s
     if len(images) != len(labels):
         raise ValueError(f"{found[0]} holds {len(images)} images, the file beside it {len(labels)} labels")
     keys = [str(i) for i in range(len(labels))]
-    return Found(str(found[0]), Pictures(len(keys), partial(_from_array, images)), keys, labels=labels.tolist())
+    pictures = Pictures(len(keys), partial(_from_array, images))
+    return Found(str(found[0]), pictures, keys, labels=labels.tolist(), files=(found[0],))
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -163,26 +131,68 @@ def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
 
 
 @LAYOUTS.register("class_folders")
-def class_folders(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
-    """test/CLASS/picture.jpg, or val/..., or CLASS/.... Case and punctuation of folder names don't matter.
+def class_folders(folder: Path, card: Card) -> Found | str:
+    """test/CLASS/picture.jpg, or SPLIT/, val/ or CLASS/ alone. Case and punctuation of folder names don't matter.
 
+    Folders are known by the card's `folders` or class names; a card with neither takes the names of all there are.
+    A file groups.csv (file,group) beside them gives each picture's group.
     Raises ValueError for folders without a class, two of one class, and folders without a picture.
     """
-    classes = {plain(name): label for label, name in enumerate(classnames)}
-    for place in (folder / "test", folder / "val", folder):
+    known = _known_folders(card)
+    for place in dict.fromkeys((folder / card.split, folder / "test", folder / "val", folder / "valid", folder)):
         folders = sorted(path for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-        if any(plain(path.name) in classes for path in folders):
+        if any(plain(spoken(path.name)) in known for path in folders) or (folders and not known and _own(place, card)):
             break
     else:
-        return "test/CLASS/, val/CLASS/ or CLASS/ with pictures"
-    if strangers := [path.name for path in folders if plain(path.name) not in classes]:
-        names = ", ".join(strangers)
-        raise ValueError(f"{place} has folders that are no class: {names}. Classes: {', '.join(classnames)}")
+        return f"{card.split}/CLASS/, val/CLASS/ or CLASS/ with pictures"
+    known = known or _all_of(place, folders, card)
+    paths, labels = _walk(place, folders, known, card)
+    keys = [str(path.relative_to(place)) for path in paths]
+    return Found(
+        where=str(place),
+        pictures=Pictures(len(keys), partial(from_file, paths)),
+        keys=keys,
+        labels=labels,
+        classnames=() if names_on(card) else tuple(spoken(path.name) for path in folders),
+        groups=_groups(place, folder, keys),
+        files=tuple(paths),
+    )
+
+
+def _known_folders(card: Card) -> dict[str, int]:
+    """Class folder, plain -> label; empty when the card names none."""
+    names = folders_on(card) or (() if card.folders == SORTED else names_on(card))
+    return {plain(spoken(name)): label for label, name in enumerate(names)}
+
+
+def _own(place: Path, card: Card) -> bool:
+    """Whether folders of any names are classes here: below a folder that is called like the data set, or so split."""
+    names = {plain(name) for name in (card.name, *card.aliases)}
+    return plain(place.name) in names or plain(place.parent.name) in names
+
+
+def _all_of(place: Path, folders: list[Path], card: Card) -> dict[str, int]:
+    """The folders in their own order: of numbers by size, of names by letter."""
+    if all(path.name.isdecimal() for path in folders):
+        folders = sorted(folders, key=lambda path: int(path.name))
+    names = names_on(card)
+    if names and len(names) != len(folders):
+        raise ValueError(
+            f"{place} has {len(folders)} class folders and {card.name} has {len(names)} classes: which folder is which "
+            "class shows only when all are there"
+        )
+    return {plain(spoken(path.name)): label for label, path in enumerate(folders)}
+
+
+def _walk(place: Path, folders: list[Path], known: dict[str, int], card: Card) -> tuple[list[Path], list[int]]:
+    if strangers := [path.name for path in folders if plain(spoken(path.name)) not in known]:
+        names = ", ".join(folders_on(card) or names_on(card))
+        raise ValueError(f"{place} has folders that are no class: {', '.join(strangers)}. Classes: {names}")
     paths: list[Path] = []
     labels: list[int] = []
     seen: dict[int, str] = {}
     for path in folders:
-        label = classes[plain(path.name)]
+        label = known[plain(spoken(path.name))]
         if label in seen:
             raise ValueError(f"{place}: {seen[label]} and {path.name} are the same class")
         seen[label] = path.name
@@ -191,16 +201,66 @@ def class_folders(folder: Path, classnames: tuple[str, ...], kind: str) -> Found
             raise ValueError(f"the class folder {path} has no picture")
         paths += pictures
         labels += [label] * len(pictures)
-    keys = [str(path.relative_to(place)) for path in paths]
-    return Found(str(place), Pictures(len(keys), partial(_from_file, paths)), keys, labels=labels)
+    return paths, labels
 
 
-def plain(name: str) -> str:
-    """A class name as it is compared: without case and punctuation."""
-    return re.sub(r"[\W_]+", " ", name.lower()).strip()
+def _groups(place: Path, folder: Path, keys: list[str]) -> list[str] | None:
+    """The groups of groups.csv (columns file and group), None without it. Raises ValueError for pictures it lacks."""
+    table = next((path / "groups.csv" for path in (place, folder) if (path / "groups.csv").is_file()), None)
+    if table is None:
+        return None
+    rows = _table(table)
+    if not {"file", "group"} <= set(rows[0]):
+        raise ValueError(f"{table} must have the columns file and group; it has {', '.join(rows[0])}")
+    group = {row["file"]: row["group"] for row in rows}
+    if missing := [key for key in keys if key not in group]:
+        raise ValueError(f"{table} has no group for {len(missing)} pictures; the first: {missing[0]}")
+    return [group[key] for key in keys]
 
 
-def _from_file(paths: list[Path], index: int) -> Image.Image:
+@LAYOUTS.register("metadata_csv")
+def metadata_csv(folder: Path, card: Card) -> Found | str:
+    """metadata.csv with a row for each picture, as Waterbirds has: img_filename, y, split (2: test), place.
+
+    Also file_name, label and "test". The group of a picture is its column `group`, else its label and `place`.
+    """
+    table = folder / "metadata.csv"
+    if not table.is_file():
+        return "metadata.csv"
+    rows = _table(table)
+    name = next((known for known in ("img_filename", "file_name", "filename", "path") if known in rows[0]), "")
+    label = next((known for known in ("y", "label", "target") if known in rows[0]), "")
+    if not name or not label:
+        has = ", ".join(rows[0])
+        raise ValueError(f"{table} needs a column img_filename or file_name, and y or label; it has {has}")
+    rows = [row for row in rows if row.get("split", card.split) in (card.split, "2")]
+    names = {plain(known): str(i) for i, known in enumerate(names_on(card))}
+    try:
+        labels = [int(names.get(plain(row[label]), row[label])) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{table}: a {label} is neither a number nor a class of {card.name}: {error}") from error
+    paths = [folder / row[name] for row in rows]
+    groups = [row.get("group") or (f"{row[label]}, {row['place']}" if "place" in row else "") for row in rows]
+    return Found(
+        where=str(table),
+        pictures=Pictures(len(paths), partial(from_file, paths)),
+        keys=[row[name] for row in rows],
+        labels=labels,
+        groups=groups if all(groups) else None,
+        files=tuple(paths),
+    )
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def from_file(paths: Sequence[Path], index: int) -> Image.Image:
+    """Picture `index`, opened; what is wrong with it is said with its path."""
     try:
         return open_image(paths[index])
     except BadImage as error:
@@ -225,7 +285,7 @@ class _Member:
 
 
 @LAYOUTS.register("clip_benchmark_tars")
-def clip_benchmark_tars(folder: Path, classnames: tuple[str, ...], kind: str) -> Found | str:
+def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
     """`test/0.tar ...` with NAME.jpg and NAME.cls or NAME.txt (a caption a line), as CLIP_benchmark's webdatasets are.
 
     Beside test/ there may be classnames.txt, zeroshot_classification_templates.txt (with {c}) and dataset_type.txt.
@@ -234,19 +294,27 @@ def clip_benchmark_tars(folder: Path, classnames: tuple[str, ...], kind: str) ->
     if not shards:
         return "test/0.tar (CLIP_benchmark's webdataset)"
     declared = (_lines(folder / "dataset_type.txt") or ["classification"])[0]
-    if declared != kind:
-        return f"a {kind} webdataset (test/0.tar is there, but its dataset_type.txt says {declared!r})"
+    if declared != card.kind:
+        return f"a {card.kind} webdataset (test/0.tar is there, but its dataset_type.txt says {declared!r})"
     own_names = tuple(_lines(folder / "classnames.txt"))
     templates = tuple(t.replace("{c}", "{}") for t in _lines(folder / "zeroshot_classification_templates.txt"))
     samples = [sample for shard in shards for sample in _index(shard)]
     keys = [key for key, _ in samples]
     images = [_pick(key, files, SUFFIXES) for key, files in samples]
     pictures = Pictures(len(keys), partial(_from_member, keys, images))
-    if kind == "retrieval":
+    if card.kind == "retrieval":
         captions = [_captions(key, _pick(key, files, ("txt",))) for key, files in samples]
-        return Found(str(folder), pictures, keys, captions=captions)
+        return Found(str(folder), pictures, keys, captions=captions, files=tuple(shards))
     labels = [_label(key, _pick(key, files, ("cls", "cls.txt"))) for key, files in samples]
-    return Found(str(folder), pictures, keys, labels=labels, classnames=own_names, templates=templates)
+    return Found(
+        where=str(folder),
+        pictures=pictures,
+        keys=keys,
+        labels=labels,
+        classnames=own_names,
+        templates=templates,
+        files=tuple(shards),
+    )
 
 
 def _shards(folder: Path) -> list[Path]:

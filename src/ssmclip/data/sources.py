@@ -1,19 +1,22 @@
-"""Evaluation sets. What a set is stands on its card (`cards/NAME.toml`), how its files are read in `layouts.py`."""
+"""Evaluation sets. What a set is stands on its card (`cards/NAME.toml`), how its files are read in the layouts."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ssmclip.data.layouts import LAYOUTS, Found, plain
+from ssmclip.data import captioned, layouts, originals, parquet
+from ssmclip.data.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
+from ssmclip.data.testset import LAYOUTS, SORTED, Card, Found
 from ssmclip.registry import UnknownName
 
 if sys.version_info >= (3, 11):
@@ -21,32 +24,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+__all__ = ["Card", "Classification", "Retrieval", "list_cards", "load_card", "open_dataset", "read_card"]
+
 KINDS = ("classification", "retrieval")
-OPEN_CLIP = "open_clip:"
-
-
-@dataclass(frozen=True)
-class Card:
-    """What is known of a data set without its files.
-
-    kind: "classification" or "retrieval"; metric: the headline one; test_size: images in the whole test set;
-    classnames: in label order; templates: prompts with {} for the class name;
-    layouts: names in layouts.LAYOUTS, tried in order; folders: names it goes by under a root, besides its own.
-    """
-
-    name: str
-    title: str
-    citation: str
-    source: str
-    licence: str
-    kind: str
-    metric: str
-    test_size: int
-    layouts: tuple[str, ...]
-    classnames: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    note: str = ""
+FORMS = (layouts, originals, parquet, captioned)  # the modules whose layouts a card may name
+HUB = "hub:"
+FOLDER = "folder:"
 
 
 class _Pictures(Dataset):
@@ -60,8 +43,11 @@ class _Pictures(Dataset):
         self.where = found.where
         self.keys = found.keys
         self.n = len(found.keys)
-        self.expected = card.test_size
-        self.partial = self.n < card.test_size
+        self.expected = card.test_size or self.n
+        self.partial = self.n < self.expected
+        self.files = found.files
+        self.groups = found.groups
+        self.said = found.said
         self._pictures = found.pictures
 
     def __len__(self) -> int:
@@ -69,14 +55,23 @@ class _Pictures(Dataset):
 
 
 class Classification(_Pictures):
-    """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates."""
+    """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
 
-    def __init__(self, card: Card, found: Found):
+    classnames: a name for each class, or several that mean the same; prompts: where names and templates come from.
+    """
+
+    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
         super().__init__(card, found)
         self.labels = found.labels
-        self.classnames = found.classnames or card.classnames
-        self.templates = found.templates or card.templates
+        self.classnames: Names = found.classnames or names_on(card)
+        self.templates = found.templates or templates_on(card)
+        self.prompts = "the data set's own" if found.templates else "the card's"
         _check_labels(self)
+        if prompts is not None:
+            self.classnames, self.templates = chosen(prompts, card, self.classnames)
+            self.prompts = prompts.source
+        if card.classes and len(self.classnames) != card.classes:
+            self.said = f"{len(self.classnames)} of {card.classes} classes"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self._pictures[index], self.labels[index]
@@ -99,7 +94,12 @@ def list_cards() -> list[str]:
 
 
 def load_card(name: str) -> Card:
-    """The card of that name. Raises UnknownName, and ValueError for a card with a mistake in it."""
+    """The card of that name; of `folder:PATH`, a card for a person's own class folders, in PATH or PATH/test.
+
+    Raises UnknownName, FileNotFoundError for a folder that isn't there, ValueError for a card with a mistake in it.
+    """
+    if name.startswith(FOLDER):
+        return _folder_card(Path(name.removeprefix(FOLDER)))
     if name not in (known := list_cards()):
         raise UnknownName("data set", name, known)
     return read_card(name, (_cards() / f"{name}.toml").read_text(encoding="utf-8"))
@@ -111,8 +111,6 @@ def read_card(name: str, text: str) -> Card:
     known = {field.name for field in fields(Card)} - {"name"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"card {name}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    if isinstance(values.get("templates"), str):
-        values["templates"] = _open_clip_templates(values["templates"])
     try:
         card = Card(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
@@ -121,36 +119,93 @@ def read_card(name: str, text: str) -> Card:
         raise ValueError(f"card {name}: kind {card.kind!r}, there are {', '.join(KINDS)}")
     for layout in card.layouts:
         LAYOUTS[layout]  # an unknown one raises
-    _check_names(f"card {name}", card.classnames)
+    if not isinstance(card.classnames, str):
+        _check_names(f"card {name}", card.classnames)
+    if isinstance(card.templates, tuple) and (without := [t for t in card.templates if "{}" not in t]):
+        raise ValueError(f"card {name}: templates without {{}}, where the class's name goes: {without}")
     return card
 
 
-def open_dataset(card: Card | str, root: str | Path) -> Classification | Retrieval:
-    """The test set of a card, found under `root`: in it, or in a folder of the card's name (or one of card.folders).
+def open_dataset(card: Card | str, root: str | Path, *, prompts: Prompts | None = None) -> Classification | Retrieval:
+    """The test set of a card, found under `root`: in it, or in a folder of the card's name (or one of card.aliases).
 
+    root: a folder; or "hub:OWNER", whose wds_* repositories on the Hugging Face hub (CLIP_benchmark's are owned by
+    clip-benchmark) are downloaded to its cache. prompts: labels and templates in place of the card's.
     A copy with fewer images than the card's test_size is used, and says so (`partial`, `n`, `expected`).
     Raises UnknownName; FileNotFoundError listing what was looked for and where; ValueError for damaged files, labels
     without a class, class folders without pictures and names that occur twice.
     """
     card = load_card(card) if isinstance(card, str) else card
-    root = Path(root)
-    names = dict.fromkeys([card.name, card.name.replace("_", "-"), f"wds_{card.name}", *card.folders])
     looked = []
-    for folder in (root, *(root / name for name in names)):
+    for folder in _places(card, root):
         for layout in card.layouts:
-            found = LAYOUTS[layout](folder, card.classnames, card.kind)
+            found = LAYOUTS[layout](folder, card)
             if isinstance(found, Found):
-                return Classification(card, found) if card.kind == "classification" else Retrieval(card, found)
+                return Retrieval(card, found) if card.kind == "retrieval" else Classification(card, found, prompts)
             looked.append(f"{folder}: {found}")
     raise FileNotFoundError(f"the data set {card.name} is not under {root}. Looked for\n  " + "\n  ".join(looked))
 
 
+def _places(card: Card, root: str | Path) -> Iterator[Path]:
+    if Path(card.source).is_absolute():  # a person's own folder
+        yield Path(card.source)
+        return
+    if str(root).startswith(HUB):
+        yield _from_hub(card, str(root).removeprefix(HUB))
+        return
+    root = Path(root)
+    names = (card.name, *card.aliases)
+    spelled = [spelling for name in names for spelling in (name, name.replace("_", "-"))]
+    shards = [f"wds_{name.replace('/', '-')}" for name in names]
+    yield root
+    for name in dict.fromkeys([*spelled, *shards]):
+        yield root / name
+        # Where the Hugging Face hub keeps what was downloaded.
+        yield from sorted(root.glob(f"datasets--*--{name.replace('/', '-')}/snapshots/*"))
+
+
+def _from_hub(card: Card, owner: str) -> Path:
+    """The folder of a wds_* repository, downloaded. Raises FileNotFoundError for what the hub doesn't have."""
+    errors = []
+    for name in (card.name, *card.aliases):
+        repo = f"{owner}/wds_{name.replace('/', '-')}"
+        try:
+            patterns = ["*.txt", f"{card.split}/*", "test/*"]
+            return Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
+        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+            errors.append(f"{repo}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    raise FileNotFoundError(f"the data set {card.name} can't be had from the hub:\n  " + "\n  ".join(errors))
+
+
+def _folder_card(path: Path) -> Card:
+    place = next((place for place in (path / "test", path / "val", path) if place.is_dir()), None)
+    if place is None:
+        raise FileNotFoundError(f"there is no folder {path}")
+    return Card(
+        name=path.name,
+        title=path.name,
+        citation="",
+        source=str(path.resolve()),
+        licence="",
+        kind="classification",
+        metric="top1",
+        test_size=0,
+        layouts=("metadata_csv", "class_folders"),
+        templates=("a photo of a {}.",),
+    )
+
+
 def _check_labels(dataset: Classification) -> None:
-    _check_names(dataset.where, dataset.classnames)
-    names, known = ({plain(name) for name in names} for names in (dataset.classnames, dataset.card.classnames))
-    if len(names) != len(known) or 2 * len(names & known) < len(known):
+    card = dataset.card
+    known_names = names_on(card)
+    allowed = {name for name, count in Counter(known_names).items() if count > 1}  # ImageNet has two missiles
+    _check_names(dataset.where, dataset.classnames, allowed)
+    names, known = ({plain(name) for name in names} for names in (dataset.classnames, known_names))
+    # Where folders are told apart by codes, the names of classes are a matter of taste.
+    alike = 2 * len(names & known) >= len(known) or bool(folders_on(card)) or card.folders == SORTED
+    if known and (len(dataset.classnames) != len(known_names) or not alike):
         raise ValueError(
-            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), {dataset.card.name} has "
+            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), {card.name} has "
             f"{len(known)} ({', '.join(sorted(known)[:5])} ...): it is another data set"
         )
     count = len(dataset.classnames)
@@ -162,15 +217,9 @@ def _check_labels(dataset: Classification) -> None:
         )
 
 
-def _check_names(where: str, names: Sequence[str]) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+def _check_names(where: str, names: Sequence[str], allowed: set[str] = frozenset()) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name not in allowed]:
         raise ValueError(f"{where}: class names that occur more than once: {', '.join(twice)}")
-
-
-def _open_clip_templates(name: str) -> tuple[str, ...]:
-    from open_clip import zero_shot_metadata  # seconds to import
-
-    return tuple(template("{}") for template in getattr(zero_shot_metadata, name.removeprefix(OPEN_CLIP)))
 
 
 def _cards() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -22,9 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         required=True,
-        help="data sets, with commas: digits,cifar10,fashion_mnist,flickr8k; ood: see --humans",
+        help="data sets, with commas: digits,cifar10,flickr8k; table1: CLIP-Mamba's 26; found: all that are under "
+        "--data; folder:PATH: class folders of your own; `ssmclip datasets` lists them. ood: see --humans",
     )
-    parser.add_argument("--data", default="data", help="the folder the data sets are under (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        default="data",
+        help="the folder the data sets are under, or hub:clip-benchmark to download them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--protocol", default="own", help="own, clip-mamba or clip-benchmark: whose prompts and sizes (default: own)"
+    )
+    parser.add_argument("--prompts", help="labels and templates: JSON files with commas, or the folder that holds them")
+    parser.add_argument("--cache", default=str(default_cache()), help="where embeddings are kept; none: nowhere")
+    parser.add_argument(
+        "--truncate", type=int, default=77, help="tokens at which captions are cut besides (default: 77)"
+    )
     parser.add_argument("--out", required=True, type=Path, help="the rows file to write (JSON lines)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
@@ -35,52 +49,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
     parser.add_argument("--humans", nargs="+", type=Path, help="of the task ood: people's trials, parquet or csv files")
     parser.add_argument(
-        "--prompts", default="imagenet", help="of the task ood: imagenet or categories (default: %(default)s)"
+        "--ood-prompts", default="imagenet", help="of the task ood: imagenet or categories (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     import ssmclip
+    from ssmclip.data.prompts import read_prompts
+    from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import LEVEL
     from ssmclip.evaluate.ood_command import decide_and_score
-    from ssmclip.evaluate.tasks import evaluate, open_tasks
+    from ssmclip.evaluate.paired import paired_rows
+    from ssmclip.evaluate.protocols import PROTOCOLS
+    from ssmclip.evaluate.ranks import launched
+    from ssmclip.evaluate.tasks import evaluations, open_tasks, task_names
     from ssmclip.results import describe_run, write_rows
 
     models = labelled(args.model)
-    tasks = [task for task in args.tasks.split(",") if task]
-    cards = [task for task in tasks if task != OOD]
-    if cards or not tasks:
-        open_tasks(cards, args.data)
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    asked = [task for task in args.tasks.split(",") if task]
+    tasks = task_names(",".join(task for task in asked if task != OOD), args.data) if asked != [OOD] else []
+    opened = open_tasks(tasks, args.data, PROTOCOLS[args.protocol].prompts(prompts)) if tasks else []
     require_writable(args.out)  # before the hours, not after
-    if OOD in tasks and not args.humans:
+    if OOD in asked and not args.humans:
         raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
-    described = describe_run(
-        args.seed, args.device, tasks=tasks, image_size=args.image_size, max_images=args.max_images
+    rank, device = launched(args.device)
+    more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
+    described = describe_run(args.seed, args.device, tasks=asked, **more)
+    kept = None if args.cache == "none" else Path(args.cache)
+    settings = Settings(
+        args.batch_size, args.workers, args.seed, args.max_images, args.examples, kept, args.truncate or None
     )
     rows = []
-    for label, name in models.items() if cards else ():
-        model, preprocess, tokenizer = ssmclip.load(name, device=args.device, image_size=args.image_size)
-        rows += evaluate(
-            model,
-            preprocess,
-            tokenizer,
-            cards,
-            args.data,
-            model_name=label,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            device=args.device,
-            seed=args.seed,
-            max_images=args.max_images,
-            examples=args.examples,
-        )
-        write_rows(args.out, rows, described)  # after every model: a later one's failure costs nothing
-    if OOD in tasks:
+    for label, name in models.items() if opened else ():
+        loaded = ssmclip.load(name, device=device, image_size=args.image_size)
+        for made in evaluations(loaded, opened, settings, label, args.protocol, args.image_size):
+            rows += made
+            if rank == 0:
+                write_rows(args.out, rows, described)  # after every data set: a later one's failure costs nothing
+    rows += paired_rows(rows, seed=args.seed)
+    if OOD in asked and rank == 0:
         rows += decide_and_score(models, args)
+    if rank == 0:
         write_rows(args.out, rows, described)
-    shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
-    sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
+        shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
+        sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0
+
+
+def default_cache() -> Path:
+    """Beside what other tools of the field keep: $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
 
 
 def require_writable(path: Path) -> None:

@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from ssmclip.evaluate import cache, ranks
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,23 @@ class Clip:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters: of the image tower, and of all."""
+        visual = getattr(self.model, "visual", self.model)
+        return {name: sum(p.numel() for p in m.parameters()) for name, m in (("image", visual), ("all", self.model))}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """What its embeddings depend on, as contents: weights, preprocessing, tokenizer, precision, device."""
+        dtype = next(self.model.parameters()).dtype
+        return {
+            "model": cache.model_hash(self.model),
+            "preprocess": cache.preprocess_hash(self.preprocess),
+            "tokenizer": cache.tokenizer_hash(self.tokenizer),
+            "arithmetic": f"{dtype} on {self.device.type}",
+        }
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -44,7 +65,9 @@ class Settings:
 
     batch_size: images or texts at a time; workers: processes that open images (0: this one);
     seed: of resampling, of the examples shown and of the subset; max_images: evaluate on a random subset of so many;
-    examples: how many images go into the rows as thumbnails (0: none, for data whose pictures may not be passed on).
+    examples: how many images go into the rows as thumbnails (0: none, for data whose pictures may not be passed on);
+    truncate: captions longer than so many tokens are also evaluated cut there, if the text tower sees more of them;
+    cache: a folder where embeddings are kept, for a model whose weights stay as they are while the Clip lives.
     """
 
     batch_size: int = 64
@@ -52,6 +75,8 @@ class Settings:
     seed: int = 0
     max_images: int | None = None
     examples: int = 8
+    cache: Path | None = None
+    truncate: int | None = 77
 
 
 @dataclass(frozen=True)
@@ -74,51 +99,100 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
     """
     if not len(dataset):
         raise ValueError("the data set has no images")
+    places = subset(len(dataset), settings)
+    if settings.cache is None:
+        return _embed_images(clip, dataset, places, settings)
+    parts = ("model", "preprocess", "arithmetic")
+    made_of = {part: clip.hashes[part] for part in parts} | {
+        "data": cache.data_hash(dataset, settings.cache),
+        "places": cache.texts_hash(map(str, places)),
+    }
+    path = settings.cache / "images" / f"{cache.key(made_of)}.safetensors"
+    if kept := cache.read(path, made_of):
+        tensors, unreadable = kept
+        return ImageEmbeddings(**tensors, unreadable={int(place): why for place, why in unreadable.items()})
+    images = _embed_images(clip, dataset, places, settings)
+    if ranks.rank()[0] == 0:
+        tensors = {"features": images.features, "index": images.index, "labels": images.labels}
+        cache.write(path, made_of, tensors, {str(place): why for place, why in images.unreadable.items()})
+    return images
+
+
+def _embed_images(clip: Clip, dataset: Any, places: list[int], settings: Settings) -> ImageEmbeddings:
+    size = settings.batch_size
+    batches = [list(range(start, min(start + size, len(places)))) for start in range(0, len(places), size)]
     loader = DataLoader(
-        _Inputs(dataset, subset(len(dataset), settings), clip.preprocess),
-        batch_size=settings.batch_size,
+        _Inputs(dataset, places, clip.preprocess),
+        batch_sampler=ranks.share(batches),
         num_workers=settings.workers,
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(settings.seed),  # else the loader draws from the global generator
     )
-    features, index, labels, unreadable = [], [], [], {}
+    mine, unreadable = [], {}
     with inference(clip.model):
-        for images, places, classes, failures in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
+        for images, read, classes, failures in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
             unreadable.update(failures)
-            if places:
-                features.append(encode_batch(clip, images))
-                index += places
-                labels += classes
+            if read:
+                mine.append((read, classes, encode_batch(clip, images)))
+    unreadable, found = _gathered(mine, unreadable)
     if unreadable:
         place, why = next(iter(unreadable.items()))
         log.warning("%d images could not be read; the first: %s (%s)", len(unreadable), _key(dataset, place), why)
-    if not features:
+    if not found:
         raise ValueError(
             f"none of the {len(unreadable)} images could be read; the first: {_key(dataset, place)} ({why})"
         )
-    features = torch.cat(features)
+    index = [place for read, _, _ in found for place in read]
+    labels = [label for _, classes, _ in found for label in classes]
+    features = torch.cat([encoded for _, _, encoded in found])
     require_finite(features, "image", [_key(dataset, place) for place in index])
     return ImageEmbeddings(features, torch.tensor(index), torch.tensor(labels), unreadable)
+
+
+def _gathered(mine: list[tuple[list[int], list[int], Tensor]], unreadable: dict[int, str]):
+    """All processes' batches in the order of the data set, and what none of them could read."""
+    gathered = ranks.gather((mine, unreadable))
+    found = sorted((batch for batches, _ in gathered for batch in batches), key=lambda batch: batch[0][0])
+    return dict(sorted(item for _, failures in gathered for item in failures.items())), found
 
 
 def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
     """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN.
 
-    Texts of like length are encoded together: a tower that stops at the longest text of its batch stops early.
+    Batches are of texts of like length: a tokenizer that fills up to the longest of a batch then fills up little.
     """
     if not texts:
         raise ValueError("there are no texts to embed")
-    place = {text: i for i, text in enumerate(sorted(dict.fromkeys(texts), key=len))}
-    unique = list(place)
-    features = []
+    unique = list(dict.fromkeys(texts))
+    place = {text: i for i, text in enumerate(unique)}
+    order = torch.tensor([place[text] for text in texts])
+    if settings.cache is None:
+        return _embed_texts(clip, unique, settings)[order]
+    made_of = {part: clip.hashes[part] for part in ("model", "tokenizer", "arithmetic")}
+    made_of |= {"texts": cache.texts_hash(unique)}
+    path = settings.cache / "texts" / f"{cache.key(made_of)}.safetensors"
+    if kept := cache.read(path, made_of):
+        return kept[0]["features"][order]
+    features = _embed_texts(clip, unique, settings)
+    if ranks.rank()[0] == 0:
+        cache.write(path, made_of, {"features": features}, {})
+    return features[order]
+
+
+def _embed_texts(clip: Clip, unique: list[str], settings: Settings) -> Float[Tensor, "m d"]:
+    by_length = sorted(range(len(unique)), key=lambda i: len(unique[i]))
+    size = settings.batch_size
+    batches = [by_length[start : start + size] for start in range(0, len(unique), size)]
+    mine = []
     with inference(clip.model):
-        starts = range(0, len(unique), settings.batch_size)
-        for start in tqdm(starts, desc="texts", unit="batch", leave=False, disable=None):
-            tokens = clip.tokenizer(unique[start : start + settings.batch_size])
-            features.append(_unit(clip.model.encode_text(tokens.to(clip.device))))
-    features = torch.cat(features)
+        for batch in tqdm(ranks.share(batches), desc="texts", unit="batch", leave=False, disable=None):
+            tokens = clip.tokenizer([unique[i] for i in batch])
+            mine.append((batch, _unit(clip.model.encode_text(tokens.to(clip.device)))))
+    found = [embedded for batches in ranks.gather(mine) for embedded in batches]
+    place = torch.tensor([i for batch, _ in found for i in batch])
+    features = torch.cat([encoded for _, encoded in found])[place.argsort()]
     require_finite(features, "text", unique)
-    return features[torch.tensor([place[text] for text in texts])]
+    return features
 
 
 def subset(n: int, settings: Settings) -> list[int]:

@@ -59,6 +59,14 @@ def top5(
     return _weighted_mean(_hits(scores, target, 5), weights)
 
 
+@metric("mean_top1_top5", higher_is_better=True)
+def mean_top1_top5(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """The mean of the two, by which Kinetics-700 is summed up. Raises ValueError below five classes."""
+    return (top1(scores, target, weights) + top5(scores, target, weights)) / 2
+
+
 @metric("mean_per_class", higher_is_better=True)
 def mean_per_class(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None

@@ -79,7 +79,7 @@ def decide_and_score(models: dict[str, str], args: argparse.Namespace) -> list[R
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images)
     for label, name in models.items():
         decide_model(
-            label, name, stimuli, decisions, settings, args.prompts, device=args.device, image_size=args.image_size
+            label, name, stimuli, decisions, settings, args.ood_prompts, device=args.device, image_size=args.image_size
         )
     return score_decisions(humans, read_trials(decisions), resamples=RESAMPLES, seed=args.seed)
 

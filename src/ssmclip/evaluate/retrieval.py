@@ -6,16 +6,20 @@ n images · m captions · d embedding dimensions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import comb
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssmclip.evaluate import pictures
+from ssmclip.evaluate import paired, pictures
+from ssmclip.evaluate.captions import cut_at, longer_than
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.geometry import geometry
 from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
 from ssmclip.results import Result
@@ -25,10 +29,12 @@ SHOWN = 5  # best matches kept of an example
 
 
 def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
-    """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, and the mean of the six.
+    """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, the mean of the six, and the
+    geometry of the two sets of points.
 
-    Intervals resample images, each with all its captions. The first row's `extra` has examples and a similarity matrix.
-    Raises ValueError naming images that have no caption.
+    Captions that the text tower sees more than `settings.truncate` tokens of are evaluated cut there as well, under the
+    condition "77 tokens". Intervals resample images, each with all its captions. The first row's `extra` has examples
+    and a similarity matrix. Raises ValueError naming images that have no caption.
     """
     if bare := [dataset.keys[i] for i in range(len(dataset)) if not dataset.captions[i]]:
         raise ValueError(f"{task}: {len(bare)} images have no caption; the first: {bare[:5]}")
@@ -36,25 +42,48 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
     captions = [dataset.captions[place] for place in images.index.tolist()]
     flat = [caption for of_image in captions for caption in of_image]
     owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
-    texts = embed_texts(clip, flat, settings)
-    everyone = torch.arange(len(captions))
-    to_text = first_relevant_ranks(images.features, texts, everyone, owner)
-    to_image = first_relevant_ranks(texts, images.features, owner, everyone)
+    keys = [dataset.keys[place] for place in images.index.tolist()]
+    clips = {"": clip}
+    if settings.truncate and longer_than(clip.tokenizer, flat, settings.truncate):
+        cut = cut_at(clip.tokenizer, settings.truncate)
+        clips[f"{settings.truncate} tokens"] = replace(clip, tokenizer=cut)
+    rows = []
+    for condition, seen in clips.items():
+        texts = embed_texts(seen, flat, settings)
+        about = {"title": card.title, "kind": "retrieval", **coverage(images, card, dataset)}
+        if not rows:
+            about |= _examples(dataset, images, texts, flat, owner, settings)
+        made = recall_rows(images.features, texts, owner, keys, settings.seed)
+        measured = made + [
+            Result("", "", "", metric, value) for metric, value in geometry(images.features, texts, owner)
+        ]
+        measured[0] = replace(measured[0], extra=about | measured[0].extra)
+        rows += [replace(row, model=clip.name, task=task, condition=condition) for row in measured]
+    return rows
+
+
+def recall_rows(
+    images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], owner: Int[Tensor, " m"], keys: Sequence[str], seed: int
+) -> list[Result]:
+    """Recalls of unit vectors, rows without a model and task. owner: the image each text belongs to."""
+    counts = torch.bincount(owner, minlength=len(images)).tolist()
+    everyone = torch.arange(len(images))
+    to_text = first_relevant_ranks(images, texts, everyone, owner)
+    to_image = first_relevant_ranks(texts, images, owner, everyone)
     recalls = {
         f"{way}_recall@{k}": (partial(recall_at_k, ranks, k, image), len(ranks))
         for way, ranks, image in (("image_to_text", to_text, None), ("text_to_image", to_image, owner))
         for k in KS
     }
-    recalls["mean_recall"] = (partial(_mean_recall, [recall for recall, _ in recalls.values()]), len(captions))
-    chances = _chances([len(of_image) for of_image in captions])
-    about = {"title": card.title, "kind": "retrieval", **coverage(images, card, dataset)}
-    extra = about | _examples(dataset, images, texts, flat, owner, settings)
+    recalls["mean_recall"] = (partial(_mean_recall, [recall for recall, _ in recalls.values()]), len(images))
+    chances = _chances(counts)
     rows = []
     for metric, (recall, n) in recalls.items():
-        value = recall().item()
-        low, high = bootstrap_interval(lambda w, r=recall: r(weights=w), len(captions), seed=settings.seed)
-        more = {"chance": chances[metric]} if metric in chances else {}
-        rows.append(Result(clip.name, task, "", metric, value, low, high, n, more | ({} if rows else extra)))
+        low, high = bootstrap_interval(lambda w, r=recall: r(weights=w), len(images), seed=seed)
+        more: dict[str, Any] = {"chance": chances[metric]} if metric in chances else {}
+        if metric.startswith("image_to_text"):
+            more |= paired.marked(to_text < int(metric.rpartition("@")[2]), keys)
+        rows.append(Result("", "", "", metric, recall().item(), low, high, n, more))
     return rows
 
 

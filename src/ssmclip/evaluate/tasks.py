@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ssmclip.data.sources import load_card, open_dataset
+from ssmclip.data.prompts import Prompts
+from ssmclip.data.sources import list_cards, load_card, open_dataset
 from ssmclip.evaluate.embed import Clip, Settings
+from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
+from ssmclip.published import TABLE1
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result
 
 KINDS = {"classification": zero_shot, "retrieval": retrieval}
-BRIEF = ("title", "kind", "chance", "partial", "unreadable")  # what a row of every few hundred steps keeps
+BRIEF = ("title", "kind", "chance", "partial", "unreadable", "said")  # what a row of every few hundred steps keeps
 
 
 def evaluate(
@@ -34,16 +37,42 @@ def evaluate(
     seed: int = 0,
     max_images: int | None = None,
     examples: int = 8,
+    cache: Path | None = None,
+    truncate: int | None = 77,
+    protocol: str = OWN,
+    prompts: Prompts | None = None,
+    image_size: int | None = None,
 ) -> list[Result]:
     """Rows of any open_clip model on the named data sets under `root` (see `embed.Settings` for the numbers).
 
+    protocol: one of `PROTOCOLS`, which decides the prompts and the preprocessing; prompts: in place of the cards'.
     Every card and data set is opened before the first image is embedded. Raises UnknownName for a task nobody knows,
     what the data set raises when it isn't there, and ValueError for embeddings that are not finite.
     """
-    settings = Settings(batch_size, workers, seed, max_images, examples)
-    opened = open_tasks(tasks, root)
-    clip = Clip(model.to(device), preprocess, tokenizer, model_name)
-    return [row for name, card, dataset in opened for row in KINDS[card.kind](clip, dataset, card, name, settings)]
+    settings = Settings(batch_size, workers, seed, max_images, examples, cache, truncate)
+    opened = open_tasks(tasks, root, PROTOCOLS[protocol].prompts(prompts))
+    loaded = (model.to(device), preprocess, tokenizer)
+    return [row for rows in evaluations(loaded, opened, settings, model_name, protocol, image_size) for row in rows]
+
+
+def evaluations(
+    loaded: tuple[nn.Module, Callable, Callable],
+    opened: Sequence[tuple[str, Any, Any]],
+    settings: Settings,
+    model_name: str,
+    protocol: str = OWN,
+    image_size: int | None = None,
+) -> Iterator[list[Result]]:
+    """The rows of one data set after another. loaded: model, preprocessing, tokenizer; opened: from `open_tasks`."""
+    model, preprocess, tokenizer = loaded
+    rules = PROTOCOLS[protocol]
+    clips = {
+        kind: Clip(model, rules.preprocess(model, preprocess, kind, image_size), tokenizer, model_name)
+        for kind in {card.kind for _, card, _ in opened}
+    }
+    for name, card, dataset in opened:
+        rows = KINDS[card.kind](clips[card.kind], dataset, card, name, settings)
+        yield rows if protocol == OWN else [replace(row, extra=row.extra | {"protocol": protocol}) for row in rows]
 
 
 def training_validation(
@@ -71,12 +100,31 @@ def training_validation(
     return validate
 
 
-def open_tasks(tasks: Sequence[str], root: str | Path) -> list[tuple[str, Any, Any]]:
-    """(name, card, data set) of each task. Raises ValueError for no tasks, UnknownName, and the sets' own errors."""
+def task_names(names: str, root: str | Path) -> list[str]:
+    """The data sets of a list with commas, in which "table1" stands for CLIP-Mamba's 26 and "found" for all that are
+    under `root` and can be opened."""
+    spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
+
+    def there(name: str) -> bool:
+        try:
+            return bool(len(open_dataset(load_card(name), root)))
+        except (OSError, ValueError):
+            return False
+
+    parts = [part for part in names.split(",") if part]
+    return list(dict.fromkeys(name for part in parts for name in spelled.get(part, lambda part=part: [part])()))
+
+
+def open_tasks(tasks: Sequence[str], root: str | Path, prompts: Prompts | None = None) -> list[tuple[str, Any, Any]]:
+    """(name, card, data set) of each task. prompts: in place of the cards'.
+
+    Raises ValueError for no tasks, UnknownName, and the sets' own errors.
+    """
     if not tasks:
         raise ValueError("no tasks to evaluate")
     cards = {name: load_card(name) for name in tasks}
     for name, card in cards.items():
         if card.kind not in KINDS:
             raise UnknownName(f"kind of task (the card of {name})", card.kind, KINDS)
-    return [(name, card, open_dataset(card, root)) for name, card in cards.items()]
+    more = {} if prompts is None else {"prompts": prompts}
+    return [(name, card, open_dataset(card, root, **more)) for name, card in cards.items()]

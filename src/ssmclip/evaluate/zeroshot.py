@@ -5,6 +5,7 @@ n images · c classes · d embedding dimensions
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssmclip.evaluate import pictures
+from ssmclip.evaluate import paired, pictures
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.metrics import METRICS, bootstrap_interval
 from ssmclip.results import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example
+NAMED = 20  # unreadable images named in a row
 
 
 def class_embeddings(
@@ -43,9 +45,11 @@ def class_embeddings(
 
 
 def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
-    """Rows of one classification task: the card's metric first, then top1, mean_per_class and (above 5 classes) top5.
+    """Rows of one classification task: the card's metric first, then top1, mean_per_class and (above 5 classes) top5;
+    where the data set has groups, worst_group and average_group.
 
-    The first row's `extra` has the classes' accuracies, the confusion matrix and examples.
+    The first row's `extra` has the classes' accuracies, the confusion matrix and examples; that of top1 which images
+    were right, for paired tests.
     """
     images = embed_images(clip, dataset, settings)
     classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), dataset.classnames, dataset.templates)
@@ -60,6 +64,8 @@ def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         "kind": "classification",
         "chance": _chance(card.metric, len(names)),
         **coverage(images, card, dataset),
+        "prompts": getattr(dataset, "prompts", ""),
+        "parameters": clip.parameters,
         "per_class": _per_class(scores, target, names),
         **_confusion(scores, target, names),
         **_examples(images, scores, names, dataset, settings),
@@ -69,7 +75,42 @@ def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         function = METRICS[metric].function
         value = function(scores, target).item()
         low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
-        rows.append(Result(clip.name, task, "", metric, value, low, high, n, {} if rows else extra))
+        more = {} if rows else extra
+        if metric == "top1":
+            more = more | paired.marked(_right(scores, target), [dataset.keys[i] for i in images.index.tolist()])
+        rows.append(Result(clip.name, task, "", metric, value, low, high, n, more))
+    return rows + _group_rows(clip.name, task, _right(scores, target), images, dataset, settings)
+
+
+def _right(scores: Tensor, target: Tensor) -> Tensor:
+    return scores.argmax(dim=1) == target
+
+
+def _group_rows(
+    model: str, task: str, right: Tensor, images: ImageEmbeddings, dataset: Any, settings: Settings
+) -> list[Result]:
+    """Accuracy in the group where it is lowest, and the mean of the groups' (Sagawa et al. 2020, section 3)."""
+    if not (groups := getattr(dataset, "groups", None)):
+        return []
+    names = [groups[i] for i in images.index.tolist()]
+    known = sorted(set(names))
+    member = torch.tensor([[name == group for group in known] for name in names]).double()
+    hits = right.double()[:, None] * member
+
+    def accuracies(weights: Tensor) -> Tensor:
+        return (weights @ hits) / (weights @ member)
+
+    whole = accuracies(torch.ones(1, len(hits), dtype=torch.float64))[0]
+    groups_extra = [
+        {"name": group, "accuracy": value, "n": int(count)}
+        for group, value, count in zip(known, whole.tolist(), member.sum(0).tolist(), strict=True)
+    ]
+    rows = []
+    # A group that a resample misses has no accuracy there: NaN, which the interval leaves out.
+    for metric, over in (("worst_group", lambda a: a.amin(-1)), ("average_group", lambda a: a.mean(-1))):
+        low, high = bootstrap_interval(lambda w, over=over: over(accuracies(w)), len(hits), seed=settings.seed)
+        more = {"groups": groups_extra} if metric == "worst_group" else {}
+        rows.append(Result(model, task, "", metric, over(whole).item(), low, high, len(hits), more))
     return rows
 
 
@@ -77,10 +118,16 @@ def coverage(images: ImageEmbeddings, card: Any, dataset: Any) -> dict[str, Any]
     """What part of the data set was measured, said only where it is not all of it."""
     extra: dict[str, Any] = {}
     whole = card.test_size or len(dataset)
-    if len(images.index) < whole:
+    if len(images.index) != whole:
         extra["partial"] = {"used": len(images.index), "of": whole}
     if images.unreadable:
         extra["unreadable"] = len(images.unreadable)
+        extra["unreadable_first"] = [f"{dataset.keys[i]}: {why}" for i, why in list(images.unreadable.items())[:NAMED]]
+    if said := getattr(dataset, "said", ""):
+        extra["said"] = said
+    names = Counter(name for names in getattr(dataset, "classnames", ()) for name in _names(names))
+    if same := [name for name, count in names.items() if count > 1]:
+        extra["same_names"] = same
     return extra
 
 
@@ -93,7 +140,7 @@ def _chance(metric: str, classes: int) -> float:
 
 
 def _per_class(scores: Tensor, target: Tensor, names: list[str]) -> list[dict[str, Any]]:
-    right = scores.argmax(dim=1) == target
+    right = _right(scores, target)
     of_class = [right[target == i] for i in range(len(names))]
     return [
         {"name": name, "accuracy": hits.double().mean().item(), "n": len(hits)}

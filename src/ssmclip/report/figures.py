@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from ssmclip.registry import Registry
 from ssmclip.report.store import Store, by_task, final, step_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing, styles
+from ssmclip.report.table1 import points
 from ssmclip.report.words import RECALL, headline, is_fraction, kind_of, metric_name, title_of
 from ssmclip.results import Result
 
@@ -136,7 +137,7 @@ class Bars(Drawing):
         return bars(self.frame(), self.styles)
 
 
-@figure("zero_shot", needs=["top1", "mean_per_class", "roc_auc"])
+@figure("zero_shot", needs=["top1", "mean_per_class", "roc_auc", "mean_top1_top5"])
 class ZeroShot(Bars):
     """The accuracy each classification set is summed up by."""
 
@@ -164,6 +165,37 @@ class Recalls(Bars):
 
     def group(self, row):
         return metric_name(row.metric)
+
+
+@figure("accuracy_per_parameter", needs=["top1", "mean_per_class", "roc_auc", "mean_top1_top5"])
+class AccuracyPerParameter(Drawing):
+    """The size of the image tower against the average over the data sets of CLIP-Mamba's table, published and here."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        shown = points(rows)
+        count = shown[0]["columns"] if shown else 0
+        yield cls(f"Parameters against accuracy ({count} data sets of CLIP-Mamba's Table 1)", rows, looks)
+
+    def frame(self):
+        return points(self.rows)
+
+    def plot(self):
+        picture, axes = canvas(3.0)
+        for point in self.frame():
+            look = None if point["published"] else self.styles[point["model"]]
+            marker, colour = (look.marker, look.colour) if look else ("o", "none")
+            x, y = point["parameters"], point["average"] / 100
+            axes.plot([x], [y], marker, color=colour, markeredgecolor=look.colour if look else INK, markersize=6)
+            name = f"{shortened(point['model'], 22)}{' (published)' if point['published'] else ''}"
+            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", size=7)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlabel("million parameters of the image tower")
+        axes.margins(x=0.35, y=0.15)
+        scale(axes.yaxis, "top1")
+        return picture
 
 
 @figure("throughput", needs=["images_per_s"])

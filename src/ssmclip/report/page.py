@@ -12,6 +12,7 @@ from ssmclip.report import examples, words
 from ssmclip.report.figures import Drawing, drawings, explained
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.style import drawing, inline_svg, styles
+from ssmclip.report.table1 import table1
 from ssmclip.report.tables import lines, notes, provenance
 
 PAGE = "report.html"
@@ -51,6 +52,7 @@ def render(store: Store) -> str:
         summary=words.summary(store.rows),
         lines=lines(store.rows, store.models),
         notes=notes(store.rows),
+        table1=table1(store.rows),
         figures=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "figures"],
         details=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "details"],
         examples=[_example(drawn) for drawn in found if isinstance(drawn, examples.Examples)],

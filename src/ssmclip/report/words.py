@@ -19,23 +19,30 @@ class Said(NamedTuple):
     text: str
 
 
-NAMES = {
+FRACTIONS = {  # written as percentages
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
+    "mean_top1_top5": "mean of top-1 and top-5 accuracy",
     "mean_per_class": "mean accuracy over classes",
+    "worst_group": "accuracy in the worst group",
+    "average_group": "mean accuracy over groups",
     "roc_auc": "area under the ROC curve",
     "mean_recall": "mean of the recalls",
-    "images_per_s": "images per second",
+    "accuracy": "accuracy",
     "ood_accuracy": "accuracy",
+    "shape_bias": "shape bias",
+    "negative_share": "negative among the eigenvalues of largest magnitude",
+    "converged_share": "eigenvalues that are converged",
+    "negative_mass": "negative part of all eigenvalues' magnitude",
+}
+NAMES = FRACTIONS | {
+    "images_per_s": "images per second",
     "accuracy_difference": "squared accuracy difference",
     "observed_consistency": "observed consistency with humans",
     "error_consistency": "error consistency with humans",
-    "negative_share": "negative among the eigenvalues of largest magnitude",
     "top_magnitude": "mean magnitude of the largest eigenvalues",
-    "converged_share": "eigenvalues that are converged",
     "products": "Hessian-vector products a batch",
     "min_over_max": "most negative over most positive eigenvalue",
-    "negative_mass": "negative part of all eigenvalues' magnitude",
     "trace": "trace of the Hessian",
     "texts_per_s": "texts per second",
     "training_images_per_s": "images per second in training",
@@ -48,9 +55,8 @@ NAMES = {
     "training_energy_j": "energy of one in training, J",
     "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
+DIFFERENCE = "_difference"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
-FRACTIONS = ("top1", "top5", "mean_per_class", "roc_auc", "mean_recall", "accuracy", "ood_accuracy", "shape_bias")
-FRACTIONS += ("negative_share", "converged_share", "negative_mass")
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
 
@@ -59,6 +65,8 @@ def metric_name(metric: str) -> str:
     >>> metric_name("image_to_text_recall@10"), metric_name("grad_norm")
     ('image to text R@10', 'grad norm')
     """
+    if metric not in NAMES and metric.endswith(DIFFERENCE):
+        return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return NAMES.get(metric, metric.replace("_", " "))
@@ -66,6 +74,7 @@ def metric_name(metric: str) -> str:
 
 def is_fraction(metric: str) -> bool:
     """Whether a metric's values are fractions, written as percentages."""
+    metric = metric.removesuffix(DIFFERENCE)
     return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 
@@ -103,9 +112,16 @@ def caveats(row: Result) -> list[str]:
     """What a reader must know about a row's data: only a part was used, images could not be read."""
     said = []
     if partial := row.extra.get("partial"):
-        said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
+        if partial["used"] > partial["of"]:
+            said.append(f"another split: {_count(partial['used'])} images, the test set has {_count(partial['of'])}")
+        else:
+            said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
     if unreadable := row.extra.get("unreadable"):
         said.append(f"{_count(unreadable)} images could not be read")
+    if told := row.extra.get("said"):
+        said.append(str(told))
+    if same := row.extra.get("same_names"):
+        said.append(f"classes of the same name: {', '.join(same)}")
     return said
 
 

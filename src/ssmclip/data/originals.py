@@ -1,0 +1,306 @@
+"""Test sets in the files their authors published, read by torchvision's own classes where it has the data set.
+
+torchvision compares checksums of whole copies; a part of a data set has others and is read all the same: what is
+missing shows in the number of images.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision import datasets
+
+from ssmclip.data.images import SUFFIXES
+from ssmclip.data.layouts import from_file
+from ssmclip.data.prompts import spoken
+from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
+
+VEHICLES = ("Car", "Van", "Truck")
+VEHICLE_LIMITS = (8.0, 20.0, 999.0)  # metres
+OBJECTNET_BORDER = 2  # pixels of red around every picture, there to tell leaks into training sets
+
+
+def torchvision_layout(name: str, marker: str, **arguments: Any):
+    """Decorator: a layout from a function (torchvision data set, card) -> (paths, labels, class names).
+
+    marker: what must be there below the folder; arguments: of torchvision's class of that name.
+    """
+
+    def add(take: Callable[[Any, Card], tuple[Sequence, Sequence[int], Sequence[str]]]):
+        def layout(folder: Path, card: Card) -> Found | str:
+            if not (folder / marker).exists():
+                return marker
+            paths, labels, classnames = take(_opened(name, folder, arguments), card)
+            return _from_files(str(folder / marker), folder, [Path(path) for path in paths], labels, classnames)
+
+        LAYOUTS.register(f"torchvision_{name.lower()}")(layout)
+        return take
+
+    return add
+
+
+def _opened(name: str, folder: Path, arguments: dict[str, Any]) -> Any:
+    whole = getattr(datasets, name)
+    cls = type(name, (whole,), {"_check_integrity": lambda self: True})
+    try:
+        return cls(folder, **arguments)
+    except (RuntimeError, ImportError, LookupError, AssertionError) as error:
+        raise ValueError(f"torchvision's {name} can't read {folder}: {type(error).__name__}: {error}") from error
+
+
+def _from_files(
+    where: str, folder: Path, paths: list[Path], labels: Sequence[int], classnames: Sequence[str], said: str = ""
+) -> Found:
+    """A set of picture files; those a list names and that are not there are left out, which the count shows."""
+    there = [place for place, path in enumerate(paths) if path.is_file()]
+    if not there:
+        raise ValueError(f"{where} names {len(paths)} pictures and none of them is there")
+    paths = [paths[place] for place in there]
+    return Found(
+        where=where,
+        pictures=Pictures(len(paths), partial(from_file, paths)),
+        keys=[str(path.relative_to(folder)) for path in paths],
+        labels=[int(labels[place]) for place in there],
+        classnames=tuple(classnames),
+        files=tuple(paths),
+        said=said,
+    )
+
+
+@torchvision_layout("Food101", "food-101/meta/test.json", split="test")
+def food101(dataset: datasets.Food101, card: Card):
+    """food-101/meta/test.json and food-101/images/CLASS/NUMBER.jpg."""
+    return dataset._image_files, dataset._labels, [spoken(name) for name in dataset.classes]
+
+
+@torchvision_layout("SUN397", "SUN397/ClassName.txt")
+def sun397(dataset: datasets.SUN397, card: Card):
+    """SUN397/ClassName.txt and SUN397/a/abbey/sun_*.jpg; of these, those in Testing_01.txt where that file is there."""
+    pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
+    listed = dataset._data_dir / "Testing_01.txt"
+    if listed.is_file():
+        wanted = {line.strip().lstrip("/") for line in listed.read_text(encoding="utf-8").splitlines()}
+        pairs = [pair for pair in pairs if pair[0].relative_to(dataset._data_dir).as_posix() in wanted]
+    names = [name.replace("_", " ").replace("/", " ") for name in dataset.classes]
+    return [path for path, _ in pairs], [label for _, label in pairs], names
+
+
+@torchvision_layout("StanfordCars", "stanford_cars/devkit", split="test")
+def stanford_cars(dataset: datasets.StanfordCars, card: Card):
+    """stanford_cars/devkit/cars_meta.mat, cars_test_annos_withlabels.mat and cars_test/*.jpg."""
+    return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], dataset.classes
+
+
+@torchvision_layout("FGVCAircraft", "fgvc-aircraft-2013b/data", split="test", annotation_level="variant")
+def aircraft(dataset: datasets.FGVCAircraft, card: Card):
+    """fgvc-aircraft-2013b/data/{variants,images_variant_test}.txt and images/*.jpg."""
+    return dataset._image_files, dataset._labels, dataset.classes
+
+
+@torchvision_layout("DTD", "dtd/dtd/labels/test1.txt", split="test", partition=1)
+def dtd(dataset: datasets.DTD, card: Card):
+    """dtd/dtd/labels/test1.txt and dtd/dtd/images/CLASS/*.jpg."""
+    return dataset._image_files, dataset._labels, [spoken(name) for name in dataset.classes]
+
+
+@torchvision_layout("OxfordIIITPet", "oxford-iiit-pet/annotations/test.txt", split="test")
+def pets(dataset: datasets.OxfordIIITPet, card: Card):
+    """oxford-iiit-pet/annotations/test.txt and images/*.jpg."""
+    return dataset._images, dataset._labels, dataset.classes
+
+
+@torchvision_layout("Caltech101", "caltech101/101_ObjectCategories")
+def caltech101(dataset: datasets.Caltech101, card: Card):
+    """caltech101/101_ObjectCategories/CLASS/image_0001.jpg, and BACKGROUND_Google, which torchvision leaves out."""
+    root = Path(dataset.root) / "101_ObjectCategories"
+    names = dataset.categories
+    paths = [root / names[y] / f"image_{i:04d}.jpg" for i, y in zip(dataset.index, dataset.y, strict=True)]
+    paths += sorted((root / "BACKGROUND_Google").glob("image_*.jpg"))
+    known = {name: label for label, name in enumerate(card.folders)}
+    return paths, [known[path.parent.name] for path in paths], ()
+
+
+@torchvision_layout("Flowers102", "flowers-102/setid.mat", split="test")
+def flowers(dataset: datasets.Flowers102, card: Card):
+    """flowers-102/{setid,imagelabels}.mat and jpg/image_00001.jpg."""
+    return dataset._image_files, dataset._labels, ()
+
+
+@torchvision_layout("EuroSAT", "eurosat/2750")
+def eurosat(dataset: datasets.EuroSAT, card: Card):
+    """eurosat/2750/CLASS/*.jpg: all 27,000 images, for which no split was published."""
+    return [path for path, _ in dataset.samples], dataset.targets, ()
+
+
+@torchvision_layout("GTSRB", "gtsrb/GT-final_test.csv", split="test")
+def gtsrb(dataset: datasets.GTSRB, card: Card):
+    """gtsrb/GT-final_test.csv and gtsrb/GTSRB/Final_Test/Images/*.ppm."""
+    return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], ()
+
+
+@torchvision_layout("Country211", "country211/test", split="test")
+def country211(dataset: datasets.Country211, card: Card):
+    """country211/test/CODE/*.jpg."""
+    return [path for path, _ in dataset.samples], dataset.targets, ()
+
+
+@torchvision_layout("CLEVRClassification", "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json", split="val")
+def clevr(dataset: datasets.CLEVRClassification, card: Card):
+    """clevr/CLEVR_v1.0/{scenes/CLEVR_val_scenes.json,images/val/*.png}: three to ten objects."""
+    return dataset._image_files, [count - 3 for count in dataset._labels], ()
+
+
+@torchvision_layout("RenderedSST2", "rendered-sst2/test", split="test")
+def rendered_sst2(dataset: datasets.RenderedSST2, card: Card):
+    """rendered-sst2/test/{negative,positive}/*.png."""
+    return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], ()
+
+
+@torchvision_layout("Kitti", "Kitti/raw/training/label_2", train=True)
+def kitti(dataset: datasets.Kitti, card: Card):
+    """Kitti/raw/training/{image_2,label_2}: the distance to the nearest car, van or truck, in four classes (VTAB)."""
+    paths = sorted(Path(path) for path in dataset.images)
+    place = {Path(path): i for i, path in enumerate(dataset.images)}
+    return paths, [_distance_class(dataset._parse_target(place[path])) for path in paths], ()
+
+
+def _distance_class(objects: list[dict[str, Any]]) -> int:
+    """0: below 8 m, 1: below 20 m, 2: further, 3: no vehicle."""
+    nearest = min((o["location"][2] for o in objects if o["type"] in VEHICLES), default=1000.0)
+    return sum(nearest > limit for limit in VEHICLE_LIMITS)
+
+
+@LAYOUTS.register("torchvision_stl10")
+def stl10(folder: Path, card: Card) -> Found | str:
+    """stl10_binary/{test_X,test_y}.bin and class_names.txt."""
+    marker = "stl10_binary/test_X.bin"
+    if not (folder / marker).is_file():
+        return marker
+    dataset = _opened("STL10", folder, {"split": "test"})
+    pixels = np.ascontiguousarray(dataset.data.transpose(0, 2, 3, 1))
+    return _from_pixels(folder / marker, pixels, dataset.labels.tolist())
+
+
+@LAYOUTS.register("torchvision_pcam")
+def pcam(folder: Path, card: Card) -> Found | str:
+    """pcam/camelyonpatch_level_2_split_test_{x,y}.h5; needs h5py."""
+    marker = "pcam/camelyonpatch_level_2_split_test_x.h5"
+    if not (folder / marker).is_file():
+        return marker
+    dataset = _opened("PCAM", folder, {"split": "test"})
+    with dataset.h5py.File(folder / marker.replace("_x.", "_y.")) as file:
+        labels = file["y"][:, 0, 0, 0].tolist()
+    pictures = Pictures(len(labels), partial(_pcam_picture, dataset))
+    return Found(str(folder / marker), pictures, _numbers(labels), labels=labels, files=(folder / marker,))
+
+
+def _pcam_picture(dataset: Any, index: int) -> Image.Image:
+    return dataset[index][0]
+
+
+@LAYOUTS.register("fer2013_csv")
+def fer2013(folder: Path, card: Card) -> Found | str:
+    """fer2013.csv or icml_face_data.csv, in the folder or fer2013/: the rows for PrivateTest (3,589 faces).
+
+    torchvision's class takes the rows for PublicTest too, on which models were chosen in the competition.
+    """
+    names = [f"{below}{name}" for below in ("", "fer2013/") for name in ("fer2013.csv", "icml_face_data.csv")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return "fer2013.csv"
+    # As the file counts them; the card's order is that of the class folders.
+    order = [card.folders.index(name) for name in ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")]
+    pixels, labels = [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, skipinitialspace=True):
+            if row["Usage"] == "PrivateTest":
+                pixels.append(np.array(row["pixels"].split(), np.uint8).reshape(48, 48))
+                labels.append(order[int(row["emotion"])])
+    if not labels:
+        raise ValueError(f"{path} has no row whose Usage is PrivateTest")
+    return _from_pixels(path, np.stack(pixels), labels)
+
+
+@LAYOUTS.register("cub_lists")
+def cub(folder: Path, card: Card) -> Found | str:
+    """CUB_200_2011/{images,classes,image_class_labels,train_test_split}.txt and images/CLASS/*.jpg."""
+    root = next((p for p in (folder, folder / "CUB_200_2011") if (p / "train_test_split.txt").is_file()), None)
+    if root is None:
+        return "CUB_200_2011/train_test_split.txt"
+    path, label, train, names = (
+        dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text(encoding="utf-8").splitlines() if line)
+        for name in ("images", "image_class_labels", "train_test_split", "classes")
+    )
+    tested = [number for number in path if train[number].strip() == "0"]
+    paths = [root / "images" / path[number].strip() for number in tested]
+    labels = [int(label[number]) - 1 for number in tested]
+    return _from_files(str(root), root, paths, labels, [spoken(name.strip()) for name in names.values()])
+
+
+@LAYOUTS.register("hateful_memes_jsonl")
+def hateful_memes(folder: Path, card: Card) -> Found | str:
+    """dev.jsonl or dev_seen.jsonl (id, img, label) and img/*.png, in the folder or data/."""
+    names = [f"{below}{name}" for below in ("", "data/") for name in ("dev.jsonl", "dev_seen.jsonl")]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return "dev.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    paths = [path.parent / row["img"] for row in rows]
+    return _from_files(str(path), path.parent, paths, [row["label"] for row in rows], ())
+
+
+@LAYOUTS.register("objectnet_mappings")
+def objectnet(folder: Path, card: Card) -> Found | str:
+    """objectnet-1.0/{images,mappings}: the folders of the 113 classes that ImageNet has too, without the red border."""
+    root = next((p for p in (folder, folder / "objectnet-1.0") if (p / "mappings").is_dir()), None)
+    if root is None:
+        return "objectnet-1.0/mappings"
+    labels, shared = (
+        json.loads((root / "mappings" / name).read_text(encoding="utf-8"))
+        for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+    )
+    classes = sorted(name for name, label in labels.items() if label in shared)
+    found = [(path, i) for i, name in enumerate(classes) for path in _pictures_in(root / "images" / name)]
+    paths = [path for path, _ in found]
+    if not paths:
+        raise ValueError(f"{root} has no pictures of the {len(classes)} classes that ImageNet has too")
+    return Found(
+        where=str(root),
+        pictures=Pictures(len(paths), partial(_without_border, paths)),
+        keys=[str(path.relative_to(root)) for path in paths],
+        labels=[label for _, label in found],
+        classnames=tuple(labels[name].lower() for name in classes),
+        files=tuple(paths),
+    )
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower().lstrip(".") in SUFFIXES)
+
+
+def _without_border(paths: Sequence[Path], index: int) -> Image.Image:
+    picture = from_file(paths, index)
+    width, height = picture.size
+    return picture.crop((OBJECTNET_BORDER, OBJECTNET_BORDER, width - OBJECTNET_BORDER, height - OBJECTNET_BORDER))
+
+
+def _from_pixels(path: Path, pixels: np.ndarray, labels: list[int]) -> Found:
+    if len(pixels) != len(labels):
+        raise ValueError(f"{path} holds {len(pixels)} images, the file beside it {len(labels)} labels")
+    pictures = Pictures(len(labels), partial(_from_array, pixels))
+    return Found(str(path), pictures, _numbers(labels), labels=labels, files=(path,))
+
+
+def _from_array(pixels: np.ndarray, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index]).convert("RGB")
+
+
+def _numbers(labels: Sequence) -> list[str]:
+    return [str(i) for i in range(len(labels))]

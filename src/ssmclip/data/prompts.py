@@ -1,0 +1,221 @@
+"""Class names and prompts: from a card, from installed packages, or from a file of labels and templates."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources, util
+from pathlib import Path
+from typing import Any
+
+from ssmclip.data.testset import Card
+
+OPEN_CLIP, CLIP_BENCHMARK, TIMM = "open_clip:", "clip_benchmark:", "timm:"
+INSTALL = "pip install clip-benchmark (it is read, not run), or give --prompts FILE"
+
+Names = tuple[str | tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Labels and templates of several data sets, by name. A label is a name, or several that mean the same.
+
+    fallback: whose templates serve a data set that has none ("": that is an error).
+    """
+
+    labels: Mapping[str, Names] = field(default_factory=dict)
+    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    source: str = ""
+    fallback: str = ""
+
+
+def read_prompts(paths: str) -> Prompts:
+    """Files of labels and of templates, with commas between; or the folder that holds labels.json and templates.json.
+
+    A file is an object data set -> list, as in SLIP (whose protocol CLIP-Mamba's is) and CLIP_benchmark: of names or
+    lists of synonyms; or of templates, with {} or {c} for the name in each. Raises FileNotFoundError, and ValueError
+    that names the file and what in it is neither.
+    """
+    labels: dict[str, Names] = {}
+    templates: dict[str, tuple[str, ...]] = {}
+    files = [
+        file
+        for path in filter(None, paths.split(","))
+        for file in (sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)])
+    ]
+    if not files:
+        raise FileNotFoundError(f"no file of prompts at {paths!r}")
+    for file in files:
+        content = _read_object(file)
+        if all(isinstance(item, str) and _is_template(item) for items in content.values() for item in items):
+            templates |= {name: tuple(map(_braces, items)) for name, items in content.items()}
+        elif any(isinstance(item, str) and _is_template(item) for items in content.values() for item in items):
+            bad = next(i for items in content.values() for i in items if not (isinstance(i, str) and _is_template(i)))
+            raise ValueError(f"{file} mixes templates with something without {{}}, where the name goes: {bad!r}")
+        else:
+            labels |= {name: tuple(map(_synonyms, items)) for name, items in content.items()}
+    return Prompts(labels, templates, ", ".join(file.name for file in files))
+
+
+def clip_benchmark_prompts() -> Prompts:
+    """What CLIP_benchmark asks: its English class names and templates, ImageNet's templates where it has none."""
+    labels = {name: tuple(items) for name, items in _clip_benchmark("en_classnames.json").items()}
+    templates = {
+        name: tuple(map(_braces, items))
+        for name, items in _clip_benchmark("en_zeroshot_classification_templates.json").items()
+        if isinstance(items, list)
+    }
+    return Prompts(labels, templates, "CLIP_benchmark", fallback="imagenet1k")
+
+
+def names_on(card: Card) -> tuple[str, ...]:
+    """The class names a card stands for, () when they come from its files. Raises ValueError for a missing package."""
+    if not isinstance(card.classnames, str):
+        return card.classnames
+    names = _referred(card, card.classnames, "en_classnames.json")
+    wnids = folders_on(card)
+    if card.classnames.startswith(OPEN_CLIP) and wnids and len(wnids) < len(names):
+        place = {wnid: i for i, wnid in enumerate(_synsets("imagenet_synsets"))}
+        names = tuple(names[place[wnid]] for wnid in wnids)
+    return names
+
+
+def templates_on(card: Card) -> tuple[str, ...]:
+    """The templates a card stands for. Raises ValueError for a missing package."""
+    if not isinstance(card.templates, str):
+        return card.templates
+    return _referred(card, card.templates, "en_zeroshot_classification_templates.json")
+
+
+def folders_on(card: Card) -> tuple[str, ...]:
+    """The names of a card's class folders in label order, () when the card does not list them."""
+    if isinstance(card.folders, str):
+        return _synsets(card.folders.removeprefix(TIMM)) if card.folders.startswith(TIMM) else ()
+    return card.folders
+
+
+def chosen(prompts: Prompts, card: Card, classnames: Sequence[str]) -> tuple[Names, tuple[str, ...]]:
+    """(labels, templates) of a card's data set from a file of prompts, in the data set's own label order.
+
+    classnames: those of the data set in label order. Labels the file spells alike are put in that order; others must
+    be as many, and are taken in their own. Raises ValueError for templates that are missing and labels too many or few.
+    """
+    templates = _first(prompts.templates, card) or prompts.templates.get(prompts.fallback)
+    if not templates:
+        raise ValueError(f"{prompts.source} has no templates for {' or '.join(_keys(card))}")
+    labels = _first(prompts.labels, card)
+    if labels is None:
+        return tuple(classnames), templates
+    if len(labels) != len(classnames):
+        raise ValueError(
+            f"{prompts.source} has {len(labels)} labels for {card.name}, the data set {len(classnames)} classes "
+            f"({', '.join(classnames[:5])} ...)"
+        )
+    return _ordered(labels, (classnames, names_on(card), folders_on(card)), prompts.source), templates
+
+
+def _ordered(labels: Names, spellings: Sequence[Sequence[str]], source: str) -> Names:
+    """Labels in label order: by name where they are spelled like the classes, as they stand where they are others."""
+    place = {
+        plain(name): i for i, label in enumerate(labels) for name in ([label] if isinstance(label, str) else label)
+    }
+    for names in spellings:
+        wanted = [plain(name) for name in names]
+        if wanted and len(set(wanted)) == len(wanted) and set(wanted) <= set(place):
+            return tuple(labels[place[name]] for name in wanted)
+    for i, name in enumerate(spellings[0]):
+        found = place.get(plain(name), i)
+        if found != i and plain(name) != plain(spellings[0][found]):
+            raise ValueError(
+                f"{source} has {name!r} as label {found}, the data set as class {i}, and other names differ: which "
+                "label is which class can't be told. Spell them like the data set's"
+            )
+    return labels
+
+
+def plain(name: str) -> str:
+    """A class name as it is compared: letters and digits only, without case.
+
+    >>> plain("ApplyEyeMakeup") == plain("apply eye makeup"), plain("T-shirt/top")
+    (True, 'tshirttop')
+    """
+    return re.sub(r"[\W_]+", "", name.lower())
+
+
+def spoken(folder: str) -> str:
+    """A folder's name as a class name: 007.Yellow_billed_Cuckoo -> Yellow billed Cuckoo.
+
+    >>> spoken("007.Yellow_billed_Cuckoo"), spoken("ApplyEyeMakeup"), spoken("707-320")
+    ('Yellow billed Cuckoo', 'Apply Eye Makeup', '707-320')
+    """
+    name = re.sub(r"^\d+\.(?=\D)", "", folder)
+    apart = name if set(name) & set("_ -") else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return apart.replace("_", " ").strip()
+
+
+def _keys(card: Card) -> tuple[str, ...]:
+    return (card.name, *card.aliases)
+
+
+def _first(content: Mapping[str, Any], card: Card) -> Any:
+    return next((content[key] for key in _keys(card) if key in content), None)
+
+
+def _referred(card: Card, reference: str, file: str) -> tuple[str, ...]:
+    """What "open_clip:NAME" or "clip_benchmark:KEY" stands for."""
+    if reference.startswith(OPEN_CLIP):
+        from open_clip import zero_shot_metadata  # seconds to import
+
+        found = getattr(zero_shot_metadata, reference.removeprefix(OPEN_CLIP))
+        return tuple(item if isinstance(item, str) else item("{}") for item in found)
+    if reference.startswith(CLIP_BENCHMARK):
+        return tuple(_braces(item) for item in _clip_benchmark(file)[reference.removeprefix(CLIP_BENCHMARK)])
+    raise ValueError(f"card {card.name}: {reference!r} is neither {OPEN_CLIP}NAME nor {CLIP_BENCHMARK}KEY")
+
+
+@cache
+def _clip_benchmark(file: str) -> dict[str, Any]:
+    # Not imported: its data set builder wants packages it does not declare, and downloads through a shell.
+    package = util.find_spec("clip_benchmark")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(f"CLIP_benchmark's class names and prompts are needed and it is not installed: {INSTALL}")
+    path = Path(package.submodule_search_locations[0]) / "datasets" / file
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _synsets(name: str) -> tuple[str, ...]:
+    text = (resources.files("timm.data") / "_info" / f"{name}.txt").read_text(encoding="utf-8")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _read_object(file: Path) -> dict[str, list]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{file} must be an object: data set -> list of labels, or of templates")
+    for name, items in content.items():
+        if not isinstance(items, list) or not items:
+            raise ValueError(f"{file}: {name} must be a list of labels or templates, it is {str(items)[:40]!r}")
+    return content
+
+
+def _is_template(text: str) -> bool:
+    return "{}" in text or "{c}" in text
+
+
+def _braces(template: str) -> str:
+    return template.replace("{c}", "{}")
+
+
+def _synonyms(label: Any) -> str | tuple[str, ...]:
+    if isinstance(label, str):
+        return label
+    if isinstance(label, list) and label and all(isinstance(name, str) for name in label):
+        return tuple(label)
+    raise ValueError(f"a label is a name or a list of names, not {str(label)[:40]!r}")

@@ -1,0 +1,84 @@
+"""What every form of test set is described by: the card that is known beforehand, and what was found on a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ssmclip.registry import Registry
+
+SORTED = "sorted"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a data set without its files.
+
+    kind: "classification" or "retrieval"; metric: the headline one; test_size: images in the whole test set (0: not
+    known); split: the part of the data set that is tested on;
+    classnames: in label order; templates: prompts with {} for the class name; either may instead say where they are
+    ("open_clip:NAME", "clip_benchmark:KEY"), and where there are no classnames the files bring `classes` of them;
+    layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
+    folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
+    the label order; "timm:NAME": WordNet ids that timm lists).
+    """
+
+    name: str
+    title: str
+    citation: str
+    source: str
+    licence: str
+    kind: str
+    metric: str
+    test_size: int
+    layouts: tuple[str, ...]
+    classnames: tuple[str, ...] | str = ()
+    templates: tuple[str, ...] | str = ()
+    aliases: tuple[str, ...] = ()
+    folders: tuple[str, ...] | str = ()
+    classes: int = 0
+    split: str = "test"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
+
+    classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
+    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know.
+    """
+
+    where: str
+    pictures: Sequence  # of PIL images; what checks types would open one, which may not be possible
+    keys: list[str]
+    labels: list[int] | None = None
+    captions: list[list[str]] | None = None
+    classnames: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    groups: list[str] | None = None
+    files: tuple[Path, ...] = field(default=(), repr=False)
+    said: str = ""
+
+
+# A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
+# ValueError or FileNotFoundError.
+LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry("layout")
+
+
+class Pictures(Sequence):
+    """Pictures opened one at a time, by a function of the number."""
+
+    def __init__(self, count: int, get: Callable[[int], Image.Image]):
+        self.count, self.get = count, get
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.get(index)

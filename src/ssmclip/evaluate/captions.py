@@ -1,0 +1,83 @@
+"""How much of a caption a text tower sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from ssmclip.results import Result
+
+ROOM = 4096  # tokens: more than any word or caption here has
+BATCH = 512
+
+
+def token_counts(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, with those that mark its start and end, nothing cut off."""
+    pad = tokenizer([""], context_length=ROOM)[0, -1]
+    counts = []
+    for start in range(0, len(texts), BATCH):
+        tokens = tokenizer(list(texts[start : start + BATCH]), context_length=ROOM)
+        places = torch.arange(1, ROOM + 1)
+        counts += ((tokens != pad) * places).amax(dim=1).tolist()  # the last that isn't filling
+    return counts
+
+
+def words_seen(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: int | None) -> list[int]:
+    """How many words of each text, parted by spaces, fit into `limit` tokens whole (None: all).
+
+    Byte pairs are merged within words, so a text's tokens are its words' tokens and those that mark start and end.
+    """
+    split = [text.split() for text in texts]
+    if limit is None:
+        return [len(words) for words in split]
+    vocabulary = list(dict.fromkeys(word for words in split for word in words))
+    marks, one = token_counts(tokenizer, ["", "a"])
+    # Behind another word, for a word's first piece is another at the start of a text.
+    cost = dict(zip(vocabulary, token_counts(tokenizer, [f"a {word}" for word in vocabulary]), strict=True))
+    seen = []
+    for words in split:
+        totals = accumulate((cost[word] - one for word in words), initial=marks)
+        seen.append(sum(total <= limit for total in totals) - 1 if words else 0)
+    return seen
+
+
+def cut_at(tokenizer: Callable[..., Tensor], limit: int) -> Callable[[list[str]], Tensor]:
+    """The tokenizer with texts cut after `limit` tokens, filled up to its own width: towers may want all of it."""
+    width = getattr(tokenizer, "context_length", None) or limit
+    filling = tokenizer([""], context_length=ROOM)[0, -1].item()
+
+    def cut(texts: list[str]) -> Tensor:
+        return torch.nn.functional.pad(tokenizer(texts, context_length=limit), (0, width - limit), value=filling)
+
+    return cut
+
+
+def longer_than(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: int) -> bool:
+    """Whether the tower sees tokens of a text beyond `limit`: its own limit is higher, and some text is longer."""
+    own = getattr(tokenizer, "context_length", limit)
+    if own is not None and own <= limit:
+        return False
+    longest = sorted(texts, key=len)[-64:]
+    return max(token_counts(tokenizer, longest)) > limit
+
+
+def caption_rows(model: str, task: str, tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> list[Result]:
+    """Rows of one text tower on a list of captions: words there are, words it sees, share of captions it sees whole."""
+    limit = getattr(tokenizer, "context_length", None)
+    words = [len(text.split()) for text in texts]
+    seen = words_seen(tokenizer, texts, limit)
+    tokens = token_counts(tokenizer, texts)
+    values = {
+        "words": mean(words),
+        "tokens": mean(tokens),
+        "words_seen": mean(seen),
+        "whole_captions": mean(s == w for s, w in zip(seen, words, strict=True)),
+    }
+    extra = {"context_length": limit}
+    return [
+        Result(model, task, "", metric, float(value), n=len(texts), extra=extra) for metric, value in values.items()
+    ]

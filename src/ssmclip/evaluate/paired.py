@@ -1,0 +1,71 @@
+"""Two models on the same images: the difference, its interval, and whether it could be chance.
+
+n images · r bootstrap resamples
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from ssmclip.evaluate.cache import texts_hash
+from ssmclip.evaluate.metrics import bootstrap_interval
+from ssmclip.results import Result
+
+
+def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> dict[str, Any]:
+    """What a row keeps of which images were right: a bit each, and a hash of which images they are."""
+    bits = np.packbits(right.cpu().numpy()).tobytes()
+    return {"right": base64.b64encode(bits).decode("ascii"), "images": texts_hash(keys)}
+
+
+def unmarked(row: Result) -> Bool[Tensor, " n"]:
+    """The inverse of `marked`, from a row whose n is the number of images."""
+    bits = np.frombuffer(base64.b64decode(row.extra["right"]), np.uint8)
+    return torch.from_numpy(np.unpackbits(bits, count=row.n).astype(bool))
+
+
+def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> float:
+    """Two-sided exact p value: of the images that only one model has right, each is as likely the one's as the other's.
+
+    >>> mcnemar(torch.tensor([True] * 9 + [False]), torch.tensor([False] * 9 + [True]))
+    0.021484375
+    """
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n)
+
+
+def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
+    """A row for each two models with a measure of the same images: model is the first, condition "minus SECOND".
+
+    The value is the difference of the fractions right, its interval resamples the images both saw; `extra` has the
+    exact p value of McNemar's test and how many images only one of the two had right. Rows that don't say which images
+    were right are left out, and two models that saw different images are not compared.
+    """
+    having = [row for row in rows if "right" in row.extra and row.n]
+    made = []
+    for first, second in combinations(having, 2):
+        same = all(getattr(first, name) == getattr(second, name) for name in ("task", "condition", "metric", "n"))
+        if not same or first.model == second.model or first.extra["images"] != second.extra["images"]:
+            continue
+        a, b = unmarked(first), unmarked(second)
+        gain = a.double() - b.double()
+        low, high = bootstrap_interval(lambda w, gain=gain: w @ gain / w.sum(-1), len(gain), seed=seed)
+        condition = ", ".join(filter(None, [first.condition, f"minus {second.model}"]))
+        extra = {
+            "mcnemar_p": mcnemar(a, b),
+            "only_first": int((a & ~b).sum()),
+            "only_second": int((b & ~a).sum()),
+        }
+        metric = f"{first.metric}_difference"
+        made.append(Result(first.model, first.task, condition, metric, gain.mean().item(), low, high, first.n, extra))
+    return made

@@ -1,0 +1,63 @@
+"""Whose rules an evaluation follows: what is asked, and how pictures are brought to size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from ssmclip.data.prompts import Prompts, clip_benchmark_prompts
+from ssmclip.registry import Registry
+
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """prompts: those given on the command line -> those asked; preprocess: (model, its own, kind of task, pixels or
+    None for the model's) -> the one used."""
+
+    prompts: Callable[[Prompts | None], Prompts | None]
+    preprocess: Callable[[nn.Module, Any, str, int | None], Any]
+
+
+PROTOCOLS: Registry[Protocol] = Registry("protocol")
+
+
+def _its_own(model: nn.Module, preprocess: Any, kind: str, image_size: int | None) -> Any:
+    return preprocess
+
+
+def _paper_prompts(prompts: Prompts | None) -> Prompts:
+    if prompts is None:
+        raise ValueError(
+            "the protocol clip-mamba asks SLIP's prompts: give --prompts FOLDER with labels.json and templates.json of "
+            "https://github.com/facebookresearch/SLIP (MIT licence)"
+        )
+    return prompts
+
+
+def _paper_preprocess(model: nn.Module, preprocess: Any, kind: str, image_size: int | None) -> Any:
+    """Shorter side to size (bilinear; for retrieval bicubic), centre crop, ImageNet's mean and deviation."""
+    size = image_size or getattr(getattr(model, "visual", None), "image_size", None) or 224
+    return open_clip.image_transform(
+        size,
+        is_train=False,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        interpolation="bicubic" if kind == "retrieval" else "bilinear",
+        resize_mode="shortest",
+    )
+
+
+def _benchmark_prompts(prompts: Prompts | None) -> Prompts:
+    return prompts or clip_benchmark_prompts()
+
+
+PROTOCOLS.register(OWN)(Protocol(lambda prompts: prompts, _its_own))
+PROTOCOLS.register("clip-mamba")(Protocol(_paper_prompts, _paper_preprocess))
+PROTOCOLS.register("clip-benchmark")(Protocol(_benchmark_prompts, _its_own))

@@ -1,0 +1,46 @@
+"""Several processes on one task: each takes whole batches in turn: every batch is what one would make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def rank() -> tuple[int, int]:
+    """(this process's number, how many there are); (0, 1) when nothing was launched."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def launched(device: str) -> tuple[int, str]:
+    """Join the processes `accelerate launch` or torchrun started, if one did: this one's number, and its device.
+
+    device: of each, as asked for; "cuda" becomes each process's own.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, device
+    state = PartialState(cpu=device == "cpu")
+    return state.process_index, str(state.device) if device == "cuda" else device
+
+
+def share(batches: Sequence[T]) -> Sequence[T]:
+    """This process's batches."""
+    number, count = rank()
+    return batches[number::count]
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process gave, in the order of the processes. Collective."""
+    _, count = rank()
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,34 @@
+"""Numbers others have published, for standing beside measured ones. Percent; parameters of image towers in millions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's line: its parameters in millions (of the image tower), and its numbers in the table's columns."""
+
+    model: str
+    parameters: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table. columns: names of data sets' cards."""
+
+    source: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def _read(name: str) -> Table:
+    content = json.loads((resources.files("ssmclip") / name).read_text(encoding="utf-8"))
+    rows = tuple(Row(row["model"], float(row["parameters"]), tuple(row["values"])) for row in content["rows"])
+    return Table(content["source"], tuple(content["columns"]), rows)
+
+
+TABLE1 = _read("published.json")
