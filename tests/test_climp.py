@@ -1,20 +1,30 @@
 """CLIMP: its published towers and preprocessing, its language model's tokenizer, and the way into files and back."""
 
+import dataclasses
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
 import ssmclip
+from ssmclip.config import DataConfig, LoggingConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from ssmclip.models import build_preprocess, build_tokenizer, clip_config, create_clip
 from ssmclip.models.tokenizer import LanguageModelTokenizer, find_tokenizer
+from ssmclip.train.build import load_start, model_config
 
 transformers = pytest.importorskip("transformers")
 
 # name: Hugging Face's config of the published language model
 CLIMPS = {
     "CLIMP-Mamba1": transformers.MambaConfig(vocab_size=50280, hidden_size=2048, num_hidden_layers=48),
+    "CLIMP-Mamba2": transformers.Mamba2Config(
+        vocab_size=50288, hidden_size=2048, num_hidden_layers=48, num_heads=64, head_dim=64, n_groups=1
+    ),
 }
 # CLIMP's name of a part: open_clip's.
 PARTS = {
@@ -34,6 +44,7 @@ def tiny_climp(text_config: dict, embed_dim: int = 24) -> dict:
     model_cfg["embed_dim"] = embed_dim
     model_cfg["vision_cfg"]["timm_model_name"] = "test_vmamba"
     known = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "state_size", "num_heads", "head_dim")
+    known += ("n_groups",)
     model_cfg["text_cfg"]["mamba"] = {key: text_config[key] for key in known if key in text_config}
     return config
 
@@ -135,6 +146,75 @@ def test_a_saved_climp_loads_with_the_tokenizer_beside_it(tokenizer_file, tmp_pa
     torch.testing.assert_close(loaded.encode_text(text), model.encode_text(text))
     image = preprocess(Image.effect_noise((50, 40), 60).convert("RGB"))[None]
     torch.testing.assert_close(loaded.encode_image(image), model.encode_image(image))
+
+
+# ---- training
+
+
+class FourPairs:
+    """A stream of the same four pairs."""
+
+    def __init__(self, config, architecture, size, rank=0, world_size=1, cursor=None):
+        self.images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+        self.texts = build_tokenizer(architecture)(["cat", "dog", "red dog", "blue cat cat"])
+        self.skipped, self.skipped_examples, self.cursor = {}, {}, None
+
+    def __next__(self):
+        return SimpleNamespace(images=self.images, texts=self.texts, keys=["a", "b", "c", "d"])
+
+    def close(self):
+        pass
+
+
+def a_language_model(folder):
+    """Random weights and a tokenizer of six words, as from the hub."""
+    fields = dict(vocab_size=16, hidden_size=8, num_hidden_layers=2, num_heads=2, head_dim=8, n_groups=1, state_size=4)
+    torch.manual_seed(1)
+    model = transformers.Mamba2Model(transformers.Mamba2Config(**fields)).eval()
+    model.save_pretrained(folder)
+    words = {w: i for i, w in enumerate(["<pad>", "cat", "dog", "red", "blue", "<unk>"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model, {"model_type": "mamba2", **fields}
+
+
+def test_a_run_keeps_a_frozen_language_model_and_its_tokenizer(tmp_path, monkeypatch):
+    from ssmclip.train import loop, train
+
+    source, out = tmp_path / "language_model", tmp_path / "run"
+    source.mkdir()
+    theirs, fields = a_language_model(source)
+    monkeypatch.setattr(loop, "open_stream", FourPairs)
+    text_cfg = {"hf_tokenizer_name": str(source), "mamba": fields, "context_length": 5}
+    changes = {"embed_dim": 16, "vision_cfg": {"timm_model_name": "test_vmamba"}, "text_cfg": text_cfg}
+    config = TrainConfig(
+        steps=3,
+        batch_size=4,
+        device="cpu",
+        model=ModelConfig(name="CLIMP-VMamba-T-Mamba2-130m", changes=changes, drop_path_rate=0.0),
+        data=DataConfig(image_sizes=((0.0, 32),)),
+        optimiser=OptimiserConfig(lr=1e-2, weight_decay=0.5),
+        schedule=ScheduleConfig(warmup_steps=0),
+        logging=LoggingConfig(tensorboard=False, progress=False),
+    )
+    model = dataclasses.replace(config.model, text_weights=str(source), freeze_text=True)
+    train(dataclasses.replace(config, model=model), out)
+    shutil.rmtree(source)  # the run has all it needs
+    trained, _, tokenizer = ssmclip.load(out)
+    assert tokenizer(["blue cat zebra"]).tolist() == [[4, 1, 5, 0, 0]]
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(trained.text.transformer.state_dict()[name], value), name
+    torch.manual_seed(config.seed)
+    fresh = create_clip(model_config(config))
+    for name in ("text.proj.weight", "visual.head.proj.weight", "visual.trunk.layers.0.blocks.0.op.in_proj.weight"):
+        assert not torch.equal(trained.state_dict()[name], fresh.state_dict()[name]), name
+
+
+def test_only_mamba_towers_start_from_a_language_model():
+    config = TrainConfig(model=ModelConfig(name="CLIP-ViT-Nano", text_weights="somewhere"))
+    with pytest.raises(ValueError, match="CLIP-ViT-Nano has none"):
+        load_start(create_clip("CLIP-ViT-Nano"), config, None)
 
 
 @torch.no_grad()

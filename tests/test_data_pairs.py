@@ -4,7 +4,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,6 +140,35 @@ def test_passes_are_ordered_differently_and_mixed(shards):
     assert first.keys != second.keys
     assert first.keys != sorted(first.keys)
     assert opened(shards, 50, shuffle_buffer=20, seed=1).__next__().keys != first.keys
+
+
+def test_several_captions_of_an_image_stand_together_and_none_comes_twice_while_there_are_others(tmp_path):
+    files = {name: data for n in range(20) for name, data in sample(n, captions=2 + n % 4).items()}
+    write_tar(tmp_path / "a.tar", files)
+    loader = opened(tmp_path / "a.tar", 10, captions_per_image=3)
+    drawn = defaultdict(list)
+    for batch in take(loader, 200):
+        captions = captions_of(batch)
+        assert len(captions) == 30
+        for key, three in zip(batch.keys, zip(captions[::3], captions[1::3], captions[2::3], strict=True), strict=True):
+            assert {c.split(" of ")[1] for c in three} == {str(int(key))}
+            numbers = [int(c.split()[1]) for c in three]
+            assert len(set(numbers)) == min(3, 2 + int(key) % 4)
+            drawn[2 + int(key) % 4].append(numbers)
+    for captions, threes in drawn.items():  # any of them as often as any other, in every place
+        for place in range(3):
+            assert chisquare(np.bincount([three[place] for three in threes], minlength=captions)).pvalue > 1e-3
+
+
+def test_views_of_an_image_stand_together_and_differ(shards):
+    one, two = (take(opened(shards, 5, views_per_image=views), 10) for views in (1, 2))
+    for single, double in zip(one, two, strict=True):
+        assert double.keys == single.keys
+        assert torch.equal(double.texts, single.texts)
+        assert torch.equal(double.images[::2], single.images)  # the first view is what there is without a second
+    crops = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), color_jitter=0.5)
+    batch = next(opened(shards, 5, transform=crops, views_per_image=2))
+    assert all(not torch.equal(a, b) for a, b in zip(batch.images[::2], batch.images[1::2], strict=True))
 
 
 def test_pictures_and_captions_belong_to_their_key(shards):

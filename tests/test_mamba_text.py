@@ -7,13 +7,17 @@ from torch import nn
 
 from ssmclip import ops
 from ssmclip.models import CheckpointError
+from ssmclip.models.mamba import Mamba2
 from ssmclip.models.mamba_text import LanguageModel, MambaText, left_align, load_language_model, read_config
 from ssmclip.registry import UnknownName
 
 transformers = pytest.importorskip("transformers")
 
 # kind: transformers' names of it, then fields, the second set away from every default
-KINDS = {"mamba": ("MambaConfig", "MambaModel", "MambaForCausalLM")}
+KINDS = {
+    "mamba": ("MambaConfig", "MambaModel", "MambaForCausalLM"),
+    "mamba2": ("Mamba2Config", "Mamba2Model", "Mamba2ForCausalLM"),
+}
 FIELDS = {
     "mamba": [
         dict(vocab_size=90, hidden_size=40, num_hidden_layers=2),
@@ -28,6 +32,24 @@ FIELDS = {
             layer_norm_epsilon=1e-3,
             use_bias=True,
             use_conv_bias=False,
+        ),
+    ],
+    "mamba2": [
+        dict(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1),
+        dict(
+            vocab_size=70,
+            hidden_size=24,
+            num_hidden_layers=3,
+            state_size=5,
+            expand=3,
+            num_heads=6,
+            head_dim=12,
+            n_groups=2,
+            conv_kernel=3,
+            layer_norm_epsilon=1e-3,
+            use_bias=True,
+            use_conv_bias=False,
+            time_step_limit=(0.02, 0.6),
         ),
     ],
 }
@@ -53,6 +75,18 @@ def ours(kind, fields, model):
     return mine
 
 
+class GatedNorm(nn.Module):
+    """transformers' MambaRMSNormGated without its casts."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.weight, self.eps, self.size = original.weight, original.variance_epsilon, original.group_size
+
+    def forward(self, y, gate):
+        y = (y * gate / (1 + torch.exp(-gate))).unflatten(-1, (-1, self.size))
+        return self.weight * (y / (y.square().mean(-1, keepdim=True) + self.eps).sqrt()).flatten(-2)
+
+
 @pytest.fixture
 def in_float64(monkeypatch):
     """transformers' Mamba with its fixed casts to float32 made casts to float64."""
@@ -64,6 +98,8 @@ def in_float64(monkeypatch):
                     norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
                     norm.weight = child.weight
                     setattr(module, name, norm)
+                elif type(child).__name__ == "MambaRMSNormGated":
+                    setattr(module, name, GatedNorm(child))
         return model.double()
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -130,6 +166,13 @@ def test_a_folder_that_is_no_language_model_says_so(tmp_path):
         load_language_model(tmp_path)
 
 
+def test_heads_that_do_not_come_out_even_are_named():
+    with pytest.raises(ValueError, match=r"num_heads=7 times head_dim=8 must be expand=2 times hidden_size=32"):
+        read_config({"model_type": "mamba2", "hidden_size": 32, "num_heads": 7, "head_dim": 8})
+    with pytest.raises(ValueError, match="64 inner channels do not make heads of 8 in 3 groups"):
+        Mamba2(32, head_dim=8, n_groups=3)
+
+
 # ---- pooling and padding
 
 TEXTS = [[5, 9, 3], [7], [4, PAD, 8, 8, 2, 6, 5], [3, 3]]
@@ -189,8 +232,9 @@ def test_left_align_moves_every_text_to_the_front():
     assert last.tolist() == [2, 1, 0]
 
 
-def test_a_traced_tower_gives_the_same_embeddings_at_the_padded_length():
-    text = tower("mamba")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_traced_tower_gives_the_same_embeddings_at_the_padded_length(kind):
+    text = tower(kind)
     import jaxtyping
 
     jaxtyping.config.update("jaxtyping_disable", True)  # shape checks exist in tests only, and cannot be traced
@@ -235,8 +279,9 @@ def test_locking_freezes_the_language_model_and_not_the_projection():
     assert learning() == projection | norms
 
 
-def test_bfloat16_stays_near_float32():
-    text = tower("mamba")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_stays_near_float32(kind):
+    text = tower(kind)
     with torch.no_grad():
         truth = text(padded(TEXTS, 9))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -249,19 +294,47 @@ def test_bfloat16_stays_near_float32():
 
 @pytest.mark.parametrize(("length", "taps"), [(1, 4), (3, 4), (17, 4), (17, 1), (0, 2)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_causal_conv_equals_a_padded_convolution(length, taps, channels_last):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_causal_conv_equals_a_padded_convolution(length, taps, channels_last, with_bias):
     torch.manual_seed(0)
     x = torch.randn(2, 6, length, dtype=torch.float64)
-    if channels_last:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    weight, bias = torch.randn(6, taps, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    if channels_last:  # and apart, as a block cuts them out of one projection
+        x = torch.cat([x, x], 1).transpose(1, 2).contiguous().transpose(1, 2)[:, 6:]
+    weight = torch.randn(6, taps, dtype=torch.float64)
+    bias = torch.randn(6, dtype=torch.float64) if with_bias else None
     y = ops.causal_conv1d(x, weight, bias)
     truth = F.conv1d(F.pad(x, (taps - 1, 0)), weight[:, None], bias, groups=6) if length else x
     torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ops.causal_conv1d(x, weight, bias, backend="reference"), truth, rtol=1e-12, atol=1e-12)
     if length > 1:
         assert (y.stride(1) == 1) == channels_last
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    inputs = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
     assert torch.autograd.gradcheck(ops.causal_conv1d, inputs)
+    if length == 3:
+        assert torch.autograd.gradgradcheck(ops.causal_conv1d, inputs)
+
+
+def test_gradients_of_a_wide_causal_conv_equal_those_of_a_padded_convolution():
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 700, requires_grad=True)  # several blocks of channels
+    weight, bias = torch.randn(700, 4, requires_grad=True), torch.randn(700, requires_grad=True)
+    upstream = torch.randn(3, 50, 700)
+
+    def gradients(conv):
+        y = conv(x.transpose(1, 2)).transpose(1, 2)
+        return torch.autograd.grad(y, (x, weight, bias), upstream)
+
+    wanted = gradients(lambda x: F.conv1d(F.pad(x, (3, 0)), weight[:, None], bias, groups=700))
+    got = gradients(lambda x: ops.causal_conv1d(x, weight, bias))
+    assert max(relative(g, w) for g, w in zip(got, wanted, strict=True)) < 1e-6
+
+
+# opcheck itself looks at .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_the_convolution_keeps_pytorchs_rules():
+    x = torch.randn(2, 5, 6).transpose(1, 2).requires_grad_()
+    weight, bias = torch.randn(6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
+    torch.library.opcheck(torch.ops.ssmclip.causal_conv1d.default, (x, weight, bias))
 
 
 def test_causal_conv_says_what_does_not_fit():

@@ -23,7 +23,7 @@ from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.checkpoint import checkpoints, load_training_state, save_checkpoint
 from ssmclip.train.ema import Ema, ema_decay
 from ssmclip.train.objective import build_loss, clamp_logit_scale
-from ssmclip.train.optimiser import build_optimiser, decays, lr_schedule
+from ssmclip.train.optimiser import build_optimiser, decays, lr_schedule, set_lr
 from ssmclip.train.progress import Measured, Watch, truncate_rows
 from ssmclip.train.state import same_rng_after, seed_everything
 
@@ -156,6 +156,27 @@ def test_every_parameter_is_in_one_group_and_undecayed_ones_do_not_shrink(tiny_c
     for name, p in model.named_parameters():  # AdamW on a zero gradient: decay and nothing else
         factor = 1 - config.lr * 0.5 if decays("ssm", name, p) else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor, msg=name)
+
+
+@pytest.mark.parametrize("name", ["CLIP-ViT-Nano", "CLIP-VMamba-Nano", "CLIMP-Nano"])
+def test_text_tower_and_image_blocks_have_learning_rates_of_their_own(name):
+    config = tiny(f"model.name={name}", "model.changes={}", "text_lr_scale=0.1", "block_lr_scale=0.5", "lr=0.01")
+    model = models.create_clip(name)
+    optimiser = build_optimiser(model, config.optimiser)
+    set_lr(optimiser, 0.02)
+    rates = {id(p): group["lr"] for group in optimiser.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    of_text = model.text if name.startswith("CLIMP") else model
+    outside = {id(p) for n, p in of_text.named_parameters() if n in ("proj.weight", "proj.bias", "text_projection")}
+    outside |= {id(p) for p in (*model.visual.parameters(), model.logit_scale)}
+    trunk = model.visual.trunk
+    stages = trunk.layers if hasattr(trunk, "layers") else [trunk]
+    blocks = {id(p) for stage in stages for p in stage.blocks.parameters()}
+    assert len(rates) == sum(1 for _ in model.parameters())
+    for full_name, p in model.named_parameters():
+        expected = 0.01 if id(p) in blocks else 0.02 if id(p) in outside else 0.002
+        assert rates[id(p)] == pytest.approx(expected), full_name
+        assert (decay[id(p)] > 0) == decays("ssm", full_name, p), full_name
 
 
 def test_logit_scale_is_clamped():

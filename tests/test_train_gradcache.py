@@ -18,12 +18,12 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-def pairs():
+def pairs(captions=1, views=1):
     generator = torch.Generator().manual_seed(3)
-    texts = torch.zeros(BATCH, CONTEXT, dtype=torch.long)
-    texts[:, :5] = torch.randint(1, 49405, (BATCH, 5), generator=generator)
+    texts = torch.zeros(BATCH * captions, CONTEXT, dtype=torch.long)
+    texts[:, :5] = torch.randint(1, 49405, (BATCH * captions, 5), generator=generator)
     texts[:, 5] = 49407
-    return torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64), texts
+    return torch.randn(BATCH * views, 3, 32, 32, generator=generator, dtype=torch.float64), texts
 
 
 def gradients(model):
@@ -31,16 +31,17 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-@pytest.mark.parametrize("micro_batch", [1, 4, 5])
-def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, kind, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "captions", "views"), [(1, 1, 1), (4, 1, 1), (5, 1, 1), (5, 3, 2)])
+def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, kind, micro_batch, captions, views):
     model = tiny_clip[0].double().train()
     if kind == "siglip":
         model.logit_bias = nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
-    other, (images, texts) = copy.deepcopy(model), pairs()
+    other, (images, texts) = copy.deepcopy(model), pairs(captions, views)
+    loss = build_loss(kind, captions=captions, views=views, view_weight=0.5 if views > 1 else 0.0)
 
-    whole = build_loss(kind)(**model(images, texts))
+    whole = loss(**model(images, texts))
     whole.backward()
-    cached = backward(accelerator, other, build_loss(kind), images, texts, micro_batch)
+    cached = backward(accelerator, other, loss, images, texts, micro_batch)
 
     assert cached.item() == pytest.approx(whole.item(), rel=1e-12)
     expected, got = gradients(model), gradients(other)
@@ -48,6 +49,29 @@ def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, 
     assert "logit_scale" in got
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_views_and_captions_give_the_mean_loss_and_two_views_that_between_them(kind):
+    generator = torch.Generator().manual_seed(0)
+    image = nn.functional.normalize(torch.randn(6, 2, 8, generator=generator, dtype=torch.float64), dim=-1)
+    text = nn.functional.normalize(torch.randn(6, 3, 8, generator=generator, dtype=torch.float64), dim=-1)
+    scale = {"logit_scale": torch.tensor(7.0, dtype=torch.float64)}
+    if kind == "siglip":
+        scale["logit_bias"] = torch.tensor(-3.0, dtype=torch.float64)
+
+    def by_the_formula(a, b):
+        logits = scale["logit_scale"] * a @ b.T
+        if kind == "clip":
+            return -(logits.softmax(1).diag().log() + logits.softmax(0).diag().log()).mean() / 2
+        signs = 2 * torch.eye(6, dtype=torch.float64) - 1
+        return -nn.functional.logsigmoid(signs * (logits + scale["logit_bias"])).sum() / 6
+
+    expected = sum(by_the_formula(image[:, v], text[:, c]) for v in range(2) for c in range(3)) / 6
+    expected += 0.3 * by_the_formula(image[:, 0], image[:, 1])
+    loss = build_loss(kind, views=2, captions=3, view_weight=0.3)
+    value = loss(image_features=image.reshape(12, 8), text_features=text.reshape(18, 8), **scale)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
 class Noisy(nn.Module):

@@ -27,12 +27,14 @@ from ssmclip.registry import UnknownName
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network, made by `ssmclip.models.create_clip`, with fresh weights."""
+    """The network, made by `ssmclip.models.create_clip`, with fresh weights unless said otherwise."""
 
     name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
     drop_path_rate: float | None = None  # stochastic depth at the deepest block, in [0, 1); None: the model's own
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
+    text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
+    freeze_text: bool = False  # the text tower keeps the weights it starts with; its projection learns
     changes: dict[str, Any] = field(default_factory=dict)  # merged into the model's configuration, open_clip's form
 
 
@@ -54,6 +56,8 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
     workers: int = 0  # processes that decode images, per training process; 0: the training process itself
     shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
+    captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
+    views_per_image: int = 1  # augmented differently, each time an image is seen; the loss is the mean of theirs
 
     def __post_init__(self):
         starts = [start for start, _ in self.image_sizes]
@@ -71,6 +75,8 @@ class OptimiserConfig:
     """AdamW."""
 
     lr: float = 1e-3  # at the end of the warm-up
+    block_lr_scale: float = 1.0  # the learning rate of the image tower's residual blocks, over lr
+    text_lr_scale: float = 1.0  # the text tower's learning rate, its projection's apart, over lr
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -93,6 +99,7 @@ class LossConfig:
 
     kind: Literal["clip", "siglip"] = "clip"  # softmax over the batch, or a sigmoid for every pair
     micro_batch: int | None = None  # pairs embedded at a time per process (GradCache); None: the whole batch
+    view_weight: float = 0.0  # of the loss between two views of an image, added (SLIP); needs views_per_image > 1
     max_logit_scale: float = 100.0  # logit_scale is clamped to [0, ln of this] after every step
 
 
@@ -153,6 +160,9 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {
             "steps": (self.steps, 1),
+            "data.captions_per_image": (self.data.captions_per_image, 1),
+            "data.views_per_image": (self.data.views_per_image, 1),
+            "loss.view_weight": (self.loss.view_weight, 0),
             "batch_size": (self.batch_size, 1),
             "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
             "checkpoint.every": (self.checkpoint.every, 1),
@@ -163,6 +173,10 @@ class TrainConfig:
         for name, (value, least) in at_least.items():
             if value < least:
                 raise ValueError(f"{name}={value}: wanted at least {least}")
+        if self.loss.view_weight and self.data.views_per_image == 1:
+            raise ValueError(
+                f"loss.view_weight={self.loss.view_weight}: wanted 0, or data.views_per_image of 2 or more"
+            )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}"

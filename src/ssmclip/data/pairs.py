@@ -39,6 +39,8 @@ def open_pairs(
     world_size: int = 1,
     cursor: dict[str, Any] | None = None,
     shuffle_buffer: int = 2048,
+    captions_per_image: int = 1,
+    views_per_image: int = 1,
     cache_mib: int = 512,
     table_format: TableFormat | None = None,
 ) -> PairLoader:
@@ -47,11 +49,13 @@ def open_pairs(
     source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL),
         a csv, tsv or parquet table of (image, caption), or "synthetic:NAME".
     transform(picture, generator) -> (3, H, W), drawing from that generator only.
-    tokenize(B texts) -> int64 (B, context_length).
+    tokenize(n texts) -> int64 (n, context_length).
     workers: processes that prepare batches, 0: none. rank, world_size: this process among those that train together.
     cursor: a PairLoader's `.cursor`; the new loader continues with the batch after it, bit for bit. It takes the same
         source, seed, batch size, number of workers (0 and 1 are the same) and world size.
     shuffle_buffer: samples of a shard stream that are shuffled together, per reader.
+    captions_per_image: how many are drawn each time an image is seen, none twice while it has others.
+    views_per_image: how many times an image is transformed each time it is seen.
     cache_mib: memory for keeping the decoded pictures of a small source, over all workers; 0 keeps none.
         It never changes the batches.
 
@@ -64,7 +68,8 @@ def open_pairs(
     readers = max(workers, 1)
     cache_bytes = cache_mib * 2**20 // readers
     opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
-    preparation = Preparation(transform, tokenize, batch_size, seed, cache_bytes if opened.resident else 0)
+    cache_bytes = cache_bytes if opened.resident else 0
+    preparation = Preparation(transform, tokenize, batch_size, seed, captions_per_image, views_per_image, cache_bytes)
     return PairLoader(opened, preparation, workers, rank, world_size, cursor)
 
 

@@ -25,6 +25,7 @@ MIN_SIDE = 2  # one-pixel pictures are trackers that crawls pick up, not what th
 PASS_START = {"start": [0, 0], "taken": 0}
 
 State = dict[str, Any]
+Row = tuple[str, list[Any], list[str]]  # key, an image's views, its captions
 
 
 class NoUsableSamples(RuntimeError):
@@ -33,7 +34,11 @@ class NoUsableSamples(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """images: float (B, 3, H, W); texts: int64 (B, context_length); keys: the samples' names."""
+    """keys: the B samples' names.
+
+    images: float (B * views_per_image, 3, H, W), an image's views one after the other;
+    texts: int64 (B * captions_per_image, context_length), its captions likewise.
+    """
 
     images: torch.Tensor
     texts: torch.Tensor
@@ -58,6 +63,8 @@ class Preparation:
     tokenize: Callable[[list[str]], torch.Tensor]
     batch_size: int
     seed: int
+    captions_per_image: int = 1
+    views_per_image: int = 1
     cache_bytes: int = 0
 
 
@@ -107,7 +114,7 @@ class ReaderBatches(IterableDataset):
     def __iter__(self) -> Iterator[Made]:
         worker = get_worker_info()
         reader = ((worker.id if worker else 0) + self.turn) % len(self.states)
-        rows: list[tuple[str, Any, str]] = []
+        rows: list[Row] = []
         skips: list[tuple[str, str]] = []
         for row, state in self._usable(reader, skips):
             rows.append(row)
@@ -116,7 +123,7 @@ class ReaderBatches(IterableDataset):
                 rows.clear()
                 skips.clear()
 
-    def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[tuple[str, Any, str], State]]:
+    def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[Row, State]]:
         """Prepared samples, pass after pass, each with the state after it. Adds to `skips` what can't be used."""
         state = self.states[reader]
         while True:
@@ -145,8 +152,8 @@ class ReaderBatches(IterableDataset):
                 yield window[int(order[place])], {"pass": number, "start": list(start), "taken": place + 1}
             taken = 0
 
-    def _prepare(self, sample: Sample, number: int) -> tuple[str, Any, str]:
-        """(key, transformed picture, caption). Raises _Unusable."""
+    def _prepare(self, sample: Sample, number: int) -> Row:
+        """One sample's part of a batch. Raises _Unusable."""
         if sample.problem:
             raise _Unusable(sample.problem, sample, sample.detail)
         captions = [caption for caption in sample.captions if caption.strip()]
@@ -154,10 +161,11 @@ class ReaderBatches(IterableDataset):
             raise _Unusable("empty caption" if sample.captions else "no caption", sample)
         picture = self._decode(sample)
         generator = generator_for(self.preparation.seed, number, sample.key)
-        caption = captions[int(torch.randint(len(captions), (), generator=generator))]
+        drawn = _draw_captions(captions, self.preparation.captions_per_image, generator)
         transform = self.preparation.transform
         transform = transform.pixels if isinstance(transform, TrainTransform) else transform
-        return sample.key, transform(picture, generator), caption
+        views = [transform(picture, generator) for _ in range(self.preparation.views_per_image)]
+        return sample.key, views, drawn
 
     def _decode(self, sample: Sample) -> Image.Image | np.ndarray:
         """The picture in the form the transform takes: our own takes pixels, anyone else's gets a PIL picture."""
@@ -175,14 +183,24 @@ class ReaderBatches(IterableDataset):
             sample.image = picture
         return picture
 
-    def _batch(self, rows: list[tuple[str, Any, str]]) -> Batch:
-        keys, pictures, captions = zip(*rows, strict=True)
+    def _batch(self, rows: list[Row]) -> Batch:
+        keys = [key for key, _, _ in rows]
+        pictures = [view for _, views, _ in rows for view in views]
+        captions = [caption for _, _, drawn in rows for caption in drawn]
         transform = self.preparation.transform
         images = transform.normalise(pictures) if isinstance(transform, TrainTransform) else torch.stack(pictures)
-        return Batch(images, self.preparation.tokenize(list(captions)), list(keys))
+        return Batch(images, self.preparation.tokenize(captions), keys)
 
     def _nothing(self, unusable: Counter[str], skips: list[tuple[str, str]]) -> str:
         counts = ", ".join(f"{count} x {reason}" for reason, count in unusable.most_common()) or "it holds none"
         example = f"; for example {skips[-1][1]}" if skips else ""
         hint = "" if unusable else f"; {self.readers} readers (workers x ranks) may be too many for it"
         return f"a whole pass over {self.source.identity} gave no usable sample: {counts}{example}{hint}"
+
+
+def _draw_captions(captions: list[str], count: int, generator: torch.Generator) -> list[str]:
+    """`count` of them at random; where there are fewer, all of them as often as it takes, then some."""
+    if count == 1:
+        return [captions[int(torch.randint(len(captions), (), generator=generator))]]
+    order = torch.randperm(len(captions), generator=generator).tolist()
+    return [captions[order[i % len(order)]] for i in range(count)]

@@ -1,7 +1,15 @@
 """Encoders, all made by timm.create_model, and the CLIP models built from them."""
 
 from ssmclip.models import mamba_text, mambaout, simba, vit, vmamba
-from ssmclip.models.clip import build_preprocess, build_tokenizer, clip_config, create_clip, list_clips, load
+from ssmclip.models.clip import (
+    build_preprocess,
+    build_tokenizer,
+    clip_config,
+    create_clip,
+    list_clips,
+    load,
+    save_tokenizer,
+)
 from ssmclip.models.weights import CheckpointError, load_config, load_state, save_model
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "mamba_text",
     "mambaout",
     "save_model",
+    "save_tokenizer",
     "simba",
     "vit",
     "vmamba",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import open_clip
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from ssmclip.models.bag_of_words import BagOfWords
 from ssmclip.models.mamba_text import MambaText
 from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
 from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
@@ -78,8 +80,8 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     model_cfg = copy.deepcopy(config["model_cfg"])
     text_cfg = model_cfg.get("text_cfg", {})
     custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
-    if "mamba" in text_cfg:
-        model = _create_with_mamba(**model_cfg)
+    if "mamba" in text_cfg or text_cfg.get("layers") == 0:
+        model = _create_with_own_text(**model_cfg)
     else:
         model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
     if grad_checkpointing:
@@ -87,13 +89,18 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     return model
 
 
-def _create_with_mamba(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any) -> open_clip.CustomTextCLIP:
-    """text_cfg: the arguments of `MambaText`, and `hf_tokenizer_name`, which `build_tokenizer` reads."""
-    text_cfg.pop("hf_tokenizer_name", None)
+def _create_with_own_text(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any) -> open_clip.CustomTextCLIP:
+    """text_cfg: the arguments of `MambaText`, and `hf_tokenizer_name`, which `build_tokenizer` reads; or open_clip's
+    with `layers: 0`, which is a bag of words.
+    """
     # open_clip has no list of text towers to add one to: it makes its smallest, which ours replaces.
     smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     model = open_clip.CustomTextCLIP(embed_dim, text_cfg=smallest, output_dict=True, **model_cfg)
-    model.text = MambaText(embed_dim, **text_cfg)
+    if "mamba" in text_cfg:
+        text_cfg.pop("hf_tokenizer_name", None)
+        model.text = MambaText(embed_dim, **text_cfg)
+    else:
+        model.text = BagOfWords(embed_dim, *(text_cfg[key] for key in ("vocab_size", "width", "context_length")))
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
     return model
 
@@ -121,6 +128,16 @@ def build_tokenizer(
                 find_tokenizer(name), text_cfg.get("context_length"), text_cfg.get("pad_id", 0)
             )
     return open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length") or 77)
+
+
+def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
+    """Put a language model's tokenizer.json beside the weights in `folder`, where `load` looks first.
+
+    CLIP's own byte pairs come with the package: nothing to do for them. Raises FileNotFoundError as `build_tokenizer`.
+    """
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if "mamba" in text_cfg and text_cfg.get("hf_tokenizer_name"):
+        shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:

@@ -1,4 +1,4 @@
-"""The first Mamba's block: what SiMBA reads images with, and Mamba language models texts."""
+"""Mamba's blocks: the first reads images in SiMBA and texts in Mamba language models, the second texts."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ class Mamba(nn.Module):
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
         """Section 3.6 of the paper: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        _set_steps(self.dt_proj.bias, dt_min, dt_max)
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
@@ -70,6 +69,92 @@ class Mamba(nn.Module):
             delta_softplus=True,
         )
         return self.out_proj(rearrange(y, "b d l -> b l d"))
+
+
+class Mamba2(nn.Module):
+    """Mamba-2's block (Dao and Gu 2024, arXiv:2405.21060, section 7): all inputs of the scan from one projection.
+
+        in_proj -> causal depthwise conv of x, B, C -> SiLU -> ssd -> RMSNorm(y * SiLU(z)) -> out_proj
+
+    dim: channels in and out; d_state: N, states per channel; d_conv: positions the convolution sees; expand: inner
+    channels over dim; head_dim: inner channels that share a decay; n_groups: of heads that share B and C, each
+    normalised on its own; bias: of in_proj and out_proj; dt_limit: clamps the steps.
+    Parameters are named as in mamba_ssm. Raises ValueError where heads or groups do not come out even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        n_groups: int = 1,
+        bias: bool = False,
+        conv_bias: bool = True,
+        norm_eps: float = 1e-5,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+    ):
+        super().__init__()
+        inner = expand * dim
+        heads = inner // head_dim
+        if heads * head_dim != inner or heads % n_groups:
+            raise ValueError(f"{inner} inner channels do not make heads of {head_dim} in {n_groups} groups of as many")
+        self.inner, self.heads, self.d_state, self.n_groups, self.dt_limit = inner, heads, d_state, n_groups, dt_limit
+        mixed = inner + 2 * n_groups * d_state
+        self.in_proj = nn.Linear(dim, inner + mixed + heads, bias=bias)
+        self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, bias=conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.norm = GatedRMSNorm(inner, n_groups, norm_eps)
+        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
+        """As the authors do: A uniform in [-16, -1], D = 1, steps log-uniform in [dt_min, dt_max] at zero input."""
+        _set_steps(self.dt_bias, dt_min, dt_max)
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
+        self.D.fill_(1.0)
+
+    def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
+        z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.in_channels, self.heads], -1)
+        xbc = ops.causal_conv1d(rearrange(xbc, "b l d -> b d l"), self.conv1d.weight[:, 0], self.conv1d.bias)
+        of_states = self.n_groups * self.d_state
+        x, B, C = rearrange(F.silu(xbc), "b d l -> b l d").split([self.inner, of_states, of_states], -1)
+        y = ops.ssd(
+            rearrange(x, "b l (h p) -> b l h p", h=self.heads),
+            dt,
+            -torch.exp(at_least_float32(self.A_log)),
+            rearrange(B, "b l (g n) -> b l g n", g=self.n_groups),
+            rearrange(C, "b l (g n) -> b l g n", g=self.n_groups),
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+        )
+        return self.out_proj(self.norm(rearrange(y, "b l h p -> b l (h p)"), z))
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(y * SiLU(z)), each of so many groups of channels by itself; at least in float32."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.groups, self.eps = groups, eps
+
+    def forward(self, y: Float[Tensor, "*b c"], z: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        gated = (at_least_float32(y) * F.silu(at_least_float32(z))).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return self.weight * normed.to(y.dtype)
+
+
+def _set_steps(bias: Tensor, dt_min: float, dt_max: float) -> None:
+    """softplus(bias) log-uniform in [dt_min, dt_max]."""
+    dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Mamba language models as text towers.
 
-Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv:2312.00752, section 3.4).
-Fields and parameters are named as in Hugging Face's `MambaModel`, so that its checkpoints load as they are.
+Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv:2312.00752, section 3.4);
+Dao and Gu 2024, "Transformers are SSMs" (arXiv:2405.21060, section 7), Mamba-2.
+Fields and parameters are named as in Hugging Face's `MambaModel` and `Mamba2Model`, so that their checkpoints load as
+they are.
 
-    tokens -> embeddings -> blocks, x += Mamba(RMSNorm(x)) -> the last real token -> RMSNorm -> projection
+    tokens -> embeddings -> blocks, x += mixer(RMSNorm(x)) -> the last real token -> RMSNorm -> projection
 
 B batch · L positions · E embedding dimensions. There is no positional table: any length works.
 """
@@ -22,11 +24,11 @@ from jaxtyping import Float, Int
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ssmclip.models.mamba import Mamba, at_least_float32
+from ssmclip.models.mamba import Mamba, Mamba2, at_least_float32
 from ssmclip.models.weights import CheckpointError, load_into, load_state
 from ssmclip.registry import UnknownName
 
-__all__ = ["LanguageModel", "MambaConfig", "MambaText", "load_language_model"]
+__all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText", "load_language_model"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +46,72 @@ class MambaConfig:
     use_bias: bool = False  # of in_proj and out_proj
     use_conv_bias: bool = True
 
+    def make_mixer(self) -> Mamba:
+        return Mamba(
+            self.hidden_size,
+            d_state=self.state_size,
+            d_conv=self.conv_kernel,
+            expand=self.expand,
+            dt_rank=None if self.time_step_rank == "auto" else self.time_step_rank,
+            bias=self.use_bias,
+            conv_bias=self.use_conv_bias,
+        )
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2. The fields and defaults of Hugging Face's `Mamba2Config` that decide what is computed.
+
+    A checkpoint's shapes alone give n_groups * state_size, not the two. All published models have one group.
+    """
+
+    vocab_size: int = 32768  # rows of the token table
+    hidden_size: int = 4096  # width between blocks
+    num_hidden_layers: int = 64
+    state_size: int = 128  # N, states per channel
+    num_heads: int = 128  # num_heads * head_dim = expand * hidden_size
+    head_dim: int = 64  # channels that share a decay
+    n_groups: int = 8  # of heads that share B and C
+    expand: int = 2  # inner channels over hidden_size
+    conv_kernel: int = 4  # positions the convolution sees
+    layer_norm_epsilon: float = 1e-5
+    use_bias: bool = False  # of in_proj and out_proj
+    use_conv_bias: bool = True
+    time_step_limit: tuple[float, float] = (0.0, math.inf)  # of the steps, after the softplus
+
+    def __post_init__(self):
+        if self.num_heads * self.head_dim != self.expand * self.hidden_size:
+            raise ValueError(
+                f"num_heads={self.num_heads} times head_dim={self.head_dim} must be expand={self.expand} times "
+                f"hidden_size={self.hidden_size}"
+            )
+
+    def make_mixer(self) -> Mamba2:
+        return Mamba2(
+            self.hidden_size,
+            d_state=self.state_size,
+            d_conv=self.conv_kernel,
+            expand=self.expand,
+            head_dim=self.head_dim,
+            n_groups=self.n_groups,
+            bias=self.use_bias,
+            conv_bias=self.use_conv_bias,
+            norm_eps=self.layer_norm_epsilon,
+            dt_limit=self.time_step_limit,
+        )
+
 
 # model_type in a checkpoint's config.json: what builds it
-CONFIGS: dict[str, type] = {"mamba": MambaConfig}
+CONFIGS: dict[str, type] = {"mamba": MambaConfig, "mamba2": Mamba2Config}
 
 
 class Block(nn.Module):
-    """x += Mamba(RMSNorm(x)). The sum is at least float32 whatever the weights are."""
+    """x += mixer(RMSNorm(x)). The sum is at least float32 whatever the weights are."""
 
-    def __init__(self, config: MambaConfig):
+    def __init__(self, config: MambaConfig | Mamba2Config):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = Mamba(
-            config.hidden_size,
-            d_state=config.state_size,
-            d_conv=config.conv_kernel,
-            expand=config.expand,
-            dt_rank=None if config.time_step_rank == "auto" else config.time_step_rank,
-            bias=config.use_bias,
-            conv_bias=config.use_conv_bias,
-        )
+        self.mixer = config.make_mixer()
 
     def forward(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
         return at_least_float32(x) + self.mixer(self.norm(x.to(self.norm.weight.dtype)))
@@ -72,7 +120,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A Mamba language model without its output head; `state_dict` has the keys of Hugging Face's model."""
 
-    def __init__(self, config: MambaConfig):
+    def __init__(self, config: MambaConfig | Mamba2Config):
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -99,9 +147,9 @@ class LanguageModel(nn.Module):
 class MambaText(nn.Module):
     """A language model as open_clip text tower: the state after the last real token, projected.
 
-    embed_dim: E; mamba: fields of the language model's config, with `model_type` ("mamba" when left out);
-    context_length: tokens its tokenizer cuts a text at, None for no limit; pad_id: the token that fills up a text,
-    before its first or after its last token; proj_bias: of the projection.
+    embed_dim: E; mamba: fields of the language model's config, with `model_type` ("mamba", also when left out, or
+    "mamba2"); context_length: tokens its tokenizer cuts a text at, None for no limit; pad_id: the token that fills up
+    a text, before its first or after its last token; proj_bias: of the projection.
 
     An embedding depends neither on the other texts of the batch nor on how far, or on which side, a text was padded.
     Raises UnknownName for another model_type, TypeError for a field it does not have.
@@ -179,7 +227,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_infinity)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is no model folder: config.json cannot be read ({error})") from error
     if config.get("hidden_act", "silu") != "silu":
@@ -197,9 +245,12 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     return model
 
 
-def read_config(fields: dict[str, Any]) -> MambaConfig:
-    """The config of a language model from its fields and its `model_type`. Raises UnknownName, TypeError."""
-    fields = dict(fields)
+def read_config(fields: dict[str, Any]) -> MambaConfig | Mamba2Config:
+    """The config of a language model from its fields and its `model_type`.
+
+    Raises UnknownName, TypeError, ValueError.
+    """
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return _config_type(fields.pop("model_type", "mamba"))(**fields)
 
 
@@ -207,6 +258,11 @@ def _config_type(model_type: str) -> type:
     if model_type not in CONFIGS:
         raise UnknownName("language model", model_type, CONFIGS)
     return CONFIGS[model_type]
+
+
+def _infinity(value: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _own_key(key: str) -> str:

@@ -179,10 +179,13 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(rearrange(x, "b (h i) (w j) c -> b h w (j i c)", i=2, j=2)))
 
 
-def build_patch_embed(in_chans: int, dim: int, version: Literal["v1", "v2"], norm: type[nn.Module]) -> nn.Sequential:
-    """v1: one 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2."""
+def build_patch_embed(
+    in_chans: int, dim: int, version: Literal["v1", "v2"], norm: type[nn.Module], act: bool
+) -> nn.Sequential:
+    """v1: one 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2. act: GELU at the end."""
+    last = [nn.GELU()] if act else []
     if version == "v1":
-        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), Permute("bhwc"), norm(dim))
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), Permute("bhwc"), norm(dim), *last)
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
         Permute("bhwc"),
@@ -192,16 +195,19 @@ def build_patch_embed(in_chans: int, dim: int, version: Literal["v1", "v2"], nor
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
         Permute("bhwc"),
         norm(dim),
+        *last,
     )
 
 
-def build_downsample(dim: int, out_dim: int, version: Literal["v1", "v3"], norm: type[nn.Module]) -> nn.Module:
-    """v1: patch merging, which has a norm of its own. v3: a 3x3 convolution of stride 2."""
+def build_downsample(
+    dim: int, out_dim: int, version: Literal["v1", "v3"], norm: type[nn.Module], act: bool
+) -> nn.Module:
+    """v1: patch merging, with a norm of its own. v3: a 3x3 convolution of stride 2; act: GELU at the end."""
     if version == "v1":
         return PatchMerging(dim, out_dim)
-    return nn.Sequential(
-        Permute("bchw"), nn.Conv2d(dim, out_dim, 3, stride=2, padding=1), Permute("bhwc"), norm(out_dim)
-    )
+    convolution = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+    last = [nn.GELU()] if act else []
+    return nn.Sequential(Permute("bchw"), convolution, Permute("bhwc"), norm(out_dim), *last)
 
 
 class Stage(nn.Module):
@@ -251,7 +257,8 @@ class VMamba(nn.Module):
     state-space model, always gated (so that beside it gated=True changes the scan alone; d_state means nothing to it);
     d_state: N; ssm_ratio, gated, conv_bias: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
-    conv_norm: what follows their convolutions, "layer" as published | "batch", which learns faster from few images;
+    conv_norm: what follows their convolutions, "layer" as published | "batch"; conv_act: and then a GELU, where the
+    published ones have none, but in the middle of the stem. Both make it learn faster from few images;
     drop_path_rate: of the last block, growing linearly from 0.
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
@@ -270,6 +277,7 @@ class VMamba(nn.Module):
         patch_embed: Literal["v1", "v2"] = "v2",
         downsample: Literal["v1", "v3"] = "v3",
         conv_norm: Literal["layer", "batch"] = "layer",
+        conv_act: bool = False,
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -286,7 +294,7 @@ class VMamba(nn.Module):
             raise ValueError(f"conv_norm {conv_norm!r}: one of {', '.join(CONV_NORMS)}")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
-        self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm])
+        self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm], conv_act)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         if mixer == "ss2d":
             op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias)
@@ -300,7 +308,7 @@ class VMamba(nn.Module):
             blocks = [block(dim, drop_path=next(rates)) for _ in range(depth)]
             halving = None
             if i + 1 < len(dims):
-                halving = build_downsample(dim, dims[i + 1], downsample, CONV_NORMS[conv_norm])
+                halving = build_downsample(dim, dims[i + 1], downsample, CONV_NORMS[conv_norm], conv_act)
             self.layers.append(Stage(blocks, halving))
         self.classifier = Classifier(dims[-1], num_classes, global_pool)
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)]
@@ -426,7 +434,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
     "vmamba_tiny_v0": ((2, 2, 9, 2), TINY, FIRST_VERSION),
     "vmamba_small_v0": ((2, 2, 27, 2), TINY, FIRST_VERSION),
     "vmamba_base_v0": ((2, 2, 27, 2), BASE, FIRST_VERSION),
-    "vmamba_nano": ((1, 1, 4, 1), (40, 80, 160, 320), dict(ssm_ratio=1.0, conv_norm="batch")),
+    "vmamba_nano": ((1, 1, 4, 1), (40, 80, 160, 320), dict(ssm_ratio=1.0, conv_norm="batch", conv_act=True)),
     "test_vmamba": ((1, 1, 1, 1), (16, 16, 32, 32), {}),
 }
 default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})

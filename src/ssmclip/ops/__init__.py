@@ -1,6 +1,7 @@
 """State-space recurrences over sequences and images. `reference` is the definition; every back end agrees with it.
 
-Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded).
+Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded;
+BLAS where there are matrix products).
 `backend="auto"` takes the fastest that exists for the tensors given; `with using("reference"):` forces one.
 `python -m ssmclip ops` prints which exist on this machine.
 """
@@ -9,6 +10,7 @@ from ssmclip.ops.causal_conv import causal_conv1d
 from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from ssmclip.ops.dispatch import Backend, using
 from ssmclip.ops.selective_scan import selective_scan
+from ssmclip.ops.ssd import ssd
 
 __all__ = [
     "BACKENDS",
@@ -19,13 +21,16 @@ __all__ = [
     "cross_scan",
     "cross_selective_scan",
     "selective_scan",
+    "ssd",
     "using",
 ]
 
+from ssmclip.ops.causal_conv import BACKENDS as _CONV
 from ssmclip.ops.cross_scan import BACKENDS as _CROSS
 from ssmclip.ops.selective_scan import BACKENDS as _SCAN
+from ssmclip.ops.ssd import BACKENDS as _SSD
 
-BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS}
+BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD, "causal_conv1d": _CONV}
 
 
 def available(device: str = "cpu") -> list[tuple[str, str, bool, str]]:

@@ -11,6 +11,7 @@ a count of lanes where an array may end inside the vector: lanes beyond it read 
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 
 from llvmlite import ir
@@ -18,12 +19,23 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
+log = logging.getLogger(__name__)
+
 REGISTER_BYTES = 32  # AVX2; two registers on NEON, half of one on AVX-512
 
 
 def compiled(**options):
     """numba.njit for the function itself: the tests' shape checks wrap every function of the package."""
     return lambda function: njit(**options)(inspect.unwrap(function))
+
+
+def entry_point(function):
+    """A compiled function that releases the GIL, kept on disk where its machine code may be."""
+    try:
+        return compiled(nogil=True, cache=True)(function)
+    except RuntimeError as error:  # neither the package nor the user's cache folder can be written to
+        log.warning("CPU kernels are compiled again in every process: %s (NUMBA_CACHE_DIR names another folder)", error)
+        return compiled(nogil=True)(function)
 
 
 class Vector(types.Type):

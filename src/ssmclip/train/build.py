@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs import PairLoader, open_pairs, train_transform
+from ssmclip.train.optimiser import freeze_text_tower
 
 # SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
 _SIGLIP_START = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}
@@ -55,6 +57,8 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
 def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
     """The model in training mode, after a look that it takes every image size of the schedule. Raises ValueError."""
     model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
+    if config.model.freeze_text:
+        freeze_text_tower(model)
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
@@ -65,6 +69,21 @@ def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
                 f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),)"
             ) from error
     return model.train()
+
+
+def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -> None:
+    """The weights a run goes on with, or begins with: the checkpoint's, else `model.text_weights` in the text tower.
+
+    Raises ValueError, CheckpointError, FileNotFoundError.
+    """
+    source = config.model.text_weights
+    if checkpoint:
+        models.weights.load_into(model, models.load_state(checkpoint / models.weights.WEIGHTS_NAME), checkpoint)
+    elif source:
+        if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
+            raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
+        weights = models.mamba_text.load_language_model(source).state_dict()
+        models.weights.load_into(model.text.transformer, weights, source)
 
 
 def open_stream(
@@ -92,6 +111,8 @@ def open_stream(
         world_size=world_size,
         cursor=cursor,
         shuffle_buffer=config.data.shuffle_buffer,
+        captions_per_image=config.data.captions_per_image,
+        views_per_image=config.data.views_per_image,
     )
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
 from ssmclip.results import Result
 from ssmclip.train import sharding
-from ssmclip.train.build import build_accelerator, build_model, is_sharded, model_config, open_stream
+from ssmclip.train.build import build_accelerator, build_model, is_sharded, load_start, model_config, open_stream
 from ssmclip.train.checkpoint import (
     CheckpointError,
     last_checkpoint,
@@ -104,9 +103,7 @@ class _Run:
         if accelerator.is_main_process:
             write_text(out / "open_clip_config.json", json.dumps(architecture, indent=2) + "\n")
         model = build_model(config, architecture)
-        weights = models.load_state(checkpoint / "open_clip_model.safetensors") if checkpoint else None
-        if weights:
-            models.weights.load_into(model, weights, checkpoint)
+        load_start(model, config, checkpoint)
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
@@ -132,7 +129,14 @@ class _Run:
             architecture=architecture,
             model=model,
             optimiser=optimiser,
-            loss=build_loss(config.loss.kind, accelerator.process_index, accelerator.num_processes),
+            loss=build_loss(
+                config.loss.kind,
+                accelerator.process_index,
+                accelerator.num_processes,
+                views=config.data.views_per_image,
+                captions=config.data.captions_per_image,
+                view_weight=config.loss.view_weight,
+            ),
             ema=ema,
             log=Log(out, config, step, str(accelerator.device), accelerator.is_main_process),
             step=step,
@@ -277,6 +281,10 @@ class _Run:
             }
             model = self.ema.model if self.ema else sharding.plain_model(self.architecture, online)
             best = self.best["step"] if self.best else None
-            save = partial(models.save_model, model, self.architecture)
+
+            def save(folder: Path) -> None:
+                models.save_model(model, self.architecture, folder)
+                models.save_tokenizer(self.architecture, folder)
+
             save_checkpoint(self.out, self.step, save, state, self.config.checkpoint.keep, best)
         accelerator.wait_for_everyone()

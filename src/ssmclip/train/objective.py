@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import combinations
 
 import torch
 from accelerate import Accelerator
@@ -19,23 +20,51 @@ from ssmclip.train.state import device_rng, set_device_rng
 FEATURES = ("image_features", "text_features")
 
 
-def build_loss(kind: str, rank: int = 0, world_size: int = 1) -> nn.Module:
-    """open_clip's loss: called with what the model's forward returns (features of this process), gives a scalar."""
+def build_loss(
+    kind: str, rank: int = 0, world_size: int = 1, *, views: int = 1, captions: int = 1, view_weight: float = 0.0
+) -> Objective:
+    """open_clip's loss, called with what the model's forward returns (features of this process); gives a scalar.
+
+    views, captions: of every image, one after the other in the features; see `Objective`.
+    """
     if kind == "siglip":
-        return SigLipLoss(rank=rank, world_size=world_size)
-    spread = world_size > 1
-    return ClipLoss(local_loss=spread, gather_with_grad=spread, rank=rank, world_size=world_size)
+        loss = SigLipLoss(rank=rank, world_size=world_size)
+    else:
+        spread = world_size > 1
+        loss = ClipLoss(local_loss=spread, gather_with_grad=spread, rank=rank, world_size=world_size)
+    return Objective(loss, views, captions, view_weight)
+
+
+class Objective(nn.Module):
+    """The mean loss over every view of the images with every one of their captions, each embedded once.
+
+    With view_weight, the mean loss between two views is added, as SLIP does (Mu et al. 2021, arXiv:2112.12750), here in
+    the space the texts share and at their logit scale.
+    """
+
+    def __init__(self, loss: nn.Module, views: int, captions: int, view_weight: float):
+        super().__init__()
+        self.loss, self.views, self.captions, self.view_weight = loss, views, captions, view_weight
+
+    def forward(self, image_features: Tensor, text_features: Tensor, **scale: Tensor) -> Tensor:
+        views = [image_features[i :: self.views] for i in range(self.views)]
+        captions = [text_features[i :: self.captions] for i in range(self.captions)]
+        value = torch.stack([self.loss(v, c, **scale) for v in views for c in captions]).mean()
+        if self.view_weight:
+            between = torch.stack([self.loss(v, w, **scale) for v, w in combinations(views, 2)]).mean()
+            value = value + self.view_weight * between
+        return value
 
 
 def backward(
-    accelerator: Accelerator, model: nn.Module, loss: nn.Module, images: Tensor, texts: Tensor, micro_batch: int | None
+    accelerator: Accelerator, model: nn.Module, loss: Objective, images: Tensor, texts: Tensor, micro_batch: int | None
 ) -> Tensor:
     """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
 
-    images (batch, 3, height, width); texts int64 (batch, context). With a micro_batch smaller than the batch, features
-    are cached (see `_backward_cached`) and memory is that of a micro-batch.
+    images (batch * views, 3, height, width); texts int64 (batch * captions, context). With a micro_batch smaller than
+    the batch, features are cached (see `_backward_cached`) and memory is that of a micro-batch.
     """
-    if micro_batch is None or micro_batch >= len(images):
+    if micro_batch is None or micro_batch * loss.views >= len(images):
         value = loss(**model(images, texts))
         accelerator.backward(value)
         return value.detach()
@@ -43,7 +72,7 @@ def backward(
 
 
 def _backward_cached(
-    accelerator: Accelerator, model: nn.Module, loss: nn.Module, images: Tensor, texts: Tensor, micro_batch: int
+    accelerator: Accelerator, model: nn.Module, loss: Objective, images: Tensor, texts: Tensor, micro_batch: int
 ) -> Tensor:
     """GradCache (Gao et al. 2021, arXiv:2101.06983): the large batch's gradient from micro-batches, to rounding.
 
@@ -51,7 +80,8 @@ def _backward_cached(
     again with a graph, random state put back so that drop-path repeats, and send the features' gradient through.
     One more forward pass is the price. Batch norm, if a model has it, sees micro-batches (twice).
     """
-    chunks = list(zip(images.split(micro_batch), texts.split(micro_batch), strict=True))
+    sizes = {"image_features": micro_batch * loss.views, "text_features": micro_batch * loss.captions}
+    chunks = list(zip(images.split(sizes["image_features"]), texts.split(sizes["text_features"]), strict=True))
     random, embedded = [], []
     with torch.no_grad():
         for image, text in chunks:
@@ -64,7 +94,7 @@ def _backward_cached(
     value = loss(**leaves)
     (value if accelerator.scaler is None else accelerator.scaler.scale(value)).backward()
 
-    gradients = zip(*(leaves[name].grad.split(micro_batch) for name in FEATURES), strict=True)
+    gradients = zip(*(leaves[name].grad.split(sizes[name]) for name in FEATURES), strict=True)
     for i, ((image, text), gradient) in enumerate(zip(chunks, gradients, strict=True)):
         last = i == len(chunks) - 1
         set_device_rng(images.device, random[i])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from ssmclip.config import OptimiserConfig, ScheduleConfig
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
 _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
+
+# timm's towers call theirs blocks, open_clip's own resblocks.
+_IMAGE_BLOCK = re.compile(r"visual\..*blocks\.")
+_NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
 
 
 def decays(rule: str, name: str, parameter: Tensor) -> bool:
@@ -31,21 +36,45 @@ def decays(rule: str, name: str, parameter: Tensor) -> bool:
     return not _NEVER_DECAYED.search(name.rsplit(".", 1)[-1])
 
 
-def parameter_groups(
-    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, rule: str
-) -> list[dict[str, object]]:
-    """Two groups for an optimiser, with and without decay; frozen parameters are in neither."""
-    with_decay, without = [], []
+def in_text_tower(name: str) -> bool:
+    """Whether a parameter of a CLIP, by its full name, belongs to the text tower; its projection does not."""
+    return not _NOT_TEXT.match(name)
+
+
+def freeze_text_tower(model: nn.Module) -> None:
+    """The text tower learns no more; its projection still does."""
+    for name, parameter in model.named_parameters():
+        if in_text_tower(name):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig) -> list[dict[str, Any]]:
+    """Groups for an optimiser, each of one learning rate, with or without decay; frozen parameters are in none.
+
+    A group's `lr_scale`, which `set_lr` reads, is its learning rate over the others'.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            (with_decay if decays(rule, name, parameter) else without).append(parameter)
-    return [{"params": with_decay, "weight_decay": weight_decay}, {"params": without, "weight_decay": 0.0}]
+            kind = lr_scale(name, config), decays(config.decay_rule, name, parameter)
+            groups.setdefault(kind, []).append(parameter)
+    return [
+        {"params": members, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": scale}
+        for (scale, decay), members in groups.items()
+    ]
+
+
+def lr_scale(name: str, config: OptimiserConfig) -> float:
+    """A parameter's learning rate over `config.lr`, by its full name in a CLIP."""
+    if in_text_tower(name):
+        return config.text_lr_scale
+    return config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; fused (one pass over memory a step) where the device has that."""
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    groups = parameter_groups(model.named_parameters(), config.weight_decay, config.decay_rule)
+    groups = parameter_groups(model.named_parameters(), config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
@@ -63,4 +92,4 @@ def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = float(lr)
+        group["lr"] = float(lr) * group["lr_scale"]

@@ -19,7 +19,6 @@ backward pass starts from there, keeps the states of `steps` positions in the se
 from __future__ import annotations
 
 import hashlib
-import logging
 from pathlib import Path
 
 from ssmclip.ops import simd, vector_math
@@ -28,7 +27,7 @@ from ssmclip.ops.selective_scan.loops import loop
 from ssmclip.ops.simd import (
     REGISTER_BYTES,
     broadcast,
-    compiled,
+    entry_point,
     fill,
     load,
     load_part,
@@ -40,8 +39,6 @@ from ssmclip.ops.simd import (
     write,
 )
 from ssmclip.ops.vector_math import LOG2_E, NEAR
-
-log = logging.getLogger(__name__)
 
 # Rows of `views`. In SAVED a position is a saved state, in DB and DC a channel is a slice of them.
 U, DELTA, Z, Y, A, B, C, D, BIAS, SAVED, LAST, DY, DU, DDELTA, DZ, DA, DB, DC, DD, DBIAS, DLAST = range(21)
@@ -340,7 +337,7 @@ def _forward_entry(sources: int):
                     turn = order[g if sizes[MERGE] else 0]
                     _forward_block(views, sizes, turn, base, b, g, block * sizes[BLOCK], g > g_first, like)
 
-    return _compiled(forward)
+    return entry_point(forward)
 
 
 def _backward_entry(sources: int):
@@ -356,15 +353,7 @@ def _backward_entry(sources: int):
                     turn = order[g if sizes[MERGE] else 0]
                     _backward_block(views, sizes, turn, base, b, g, c, part, g > g_first, block > block_first, like)
 
-    return _compiled(backward)
-
-
-def _compiled(function):
-    try:
-        return compiled(nogil=True, cache=True)(function)
-    except RuntimeError as error:  # neither the package nor the user's cache folder can be written to
-        log.warning("CPU kernels are compiled again in every process: %s (NUMBA_CACHE_DIR names another folder)", error)
-        return compiled(nogil=True)(function)
+    return entry_point(backward)
 
 
 def _fingerprint() -> int:
