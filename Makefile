@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench results clean
+.PHONY: setup quickstart test lint bench bench-encoders results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ lint: setup
 bench: setup  ## ours against peers, as rows in results/
 	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
 	$(BIN)/python benchmarks/text.py --out results/text.jsonl
+
+bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
+	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

@@ -237,6 +237,18 @@ def test_growing_states_reach_infinity_and_nan_is_passed_on(backend):
 
 
 @pytest.mark.parametrize("backend", SCANS)
+def test_a_state_of_nothing_stays_nothing_beside_growth_without_bound(backend):
+    # exp(40 * 25) is beyond float64 too: whoever multiplies an empty state by it says NaN.
+    u = torch.zeros(1, 8, 100)
+    u[..., 60:] = 1.0
+    ones = torch.ones(1, 1, 2, 100)
+    y = selective_scan(u, torch.full_like(u, 40.0), torch.ones(8, 2), ones, ones, backend=backend)
+    assert not y[..., :60].any()
+    assert torch.equal(y[..., 60], torch.full((1, 8), 80.0))
+    assert torch.isposinf(y[..., 65:]).all()
+
+
+@pytest.mark.parametrize("backend", SCANS)
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 5)])
 def test_nothing_in_nothing_out(backend, batch, length):
     leaves = as_leaves(random_inputs(batch, 2, 8, length, 4), torch.float32)

@@ -232,6 +232,19 @@ def write(typing, address, scalar):
 
 
 @intrinsic
+def prefetch(typing, address):
+    """Ask for the cache line at an address, which need not be valid."""
+
+    def generate(context, builder, sig, args):
+        i32, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        to_read, second_level, data = (ir.Constant(i32, k) for k in (0, 2, 1))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [builder.inttoptr(args[0], byte), to_read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+@intrinsic
 def load(typing, address, like):
     """The lanes at an address."""
     vector = Vector(like)

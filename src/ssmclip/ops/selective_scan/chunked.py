@@ -64,11 +64,17 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
 
     # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
     local = torch.stack(local, dim=1)
-    total = torch.exp(log_decay[1:].cumsum(1))
+    total = log_decay[1:].cumsum(1)
     inherited = [local[0, -1]]
     for k in range(1, count - 1):
-        inherited.append(total[k - 1, -1] * inherited[-1] + local[k, -1])
+        inherited.append(_decayed(inherited[-1], total[k - 1, -1]) + local[k, -1])
     h = local
     if count > 1:
-        h = torch.cat([local[:1], local[1:] + total * torch.stack(inherited)[:, None]])
+        h = torch.cat([local[:1], local[1:] + _decayed(torch.stack(inherited)[:, None], total)])
     return h.flatten(0, 1)[:length]
+
+
+def _decayed(state: Tensor, log_decay: Tensor) -> Tensor:
+    """exp(log_decay) state, where nothing grown beyond the largest number is still nothing, not NaN."""
+    beyond = (state == 0) & (log_decay > math.log(torch.finfo(state.dtype).max))
+    return torch.exp(log_decay.masked_fill(beyond, -math.inf)) * state

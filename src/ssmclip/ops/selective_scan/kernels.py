@@ -32,6 +32,7 @@ from ssmclip.ops.simd import (
     load,
     load_part,
     load_transposed,
+    prefetch,
     read,
     size_of,
     store,
@@ -56,6 +57,13 @@ GROUPS, WIDTH, LENGTH, STATES, BLOCK, STEPS, SLICES, MERGE, SOFTPLUS = range(9)
 
 
 @loop
+def _ask_for(address, step, count):
+    """Have the cache fetch `count` lines `step` bytes apart: a tile has too few of each row to be foreseen."""
+    for i in range(count):
+        prefetch(address + i * step)
+
+
+@loop
 def _gather(scratch, pad, address, channel, row, width, rows, like):
     """Copy `rows` rows of `width` channels, `row` and `channel` bytes apart, into rows `pad` bytes apart, 0 beyond."""
     item = size_of(like)
@@ -71,7 +79,9 @@ def _gather(scratch, pad, address, channel, row, width, rows, like):
         whole_rows, whole_width = rows // lanes * lanes, width // lanes * lanes
         for c in range(0, whole_width, lanes):
             for r in range(0, whole_rows, lanes):
-                block = load_transposed(address + c * channel + r * item, channel, like)
+                at = address + c * channel + r * item
+                _ask_for(at + rows * item, channel, lanes)  # for the next call
+                block = load_transposed(at, channel, like)
                 for i in range(lanes):
                     store(scratch + (r + i) * pad + c * item, block[i])
     for r in range(rows):
