@@ -12,7 +12,11 @@ from typing import Any
 from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
-POINT = re.compile(r"(batch|x)=")  # a row that is one point of a distribution or surface
+POINTS = {
+    "hessian": "batch=",
+    "surface_1d": "x=",
+    "surface_2d": "x=",
+}  # one row for each batch or place: too many to list
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ def step_of(row: Result) -> int | None:
     return int(match[1]) if match else None
 
 
+def _is_point(row: Result) -> bool:
+    return row.task in POINTS and row.condition.startswith(POINTS[row.task])
+
+
 def by_task(rows: Iterable[Result]) -> list[Result]:
     """The rows, those of a task together, tasks in the order of their first row: models side by side."""
     rows = list(rows)
@@ -89,4 +97,4 @@ def by_task(rows: Iterable[Result]) -> list[Result]:
 
 def final(rows: Iterable[Result]) -> list[Result]:
     """The rows that aren't part of a training curve, and aren't one of the many points of a distribution or surface."""
-    return [row for row in rows if step_of(row) is None and not POINT.match(row.condition)]
+    return [row for row in rows if step_of(row) is None and not _is_point(row)]
