@@ -243,7 +243,7 @@ def test_curves_are_the_rows_of_the_steps(drawn):
     assert [f["value"] for f in validation.frame()] == [row.value for row in rows_of("top1", "step=")]
     lines = loss.plot().axes[0].lines
     np.testing.assert_allclose(
-        [line.get_ydata() for line in lines], np.reshape([r.value for r in rows_of("loss")], (2, 5))
+        [line.get_ydata() for line in lines], np.reshape([r.value for r in rows_of("loss", "step=")], (2, 5))
     )
     assert [line.get_label() for line in lines] == ["CLIP-A", HOSTILE]
 
