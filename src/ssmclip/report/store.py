@@ -13,11 +13,8 @@ from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
 LEVEL = "level="
-POINTS = {
-    "hessian": "batch=",
-    "surface_1d": "x=",
-    "surface_2d": "x=",
-}  # a row for each batch or place: too many to list
+# Analyses with a row for each batch or place: too many to list.
+POINTS = {"hessian": "batch=", "surface_1d": "x=", "surface_2d": "x="}
 
 
 @dataclass(frozen=True)
