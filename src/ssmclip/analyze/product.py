@@ -217,6 +217,8 @@ def find_culprit(loss: Callable[[], Tensor]) -> str:
         call(loss)
     finally:
         hook.remove()
+        # torch leaves this entry behind, and then tells every later torch.compile that there are global hooks.
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(hook.id, None)
     names: dict[int, str] = {}
     for module, _, _ in reversed(calls):  # the outermost ends last
         for name, child in module.named_modules():
