@@ -182,21 +182,23 @@ def quick_look(
     source: str,
     *,
     model_name: str,
-    batches: int = 2,
+    tower: str = "image",
+    batches: int = 1,
     batch_size: int = 15,
+    k: int = 3,
     points: int = 11,
     seed: int = 0,
 ) -> list[Result]:
-    """Rows of a first look at a landscape: both ends of the spectrum on a few batches, and the loss along a line.
+    """Rows of a first look at a landscape: both ends of a tower's spectrum on a batch, and the loss along a line.
 
-    source: what `open_pairs` takes. About 35 Hessian-vector products a batch.
+    source: what `open_pairs` takes. About 30 Hessian-vector products a batch.
     """
-    study = HessianStudy(seed=seed)
+    study = HessianStudy(k=k, seed=seed)
     pairs = list(read_batches(source, preprocess, tokenizer, batches=batches, batch_size=batch_size, seed=seed))
     rows = []
     for number, (images, texts) in enumerate(tqdm(pairs, desc=f"Hessian of {model_name}", leave=False, disable=None)):
-        condition = f"batch={number},tower=whole"
-        rows += batch_rows(model, images, texts, study, model_name=model_name, condition=condition)
+        condition = f"batch={number},tower={tower}"
+        rows += batch_rows(model, images, texts, study, model_name=model_name, condition=condition, tower=tower)
     rows += summary_rows(rows, study.k, seed)
     line = surface(model, pairs, model_name=model_name, dimensions=1, points=points, seed=seed)
     return rows + [row for _, measure in line for row in measure()]
