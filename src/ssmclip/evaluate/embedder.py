@@ -67,6 +67,8 @@ class Embedder:
         shape are encoded together; no more than a batch of each shape is held in memory.
         Raises BadImage for the first that cannot be read, ValueError for no images and for NaN.
         """
+        if isinstance(images, (str, Path, Image.Image)):
+            images = [images]
         if not len(images):
             raise ValueError("there are no images to embed")
         found: list[Tensor | None] = [None] * len(images)
