@@ -283,6 +283,8 @@ def test_levels_in_between(tables):
         ("contrast", None, "level None"),
         ("high-pass", -1, "standard deviation in pixels"),
         ("low-pass", math.nan, "level nan"),
+        ("high-pass", 1e9, "from 0 to 10000"),
+        ("eidolonI", 1e300, "the reach in pixels"),
         ("power-equalisation", 1, "needs amplitude="),
         ("false-colour", 1, "needs gamma="),
     ],
@@ -299,6 +301,8 @@ def test_input_that_cannot_be(tables, tmp_path):
         ssmclip.distort(np.zeros((8, 8, 3), np.float32), "colour")
     with pytest.raises(ValueError, match=r"uint8 \(8, 8\)"):
         ssmclip.distort(np.zeros((8, 8), np.uint8), "colour")
+    with pytest.raises(ValueError, match=r"uint8 \(0, 8, 3\)"):
+        ssmclip.distort(np.zeros((0, 8, 3), np.uint8), "high-pass", 3.0)
     with pytest.raises(ValueError, match="2 pictures take 2 seeds"):
         ssmclip.distort(np.zeros((2, 8, 8, 3), np.uint8), "uniform-noise", 0.1, seed=[1])
     with pytest.raises(ValueError, match=r"images of \(224, 224\), and these are \(8, 8\)"):

@@ -101,8 +101,10 @@ def test_bad_input_is_named(embedder, tiny_clip, tmp_path):
         embedder.encode_images([])
     with pytest.raises(ValueError, match="no texts"):
         embedder.encode_texts([])
-    with pytest.raises(BadImage, match=r"missing image file.*none\.png"):
-        embedder.encode_images([tmp_path / "none.png"])
+    for images in ([tmp_path / "none.png"], tmp_path / "none.png", str(tmp_path / "none.png")):
+        with pytest.raises(BadImage, match=r"missing image file.*none\.png"):
+            embedder.encode_images(images)
+    assert torch.equal(embedder.encode_images(torch.ones(3, 32, 32)), embedder.encode_images([torch.ones(3, 32, 32)]))
     with pytest.raises(ValueError, match=r"\(3, height, width\), got \(1, 3, 32, 32\)"):
         embedder.encode_images([torch.zeros(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="1 of 1 image embeddings are not finite"):

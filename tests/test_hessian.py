@@ -281,6 +281,12 @@ def test_bad_input_is_told():
             hessian_eigenvalues(loss, parameters, k=1)
 
 
+def test_under_no_grad():
+    x = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        assert hessian_eigenvalues(lambda: (x**2).sum(), [x], k=1).largest.item() == pytest.approx(2)
+
+
 def test_unused_and_frozen_parameters_take_part_as_they_should():
     x, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     r = hessian_eigenvalues(lambda: (x**3).sum(), [x, unused, torch.ones(4), x], k=5)

@@ -177,7 +177,8 @@ def call(loss: Callable[[], Tensor]) -> Tensor:
         raise ValueError(f"the loss is {value.item()}: there is no landscape there. Look at the weights and the batch")
     if not value.requires_grad:
         raise ValueError("loss() returned a tensor without a graph: it was computed under no_grad, or detached")
-    return value.reshape(())
+    with torch.enable_grad():
+        return value.reshape(())
 
 
 @contextmanager

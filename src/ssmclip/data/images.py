@@ -16,7 +16,8 @@ from PIL import Image
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decompression bombs
 
 # Only formats decoded in this process: Pillow would hand an EPS file to Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+# MPO is opened as JPEG; by a name of its own Pillow knows no MPO, and looks no further.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
 
 

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.data.prompts import read_prompts
     from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import LEVEL
-    from ssmclip.evaluate.ood_command import decide_and_score
+    from ssmclip.evaluate.ood_command import decide_and_score, open_ood
     from ssmclip.evaluate.paired import paired_rows
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.ranks import launched
@@ -71,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     tasks = task_names(",".join(task for task in asked if task != OOD), args.data) if asked != [OOD] else []
     opened = open_tasks(tasks, args.data, PROTOCOLS[args.protocol].prompts(prompts)) if tasks else []
     require_writable(args.out)  # before the hours, not after
-    if OOD in asked and not args.humans:
-        raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
+    ood = open_ood(args) if OOD in asked else None
     rank, device = launched(args.device)
     more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
     described = describe_run(args.seed, args.device, tasks=asked, **more)
@@ -88,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
             if rank == 0:
                 write_rows(args.out, rows, described)  # after every data set: a later one's failure costs nothing
     rows += paired_rows(rows, seed=args.seed)
-    if OOD in asked and rank == 0:
-        rows += decide_and_score(models, args)
+    if ood and rank == 0:
+        rows += decide_and_score(models, *ood, args)
     if rank == 0:
         write_rows(args.out, rows, described)
         shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report

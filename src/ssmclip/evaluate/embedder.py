@@ -60,13 +60,15 @@ class Embedder:
         self.batch_size, self.image_size = batch_size, image_size
         self._serving = threading.Lock()  # Numba's simplest threading layer dies of two calls at once
 
-    def encode_images(self, images: Sequence[Picture]) -> Float[Tensor, "n d"]:
+    def encode_images(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "n d"]:
         """Unit vectors of n images, float32, on the CPU.
 
-        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture. Those of one
-        shape are encoded together; no more than a batch of each shape is held in memory.
+        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture, or one of these.
+        Those of one shape are encoded together; no more than a batch of each shape is held in memory.
         Raises BadImage for the first that cannot be read, ValueError for no images and for NaN.
         """
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3):
+            images = [images]
         if not len(images):
             raise ValueError("there are no images to embed")
         found: list[Tensor | None] = [None] * len(images)

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from ssmclip.data.testset import Card
+
 DATASETS = "the data sets there are cards for, what was found of each, and how to get what is missing"
 CAPTIONS = "how many words of captions each text tower sees, as rows"
 COMPARE = "paired tests between the models of rows files that saw the same images"
@@ -18,25 +20,24 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(args: argparse.Namespace) -> int:
-    from ssmclip.data.sources import list_cards
+    from ssmclip.data.sources import list_cards, load_card
 
-    names = args.names or list_cards()
+    cards = [load_card(name) for name in args.names or list_cards()]
     sys.stdout.write(f"{'name':16} {'metric':16} {'images':>15} {'expected':>9}  where, or how to get it\n")
-    for name in names:
-        sys.stdout.write(described(name, args.data) + "\n")
+    for card in cards:
+        sys.stdout.write(described(card, args.data) + "\n")
     sys.stdout.write(
-        f"\n{len(names)} data sets. Those CLIP_benchmark has, `--data hub:clip-benchmark` downloads; every other "
+        f"\n{len(cards)} data sets. Those CLIP_benchmark has, `--data hub:clip-benchmark` downloads; every other "
         "copy is found\nunder --data in the files its authors published, as class folders, wds_* shards or parquet.\n"
     )
     return 0
 
 
-def described(name: str, root: str) -> str:
+def described(card: Card, root: str) -> str:
     """One data set's line."""
-    from ssmclip.data.sources import load_card, open_dataset
+    from ssmclip.data.sources import open_dataset
 
-    card = load_card(name)
-    start = f"{name:16} {card.metric:16} "
+    start = f"{card.name:16} {card.metric:16} "
     size = f"{card.test_size:,}" if card.test_size else "?"
     try:
         found = open_dataset(card, root)
@@ -60,8 +61,9 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 
 def captions(args: argparse.Namespace) -> int:
     import ssmclip
+    from ssmclip.config import labelled
     from ssmclip.evaluate.captions import caption_rows
-    from ssmclip.evaluate.command import labelled, line
+    from ssmclip.evaluate.command import line
     from ssmclip.results import describe_run, write_rows
 
     texts = {path: read_texts(path, args.field) for path in args.texts}

@@ -6,8 +6,10 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ssmclip.evaluate.command import labelled, line, require_writable
+from ssmclip.config import labelled
+from ssmclip.evaluate.command import line, require_writable
 from ssmclip.results import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"
@@ -17,7 +19,8 @@ RESAMPLES = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="ood_command", required=True, metavar="COMMAND")
-    score = commands.add_parser("score", help="accuracy, consistency with people and shape bias, as rows")
+    says = "accuracy, consistency with people and shape bias, as rows"
+    score = commands.add_parser("score", help=says, description=says)
     score.add_argument(
         "--decisions", required=True, nargs="+", type=Path, help="parquet or csv files, or folders of them, of models"
     )
@@ -27,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resamples", type=int, default=RESAMPLES, help="of the bootstrap intervals; 0: none (default: %(default)s)"
     )
     score.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
-    decide = commands.add_parser("decide", help="the decisions of models on stimuli, as a parquet file")
+    says = "the decisions of models on stimuli, as a parquet file"
+    decide = commands.add_parser("decide", help=says, description=says)
     decide.add_argument(
         "--model",
         required=True,
@@ -67,14 +71,22 @@ def _decide(args: argparse.Namespace) -> int:
     return 0
 
 
-def decide_and_score(models: dict[str, str], args: argparse.Namespace) -> list[Result]:
-    """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
+def open_ood(args: argparse.Namespace) -> tuple[Any, Any]:
+    """People's trials and the stimuli of `ssmclip evaluate --tasks ood`. Raises ValueError for what is missing."""
     from ssmclip.data.trials import read_trials
     from ssmclip.evaluate.decide import open_stimuli
+
+    if not args.humans:
+        raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
+    return read_trials(args.humans), open_stimuli(args.data)
+
+
+def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Namespace) -> list[Result]:
+    """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
+    from ssmclip.data.trials import read_trials
     from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import score_decisions
 
-    humans, stimuli = read_trials(args.humans), open_stimuli(args.data)
     decisions = args.out.with_suffix(".decisions.parquet")
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images)
     for label, name in models.items():

@@ -73,8 +73,12 @@ def metric_name(metric: str) -> str:
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether a metric's values are fractions, written as percentages."""
-    metric = metric.removesuffix(DIFFERENCE)
+    """Whether a metric's values are fractions, written as percentages.
+
+    >>> is_fraction("top1_difference"), is_fraction("accuracy_difference")  # a squared one
+    (True, False)
+    """
+    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE)
     return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 

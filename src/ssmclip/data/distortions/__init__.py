@@ -118,7 +118,7 @@ def parse_level(name: str, level: Number | str | None = None) -> float:
     except (TypeError, ValueError):
         number = math.nan
     lowest, highest = chosen.allowed
-    if not lowest <= number <= highest:
+    if not (lowest <= number <= highest or number in labels.values()):
         raise ValueError(
             f"{name} at level {level!r}: it takes {chosen.meaning}, from {lowest:g} to {highest:g}, "
             f"or one of {', '.join(labels)}"
@@ -128,7 +128,7 @@ def parse_level(name: str, level: Number | str | None = None) -> float:
 
 def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
         raise ValueError(
             f"pictures are uint8 (height, width, 3) or (n, height, width, 3), and this is {images.dtype} {images.shape}"
         )
@@ -229,7 +229,9 @@ def low_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     return kernels.to_pictures(gaussian(kernels.to_grey(images), level))
 
 
-@distortion("high-pass", (math.inf, 3, 1.5, 1, 0.7, 0.55, 0.45, 0.4), "the Gaussian's standard deviation in pixels")
+@distortion(
+    "high-pass", (math.inf, 3, 1.5, 1, 0.7, 0.55, 0.45, 0.4), "the Gaussian's standard deviation in pixels", (0, 1e4)
+)
 def high_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey less its blurred self, moved to a mean of PADDING. At infinity, grey."""
     grey = kernels.to_grey(images)
@@ -328,7 +330,7 @@ def _add_eidolon(name: str, coherence: float) -> None:
         return np.stack([disarray(image, level, coherence, seed) for image, seed in pairs])
 
     reaches = [2**i for i in range(8)]
-    distortion(name, reaches, "the reach in pixels, of 256 on the longer side")(partially_coherent_disarray)
+    distortion(name, reaches, "the reach in pixels, of 256 on the longer side", (0, 1e4))(partially_coherent_disarray)
 
 
 _add_eidolon("eidolonI", coherence=1.0)
