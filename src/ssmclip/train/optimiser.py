@@ -92,4 +92,4 @@ def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = float(lr) * group["lr_scale"]
+        group["lr"] = float(lr) * group.get("lr_scale", 1.0)
