@@ -15,8 +15,7 @@ from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
 _library.define(
-    f"selective_scan({INPUTS}, bool delta_softplus, bool want_last, bool save) -> "
-    "(Tensor y, Tensor last, Tensor saved)"
+    f"selective_scan({INPUTS}, bool delta_softplus, bool want_last, bool save) -> (Tensor y, Tensor last, Tensor saved)"
 )
 _library.define(
     f"selective_scan_backward(Tensor dy, Tensor? dlast, {INPUTS}, Tensor saved, bool delta_softplus) -> "

@@ -68,6 +68,15 @@ def at(tile, position, STEPS: tl.constexpr):
 
 
 @kernel
+def parameter(X, channel, of_channel, TYPE: tl.constexpr):
+    """A number per channel, 0 where there is none."""
+    x = (channel * 0).to(TYPE)
+    if X is not None:
+        x += tl.load(X + channel, mask=of_channel, other=0.0).to(TYPE)
+    return x
+
+
+@kernel
 def steps_of(raw, inside, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr):
     """delta after the bias and softplus; outside the sequence 0, which neither decays nor adds."""
     if SOFTPLUS:
@@ -132,6 +141,7 @@ def forward(
     chunks = tl.cdiv(length, STEPS)
 
     rate = tl.load(A + entry, mask=of_state, other=0.0).to(TYPE)
+    bias = parameter(BIAS, channel, of_channel, TYPE)
     state = tl.zeros([CHANNELS, STATES], TYPE)
     for chunk in range(0, chunks):
         t = chunk * STEPS + tl.arange(0, STEPS)
@@ -145,12 +155,10 @@ def forward(
         raw = tl.load(DELTA + delta_at, mask=inside, other=0.0).to(TYPE)
         b = tl.load(B + b_at, mask=shared, other=0.0).to(TYPE)
         c = tl.load(C + c_at, mask=shared, other=0.0).to(TYPE)
-        if BIAS is not None:
-            raw += tl.load(BIAS + channel, mask=of_channel, other=0.0).to(TYPE)[:, None]
         if SAVED is not None:
             tl.store(SAVED + (batch * chunks + chunk) * groups * width * states + entry, state, mask=of_state)
 
-        step = steps_of(raw, inside, SOFTPLUS, TERMS)
+        step = steps_of(raw + bias[:, None], inside, SOFTPLUS, TERMS)
         decay = tl.exp(step[:, :, None] * rate[:, None, :])
         drive = (step * u)[:, :, None] * b[None, :, :]
         decay, local = tl.associative_scan((decay, drive), 1, follow)
@@ -159,7 +167,7 @@ def forward(
         state = at(h, STEPS - 1, STEPS)
 
         if D is not None:
-            y += tl.load(D + channel, mask=of_channel, other=0.0).to(TYPE)[:, None] * u
+            y += parameter(D, channel, of_channel, TYPE)[:, None] * u
         if Z is not None:
             z_at = batch * z_of_batch + channel[:, None] * z_of_channel + t[None, :] * z_of_position
             z = tl.load(Z + z_at, mask=inside, other=0.0).to(TYPE)
@@ -233,7 +241,7 @@ def backward(
     STEPS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    """With g[t] the gradient of h[t]: g[t] = C[t] dy[t] + exp(delta[t+1] A) g[t+1], and g after the end is that of last.
+    """With g[t] the gradient of h[t]: g[t] = C[t] dy[t] + exp(delta[t+1] A) g[t+1], and last adds its own at the end.
 
     DA (batch, channel, state), DD and DBIAS (batch, channel), DB and DC (block of channels, batch, group, position,
     state) are added up by the caller: no two programs write to one place, so the sums come out the same every time.
@@ -252,6 +260,8 @@ def backward(
     chunks = tl.cdiv(length, STEPS)
 
     rate = tl.load(A + entry, mask=of_state, other=0.0).to(TYPE)
+    skip = parameter(D, channel, of_channel, TYPE)[:, None]
+    bias = parameter(BIAS, channel, of_channel, TYPE)
     after = tl.zeros([CHANNELS, STATES], TYPE)
     if DLAST is not None:
         after += tl.load(DLAST + batch * channels * states + entry, mask=of_state, other=0.0).to(TYPE)
@@ -270,11 +280,9 @@ def backward(
         c_at = batch * c_of_batch + group * c_of_group + t[:, None] * c_of_position + n[None, :] * c_of_state
         u = tl.load(U + u_at, mask=inside, other=0.0).to(TYPE)
         dy = tl.load(DY + dy_at, mask=inside, other=0.0).to(TYPE)
-        raw = tl.load(DELTA + delta_at, mask=inside, other=0.0).to(TYPE)
+        raw = tl.load(DELTA + delta_at, mask=inside, other=0.0).to(TYPE) + bias[:, None]
         b = tl.load(B + b_at, mask=shared, other=0.0).to(TYPE)[None, :, :]
         c = tl.load(C + c_at, mask=shared, other=0.0).to(TYPE)[None, :, :]
-        if BIAS is not None:
-            raw += tl.load(BIAS + channel, mask=of_channel, other=0.0).to(TYPE)[:, None]
         state = tl.load(SAVED + (batch * chunks + chunk) * channels * states + entry, mask=of_state, other=0.0)
 
         # The states again: what is left of the one before each position, and the one at it.
@@ -286,14 +294,10 @@ def backward(
         kept = decayed(decay, local + decayed(left, state[:, None, :]))
         h = kept + drive
 
-        if D is not None:
-            skip = tl.load(D + channel, mask=of_channel, other=0.0).to(TYPE)[:, None]
         if Z is not None:
             z_at = batch * z_of_batch + channel[:, None] * z_of_channel + t[None, :] * z_of_position
             z = tl.load(Z + z_at, mask=inside, other=0.0).to(TYPE)
-            y = tl.sum(h * c, axis=2)
-            if D is not None:
-                y += skip * u
+            y = tl.sum(h * c, axis=2) + skip * u
             gate = sigmoid(z)
             dz_at = batch * dz_of_batch + channel[:, None] * dz_of_channel + t[None, :] * dz_of_position
             dz = dy * y * gate * (1.0 + z * (1.0 - gate))
@@ -303,21 +307,17 @@ def backward(
         # decay[t] g[t] is what reaches the state before t: a scan from the end of (decay, decay C dy).
         dh = dy[:, :, None] * c
         source = decayed(decay, dh)
-        _, _, left, local = tl.associative_scan(
-            (decay, source, nothing + 1.0, nothing), 1, follow_before, reverse=True
-        )
+        _, _, left, local = tl.associative_scan((decay, source, nothing + 1.0, nothing), 1, follow_before, reverse=True)
         g = dh + local + decayed(left, after[:, None, :])
         after = at(decayed(decay, g), 0, STEPS)
 
-        du = tl.sum(g * b, axis=2)
-        dstep = du * u + tl.sum(g * kept * rate[:, None, :], axis=2)
-        du *= step
-        if D is not None:
-            du += skip * dy
-            dskip += tl.sum(dy * u, axis=1)
+        ddrive = tl.sum(g * b, axis=2)
+        du = ddrive * step + skip * dy
+        dstep = ddrive * u + tl.sum(g * kept * rate[:, None, :], axis=2)
         if SOFTPLUS:
             dstep *= sigmoid(raw)
         dstep = tl.where(inside, dstep, 0.0)
+        dskip += tl.sum(dy * u, axis=1)
         dbias += tl.sum(dstep, axis=1)
         drate += tl.sum(g * kept * step[:, :, None], axis=1)
         du_at = batch * du_of_batch + channel[:, None] * du_of_channel + t[None, :] * du_of_position
