@@ -11,6 +11,7 @@ import torch
 from ssmclip.ops import selective_scan
 from test_ops import TOLERANCE, error, random_inputs, true_results, upstream_for
 
+OPS = str(Path(__file__).with_name("test_ops.py"))
 # Lengths of one position, part of a chunk, several chunks; part of a block of channels and several; groups; 1 to 16
 # states; both types of the state; half precision; arguments left out; no, growing and vanishing states.
 INTERPRETED = """
@@ -23,8 +24,7 @@ def test_the_interpreter_passes_the_tests_of_every_back_end():
     # A process of its own: Triton reads the variable where a kernel is defined.
     wanted = f"triton and ({' '.join(INTERPRETED.split())})"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_ops.py", "-k", wanted],
-        cwd=Path(__file__).parent,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OPS, "-k", wanted],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
