@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -20,8 +21,18 @@ from ssmclip.ops import (
 )
 from ssmclip.registry import UnknownName
 
-SCANS = list(BACKENDS["selective_scan"])
-CROSS = list(BACKENDS["cross_selective_scan"])
+if os.environ.get("TRITON_INTERPRET") == "1":  # see test_triton.py
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+
+def on_the_cpu(op):
+    return [name for name, backend in BACKENDS[op].items() if not backend.why_not("cpu")]
+
+
+SCANS = on_the_cpu("selective_scan")
+CROSS = on_the_cpu("cross_selective_scan")
 # Relative error allowed, in the Euclidean norm of a whole tensor.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 OPTIONAL = ("D", "z", "delta_bias")
@@ -135,7 +146,7 @@ def test_long_sequences_stay_accurate(backend, states):
 @pytest.mark.parametrize("backend", SCANS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_keep_a_float32_state(backend, dtype):
-    inputs = random_inputs(2, 1, 16, 196, 4)
+    inputs = random_inputs(1, 1, 16, 70, 4)
     given = {k: v.to(dtype) for k, v in inputs.items()}
     y, last = selective_scan(**given, delta_softplus=True, return_last_state=True, backend=backend)
     assert (y.dtype, last.dtype) == (dtype, torch.float32)
@@ -572,17 +583,22 @@ def test_using_forces_a_back_end_and_gives_the_choice_back():
 
 def test_unknown_back_ends_name_the_known_ones():
     inputs = random_inputs(1, 1, 8, 3, 2)
-    with pytest.raises(UnknownName, match="known: auto, chunked, cpu, reference"):
+    with pytest.raises(UnknownName, match="known: auto, chunked, cpu, reference, triton"):
         selective_scan(**inputs, backend="cuda")
     with pytest.raises(UnknownName, match="did you mean 'reference'"), using("referense"):
         pass
 
 
 def test_a_table_says_what_exists_and_why_not():
-    assert all(exists and why == "" for _, _, exists, why in available("cpu"))
+    assert {why for _, name, _, why in available("cpu") if name != "triton"} == {""}
+    on_cpu = {(op, name): (exists, why) for op, name, exists, why in available("cpu")}
+    assert on_cpu["selective_scan", "triton"] == (False, "runs on cuda, not on cpu")
     rows = {(op, name): (exists, why) for op, name, exists, why in available("cuda")}
     assert rows["selective_scan", "cpu"] == (False, "runs on cpu, not on cuda")
     assert rows["selective_scan", "chunked"] == (True, "")
+    here = {(op, name): (exists, why) for op, name, exists, why in available()}
+    assert here["selective_scan", "cpu"] == (True, "")
+    assert here["selective_scan", "triton"] == ((True, "") if torch.cuda.is_available() else (False, "no GPU"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """State-space recurrences over sequences and images. `reference` is the definition; every back end agrees with it.
 
 Back ends: `reference` (a loop), `chunked` (plain PyTorch, any device), `cpu` (Numba, vectorised and threaded;
-BLAS where there are matrix products).
+BLAS where there are matrix products), `triton` (CUDA GPUs).
 `backend="auto"` takes the fastest that exists for the tensors given; `with using("reference"):` forces one.
 `python -m ssmclip ops` prints which exist on this machine.
 """
@@ -33,10 +33,13 @@ from ssmclip.ops.ssd import BACKENDS as _SSD
 BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD, "causal_conv1d": _CONV}
 
 
-def available(device: str = "cpu") -> list[tuple[str, str, bool, str]]:
-    """What exists here: (operator, back end, exists, why not), best back end first. `why not` is "" where it exists."""
+def available(device: str | None = None) -> list[tuple[str, str, bool, str]]:
+    """What exists here: (operator, back end, exists, why not), best back end first. `why not` is "" where it exists.
+
+    device: the type of device it is to run on, None for any that this machine has.
+    """
     return [
-        (op, name, not (reason := backend.why_not(device)), reason)
+        (op, name, not (reason := backend.why_not_here() if device is None else backend.why_not(device)), reason)
         for op, backends in BACKENDS.items()
         for name, backend in backends.items()
     ]

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 from ssmclip.registry import UnknownName
 
-KNOWN = ("reference", "chunked", "cpu")
+KNOWN = ("reference", "chunked", "cpu", "triton")
 
 _forced: ContextVar[str] = ContextVar("ssmclip_ops_backend", default="auto")
 
@@ -34,6 +36,14 @@ class Backend:
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed (pip install {self.needs})"
         return ""
+
+    def why_not_here(self) -> str:
+        """Why it can run on nothing this machine has, "" when it can."""
+        gpu = torch.cuda.is_available()
+        if self.devices == ("cuda",) and not gpu:
+            return "no GPU"
+        reasons = [self.why_not(device) for device in (("cuda", "cpu") if gpu else ("cpu",))]
+        return "" if "" in reasons else reasons[-1 if "cpu" in self.devices else 0]
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import chunked, cpu, reference
+from ssmclip.ops.selective_scan import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "selective_scan"]
 
 
 BACKENDS = {
+    "triton": Backend(triton.selective_scan, devices=("cuda",), needs="triton"),
     "cpu": Backend(cpu.selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(chunked.selective_scan),
     "reference": Backend(reference.selective_scan),
@@ -38,8 +39,8 @@ def selective_scan(
     group d // (D / G). The state is float32 whatever the input (float64 for float64), y has u's type.
     return_last_state: return (y, h after the last position), h in the state's type.
 
-    Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` back end are
-    computed by `chunked`: right, but slower and with (batch, dim, length, state) tensors.
+    Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` and `triton` back
+    ends are computed by `chunked`: right, but slower and with (batch, dim, length, state) tensors.
 
     Raises ValueError for shapes, types and devices that do not fit together, UnknownName for an unknown back end.
     """

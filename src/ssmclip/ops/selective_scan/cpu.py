@@ -12,14 +12,13 @@ from torch import Tensor
 from ssmclip.ops.selective_scan import chunked
 from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
+INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
 _library.define(
-    f"selective_scan({_INPUTS}, bool delta_softplus, bool want_last, bool save) -> "
-    "(Tensor y, Tensor last, Tensor saved)"
+    f"selective_scan({INPUTS}, bool delta_softplus, bool want_last, bool save) -> (Tensor y, Tensor last, Tensor saved)"
 )
 _library.define(
-    f"selective_scan_backward(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor saved, bool delta_softplus) -> "
+    f"selective_scan_backward(Tensor dy, Tensor? dlast, {INPUTS}, Tensor saved, bool delta_softplus) -> "
     "(Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor dbias)"
 )
 
@@ -60,7 +59,7 @@ def _parameter(x: Tensor | None, width: int):
     return x, (0, width * x.stride(0), x.stride(0), 0, x.stride(1) if x.ndim == 2 else 0)
 
 
-def _like(x: Tensor) -> Tensor:
+def like(x: Tensor) -> Tensor:
     """New memory, channels next to each other if they are so in x."""
     if x.stride(1) == 1 and x.shape[1] > 1:
         return x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2)
@@ -90,7 +89,7 @@ def _new_outputs(u, A, B, want_last, save):
     """Memory for (y, last, saved)."""
     last = u.new_empty((u.shape[0], *A.shape) if want_last else (0,))
     saved = u.new_empty(saved_shape(*u.shape, A.shape[1]) if save else (0,))
-    return _like(u), last, saved
+    return like(u), last, saved
 
 
 @torch.library.impl(_library, "selective_scan", "CPU")
@@ -117,8 +116,8 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, want_last
 def _new_gradients(u, delta, A, B, C, D, z, delta_bias):
     """Memory for the gradients of the inputs, without elements for those that are not there."""
     rest = [u.new_empty((0,) if x is None else x.shape) for x in (A, B, C, D)]
-    dz = u.new_empty(0) if z is None else _like(z)
-    return _like(u), _like(delta), *rest, dz, u.new_empty((0,) if delta_bias is None else delta_bias.shape)
+    dz = u.new_empty(0) if z is None else like(z)
+    return like(u), like(delta), *rest, dz, u.new_empty((0,) if delta_bias is None else delta_bias.shape)
 
 
 @torch.library.impl(_library, "selective_scan_backward", "CPU")
@@ -159,38 +158,6 @@ def _backward(dy, dlast, u, delta, A, B, C, D, z, delta_bias, saved, delta_softp
 @torch.library.register_fake("ssmclip::selective_scan_backward", lib=_library)
 def _backward_fake(dy, dlast, u, delta, A, B, C, D, z, delta_bias, saved, delta_softplus):
     return _new_gradients(u, delta, A, B, C, D, z, delta_bias)
-
-
-def _remember(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _, _ = inputs
-    saved = output[2]
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, saved)
-
-
-def _gradient(ctx, dy, dlast, _):
-    *inputs, saved = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(inputs[0])
-    grads = torch.ops.ssmclip.selective_scan_backward(dy, dlast, *inputs, saved, ctx.delta_softplus)
-    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None
-
-
-def _remember_gradient(ctx, inputs, output):
-    *tensors, ctx.delta_softplus = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _second_gradient(ctx, *grads_of_grads):
-    """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
-    dy, dlast, *inputs, _ = ctx.saved_tensors
-
-    def scan(*inputs):
-        return chunked.selective_scan(*inputs, ctx.delta_softplus, True)
-
-    return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx), None, None
 
 
 def second_gradient(function, upstream, inputs, grads_of_grads, ctx=None):
@@ -236,7 +203,40 @@ def _gradient_graph(function, upstream, inputs, again):
         return [*upstream, *inputs], [None if x is None else next(grads) for x in inputs]
 
 
-torch.library.register_autograd("ssmclip::selective_scan", _gradient, setup_context=_remember, lib=_library)
-torch.library.register_autograd(
-    "ssmclip::selective_scan_backward", _second_gradient, setup_context=_remember_gradient, lib=_library
-)
+def register_derivatives(name: str, library: torch.library.Library) -> None:
+    """Autograd for the operator `name` and its gradient `name`_backward, which take what those above take."""
+
+    def remember(ctx, inputs, output):
+        *tensors, ctx.delta_softplus, _, _ = inputs
+        saved = output[2]
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, saved)
+
+    def gradient(ctx, dy, dlast, _):
+        *inputs, saved = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros_like(inputs[0])
+        grads = getattr(torch.ops.ssmclip, f"{name}_backward")(dy, dlast, *inputs, saved, ctx.delta_softplus)
+        return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None, None
+
+    def remember_gradient(ctx, inputs, output):
+        *tensors, ctx.delta_softplus = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    def gradient_of_gradient(ctx, *grads_of_grads):
+        """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
+        dy, dlast, *inputs, _ = ctx.saved_tensors
+
+        def scan(*inputs):
+            return chunked.selective_scan(*inputs, ctx.delta_softplus, True)
+
+        return *second_gradient(scan, [dy, dlast], inputs, grads_of_grads, ctx), None, None
+
+    register = torch.library.register_autograd
+    register(f"ssmclip::{name}", gradient, setup_context=remember, lib=library)
+    register(f"ssmclip::{name}_backward", gradient_of_gradient, setup_context=remember_gradient, lib=library)
+
+
+register_derivatives("selective_scan", _library)

@@ -1,0 +1,54 @@
+"""The Triton kernels: the tests of every back end in Triton's interpreter, and the real sizes on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssmclip.ops import selective_scan
+from test_ops import TOLERANCE, error, random_inputs, true_results, upstream_for
+
+OPS = str(Path(__file__).with_name("test_ops.py"))
+# Lengths of one position, part of a chunk, several chunks; part of a block of channels and several; groups; 1 to 16
+# states; both types of the state; half precision; arguments left out; no, growing and vanishing states.
+INTERPRETED = """
+    (values and ((1-24-1-1 and dtype0) or 4-9-7-4 or (1-40-49-16 and dtype1))) or half
+    or (optional and (True-optional0 or False-optional4)) or large or growing or nothing
+"""
+
+
+def test_the_interpreter_passes_the_tests_of_every_back_end():
+    # A process of its own: Triton reads the variable where a kernel is defined.
+    wanted = f"triton and ({' '.join(INTERPRETED.split())})"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OPS, "-k", wanted],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    assert "14 passed" in result.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, PyTorch sees none")
+@pytest.mark.parametrize(("width", "length", "states"), [(96, 3136, 1), (768, 49, 1), (768, 197, 16), (1536, 256, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_real_sizes_equal_the_float64_loop(width, length, states, dtype):
+    inputs = random_inputs(2, 1, width, length, states)
+    wanted = true_results(inputs)
+    given = {name: x.to("cuda", dtype).requires_grad_() for name, x in inputs.items()}
+    got = selective_scan(**given, delta_softplus=True, return_last_state=True, backend="triton")
+    upstream = [x.to("cuda") for x in upstream_for([x.cpu() for x in got])]
+    grads = torch.autograd.grad(got, given.values(), upstream)
+    again = torch.autograd.grad(
+        selective_scan(**given, delta_softplus=True, return_last_state=True), given.values(), upstream
+    )
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[torch.float32])
+    errors = [error(g.cpu(), w) for g, w in zip((*got, *grads), wanted, strict=True)]
+    assert max(errors) < (tolerance if dtype == torch.float32 else 1e-2)
