@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", models.MODELS_HELP, models.run_models)
     _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)
+    _add(commands, "export", models.EXPORT_HELP, models.run_export, models.add_export_arguments)
     _add(commands, "push", models.PUSH_HELP, models.run_push, models.add_push_arguments)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)
     return parser

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 
 MODELS_HELP = "the CLIP models there are: towers, parameters, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
+EXPORT_HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
 PUSH_HELP = "upload a model folder to the Hugging Face hub"
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,23 @@ def run_convert(args: argparse.Namespace) -> None:
 
     kind = convert(args.source, args.folder, weights=args.weights, text_heads=args.text_heads, n_groups=args.n_groups)
     log.info("wrote the %s to %s", {"clip": "CLIP"}.get(kind, kind.replace("_", " ")), args.folder)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a CLIP's name, its folder, or a file of published weights")
+    parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
+    parser.add_argument("--image-size", default="224", help="pixels, or HEIGHTxWIDTH (default: %(default)s)")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from ssmclip.models import load, load_published
+    from ssmclip.models.export import export_onnx
+
+    sides = [int(side) for side in args.image_size.split("x")]
+    size = (sides[0], sides[-1])
+    model = load_published(args.model) if Path(args.model).is_file() else load(args.model, image_size=size).model
+    difference = export_onnx(model, args.file, size)
+    log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:

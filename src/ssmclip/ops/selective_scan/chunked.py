@@ -71,7 +71,7 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
 
 def _states(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: Tensor, drives: Tensor, dim: int):
     """first, and decayed(state, decay) + drive for each decay and drive along their first dimension; stacked on dim."""
-    if len(decays) and torch.onnx.is_in_onnx_export():
+    if len(decays) and torch.compiler.is_exporting():
         # One node that repeats, where a loop would become as many as it has rounds.
         from torch._higher_order_ops import scan
 
@@ -79,7 +79,7 @@ def _states(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: 
             state = decayed(state, pair[0]) + pair[1]
             return state, state.clone()
 
-        states = scan(step, first, (decays, drives))[1]
+        states = scan(step, first.clone(memory_format=torch.contiguous_format), (decays, drives))[1]
         return torch.cat([first[None], states]).movedim(0, dim)
     states = [first]
     for decay, drive in zip(decays, drives, strict=True):
