@@ -101,7 +101,7 @@ class EinFFT(nn.Module):
 
     @staticmethod
     def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """On real parts beside imaginary parts: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
+        """On real beside imaginary parts: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
         real, imag = weight.to(x.dtype)
         matrix = torch.cat([torch.cat([real, imag], -1), torch.cat([-imag, real], -1)], -2)
         return torch.einsum("bnkd,kde->bnke", x, matrix) + torch.cat([*bias.to(x.dtype)], -1)

@@ -58,7 +58,8 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     log_decay = torch.cat([log_decay, padding]).unflatten(0, (count, size))
     drive = torch.cat([drive, padding]).unflatten(0, (count, size))
 
-    local = _states(torch.mul, drive[:, 0], torch.exp(log_decay[:, 1:]).movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
+    decay = torch.exp(log_decay[:, 1:])
+    local = _states(torch.mul, drive[:, 0], decay.movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
 
     # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
     total = log_decay[1:].cumsum(1)
