@@ -246,7 +246,7 @@ def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch)
     words = ["--model", "tiny,timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
     with pytest.raises(ValueError, match="--humans FILE"):
         command.run(parse(*words))
-    assert command.run(parse(*words, "--humans", str(people), "--prompts", "categories")) == 0
+    assert command.run(parse(*words, "--humans", str(people), "--ood-prompts", "categories")) == 0
     _, rows = read_rows(out)
     assert {row.model for row in rows} == {"humans", "tiny", "resnet10t"}
     decided = pq.read_table(tmp_path / "rows.decisions.parquet").to_pylist()

@@ -417,7 +417,7 @@ def test_the_landscape_command(saved, tmp_path, tiny_clip):
     rows = {row.condition: row.value for row in read_rows(out)[1]}
     model, preprocess, tokenizer = tiny_clip
     batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=4))
-    assert rows["x=0.0"] == pytest.approx(float(contrastive_loss(model, *batch)), rel=1e-6)
+    assert rows["x=0.0"] == pytest.approx(contrastive_loss(model, *batch).item(), rel=1e-6)
     assert list(rows) == ["x=-1.0", "x=0.0", "x=1.0"]
 
 

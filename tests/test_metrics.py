@@ -7,13 +7,15 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accura
 
 from ssmclip.evaluate.metrics import METRICS, bootstrap_interval, first_relevant_ranks, metric, recall_at_k
 
+
+def top_k(target, scores, w, k: int) -> float:
+    return top_k_accuracy_score(target, scores, k=k, labels=range(scores.shape[1]), sample_weight=w)
+
+
 SKLEARN = {
-    "top1": lambda target, scores, w: top_k_accuracy_score(
-        target, scores, k=1, labels=range(scores.shape[1]), sample_weight=w
-    ),
-    "top5": lambda target, scores, w: top_k_accuracy_score(
-        target, scores, k=5, labels=range(scores.shape[1]), sample_weight=w
-    ),
+    "top1": lambda target, scores, w: top_k(target, scores, w, 1),
+    "top5": lambda target, scores, w: top_k(target, scores, w, 5),
+    "mean_top1_top5": lambda target, scores, w: (top_k(target, scores, w, 1) + top_k(target, scores, w, 5)) / 2,
     "mean_per_class": lambda target, scores, w: balanced_accuracy_score(target, scores.argmax(1), sample_weight=w),
     "roc_auc": lambda target, scores, w: roc_auc_score(target, scores[:, 1] - scores[:, 0], sample_weight=w),
 }

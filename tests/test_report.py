@@ -125,8 +125,6 @@ def landscape(model: str, sign: float) -> list[Result]:
 
 
 ROWS = [
-    *landscape("CLIP-A", 1.0),
-    *landscape(HOSTILE, 2.0),
     *classification("CLIP-A", 0.75, [[15, 5, 0], [5, 15, 0], [0, 5, 15]]),
     *retrieval("CLIP-A", 0.6),
     *training("CLIP-A", 5.0),
@@ -134,6 +132,8 @@ ROWS = [
     *classification(HOSTILE, 0.60, [[12, 8, 0], [8, 12, 0], [0, 8, 12]]),
     *retrieval(HOSTILE, 0.5),
     *training(HOSTILE, 6.0),
+    *landscape("CLIP-A", 1.0),
+    *landscape(HOSTILE, 2.0),
 ]
 RUN = {"commit": "abc123", "device": "cpu", "cpu": "Some CPU", "cores": 2, "seed": 7, "versions": {"torch": "2.15"}}
 
@@ -242,12 +242,12 @@ def test_tables_have_no_line_for_every_batch():
 def test_curves_are_the_rows_of_the_steps(drawn):
     loss, validation = drawn["training_curves"]
     assert [(f["model"], f["step"], f["value"]) for f in loss.frame()] == [
-        (row.model, int(row.condition.removeprefix("step=")), row.value) for row in rows_of("loss")
+        (row.model, int(row.condition.removeprefix("step=")), row.value) for row in rows_of("loss", "step=")
     ]
     assert [f["value"] for f in validation.frame()] == [row.value for row in rows_of("top1", "step=")]
     lines = loss.plot().axes[0].lines
     np.testing.assert_allclose(
-        [line.get_ydata() for line in lines], np.reshape([r.value for r in rows_of("loss")], (2, 5))
+        [line.get_ydata() for line in lines], np.reshape([r.value for r in rows_of("loss", "step=")], (2, 5))
     )
     assert [line.get_label() for line in lines] == ["CLIP-A", HOSTILE]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Table:
 
 
 def _read(name: str) -> Table:
-    content = json.loads((resources.files("ssmclip") / name).read_text(encoding="utf-8"))
+    content = json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
     rows = tuple(Row(row["model"], float(row["parameters"]), tuple(row["values"])) for row in content["rows"])
     return Table(content["source"], tuple(content["columns"]), rows)
 

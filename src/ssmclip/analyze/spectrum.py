@@ -91,8 +91,8 @@ def hessian_eigenvalues(
     >>> x = torch.zeros(4, requires_grad=True)
     >>> curvature = torch.tensor([3.0, -2.0, 0.5, 3.0])
     >>> r = hessian_eigenvalues(lambda: (0.5 * curvature * x**2).sum() + x[0], [x], k=2)
-    >>> r.largest.tolist(), r.smallest.tolist(), r.by_magnitude.tolist(), r.products
-    ([3.0, 3.0], [-2.0, 0.5], [3.0, 3.0], 4)
+    >>> [[round(value, 4) for value in end.tolist()] for end in (r.largest, r.smallest, r.by_magnitude)], r.products
+    ([[3.0, 3.0], [-2.0, 0.5], [3.0, 3.0]], 4)
     """
     hessian = Hessian(loss, parameters)
     return extreme_eigenvalues(hessian, k, tol, which, copies, max_products, seed, vectors, progress)

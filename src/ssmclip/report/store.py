@@ -13,7 +13,8 @@ from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
 LEVEL = "level="
-POINT = re.compile(r"(batch|x)=")  # a row that is one point of a distribution or surface
+# Analyses with a row for each batch or place: too many to list.
+POINTS = {"hessian": "batch=", "surface_1d": "x=", "surface_2d": "x="}
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ def level_of(row: Result) -> str | None:
     return row.condition.removeprefix(LEVEL) if row.condition.startswith(LEVEL) else None
 
 
+def _is_point(row: Result) -> bool:
+    return row.task in POINTS and row.condition.startswith(POINTS[row.task])
+
+
 def by_task(rows: Iterable[Result]) -> list[Result]:
     """The rows, those of a task together, tasks in the order of their first row: models side by side."""
     rows = list(rows)
@@ -95,4 +100,4 @@ def by_task(rows: Iterable[Result]) -> list[Result]:
 
 def final(rows: Iterable[Result]) -> list[Result]:
     """The rows that aren't part of a training curve, and aren't one of the many points of a distribution or surface."""
-    return [row for row in rows if step_of(row) is None and not POINT.match(row.condition)]
+    return [row for row in rows if step_of(row) is None and not _is_point(row)]

@@ -46,12 +46,12 @@ class Objective(nn.Module):
         super().__init__()
         self.loss, self.views, self.captions, self.view_weight = loss, views, captions, view_weight
 
-    def forward(self, image_features: Tensor, text_features: Tensor, **scale: Tensor) -> Tensor:
+    def forward(self, image_features: Tensor, text_features: Tensor, *scale: Tensor, **named: Tensor) -> Tensor:
         views = [image_features[i :: self.views] for i in range(self.views)]
         captions = [text_features[i :: self.captions] for i in range(self.captions)]
-        value = torch.stack([self.loss(v, c, **scale) for v in views for c in captions]).mean()
+        value = torch.stack([self.loss(v, c, *scale, **named) for v in views for c in captions]).mean()
         if self.view_weight:
-            between = torch.stack([self.loss(v, w, **scale) for v, w in combinations(views, 2)]).mean()
+            between = torch.stack([self.loss(v, w, *scale, **named) for v, w in combinations(views, 2)]).mean()
             value = value + self.view_weight * between
         return value
 
