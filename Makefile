@@ -38,3 +38,5 @@ clean:
 README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
 results: setup
 	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
+	$(BIN)/ssmclip models > runs/models.md
+	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md

@@ -9,14 +9,20 @@ from ssmclip.__main__ import main
 from ssmclip.models import create_clip, list_clips
 
 
-def test_models_prints_every_clip_with_its_parameters(capsys):
+def test_models_prints_every_clip_and_the_readme_shows_it(capsys, request):
     assert main(["models"]) == 0
-    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    printed = capsys.readouterr().out
+    table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines()[2:]}
     assert list(table) == list_clips()
     with torch.device("meta"):
         model = create_clip("CLIP-VMamba-S")
     total = sum(p.numel() for p in model.parameters()) / 1e6
-    assert float(table["CLIP-VMamba-S"][2]) + float(table["CLIP-VMamba-S"][3]) == pytest.approx(total, abs=0.011)
+    assert float(table["CLIP-VMamba-S"][3]) + float(table["CLIP-VMamba-S"][4]) == pytest.approx(total, abs=0.011)
+    assert float(table["CLIP-VMamba-S"][5]) == pytest.approx(8.72, abs=0.01)  # as the original code counts, with a head
+    readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
+    assert printed == re.search(r"<!-- models -->\n(.*?)<!-- /models -->", readme, re.DOTALL).group(1), (
+        "`make results` writes the table into the README"
+    )
 
 
 def test_ops_prints_every_back_end(capsys):

@@ -24,6 +24,7 @@ __all__ = [
     "count_macs",
     "create_clip",
     "distort",
+    "export_onnx",
     "hessian_eigenvalues",
     "list_clips",
     "load",
@@ -40,6 +41,7 @@ _LATER = {
     "Embedder": "ssmclip.evaluate.embedder",
     "Spectrum": "ssmclip.analyze.spectrum",
     "count_macs": "ssmclip.analyze.macs",
+    "export_onnx": "ssmclip.models.export",
     "hessian_eigenvalues": "ssmclip.analyze.spectrum",
 }
 

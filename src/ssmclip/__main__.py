@@ -52,8 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "captions", listing.CAPTIONS, listing.captions, listing.add_captions)
     _add(commands, "compare", listing.COMPARE, listing.compare, listing.add_rows)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
-    _add(commands, "models", models.MODELS_HELP, models.run_models)
+    _add(commands, "models", models.MODELS_HELP, _models)
     _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)
+    _add(commands, "export", models.EXPORT_HELP, models.run_export, models.add_export_arguments)
     _add(commands, "push", models.PUSH_HELP, models.run_push, models.add_push_arguments)
     _add(commands, "ops", "the kernels there are, and why one is missing here", _ops)
     return parser
@@ -65,6 +66,12 @@ def _add(commands, name: str, help: str, run, add_arguments=lambda parser: None)
     )
     add_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def _models(args: argparse.Namespace) -> None:
+    from ssmclip.analyze.macs import count_macs
+
+    models.run_models(args, count_macs)
 
 
 def _ops(args: argparse.Namespace) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
-MODELS_HELP = "the CLIP models there are: towers, parameters, published weights and their row in a paper"
+MODELS_HELP = "the CLIP models there are: towers, parameters, operations, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
+EXPORT_HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
 PUSH_HELP = "upload a model folder to the Hugging Face hub"
 
 log = logging.getLogger(__name__)
@@ -25,25 +28,26 @@ PUBLISHED = {
 }
 
 
-def run_models(args: argparse.Namespace) -> None:
-    import torch
+def run_models(args: argparse.Namespace, count_macs: Callable) -> None:
+    """count_macs: `ssmclip.count_macs`."""
+    print(models_table(count_macs))
 
-    from ssmclip.models import clip_config, create_clip, list_clips
 
-    print(
-        f"{'name':26} {'image tower':26} {'image M':>8} {'text M':>8}  {'text tower':12} {'published weights':38} row"
-    )
+def models_table(count_macs: Callable) -> str:
+    """The CLIPs as a table in Markdown. Parameters in millions, GMACs of one image, text excluded."""
+    from ssmclip.models import clip_config, list_clips
+
+    columns = "name | image tower | text tower | image M | text M | GMACs at 224 px | published weights | paper row"
+    lines = [columns.split(" | "), ("---", "---", "---", "--:", "--:", "--:", "---", "---")]
     for name in list_clips():
-        config = clip_config(name)
-        with torch.device("meta"):
-            model = create_clip(config)
-        total = sum(p.numel() for p in model.parameters())
-        image = sum(p.numel() for p in model.visual.parameters())
-        trunk = config["model_cfg"]["vision_cfg"]["timm_model_name"]
-        text = config["model_cfg"]["text_cfg"].get("mamba", {}).get("model_type", "transformer")
-        weights, row = PUBLISHED.get(name, ("", ""))
-        numbers = f"{image / 1e6:8.2f} {(total - image) / 1e6:8.2f}"
-        print(f"{name:26} {trunk:26} {numbers}  {text:12} {weights:38} {row}".rstrip())
+        config = clip_config(name)["model_cfg"]
+        text = config["text_cfg"]
+        kind = "bag of words" if text.get("layers") == 0 else text.get("mamba", {}).get("model_type", "transformer")
+        count = count_macs(name, 224)
+        numbers = (count.image_parameters / 1e6, count.text_parameters / 1e6, count.image.total / 1e9)
+        numbers = (f"{number:.2f}" for number in numbers)
+        lines.append((name, config["vision_cfg"]["timm_model_name"], kind, *numbers, *PUBLISHED.get(name, ("", ""))))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,25 @@ def run_convert(args: argparse.Namespace) -> None:
 
     kind = convert(args.source, args.folder, weights=args.weights, text_heads=args.text_heads, n_groups=args.n_groups)
     log.info("wrote the %s to %s", {"clip": "CLIP"}.get(kind, kind.replace("_", " ")), args.folder)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a CLIP's name, its folder, or a file of published weights")
+    parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
+    parser.add_argument("--image-size", default="224", help="pixels, or HEIGHTxWIDTH (default: %(default)s)")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from ssmclip.models import load, load_published
+    from ssmclip.models.export import export_onnx
+
+    sides = args.image_size.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--image-size {args.image_size}: pixels, or HEIGHTxWIDTH")
+    size = (int(sides[0]), int(sides[-1]))
+    model = load_published(args.model) if Path(args.model).is_file() else load(args.model, image_size=size).model
+    difference = export_onnx(model, args.file, size)
+    log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:

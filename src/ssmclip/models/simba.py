@@ -93,20 +93,18 @@ class EinFFT(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         y = rearrange(x.to(dtype), "b h w (k d) -> b (h w) k d", k=self.blocks)
         y = torch.fft.fft2(y, dim=(1, 2), norm="ortho")
-        y = _on_parts(F.relu, self._linear(y, self.complex_weight_1, self.complex_bias_1))
-        y = self._linear(y, self.complex_weight_2, self.complex_bias_2)
-        y = _on_parts(lambda part: F.softshrink(part, self.shrink), y)
-        y = torch.fft.ifft2(y, dim=(1, 2), norm="ortho").real
+        y = torch.cat([y.real, y.imag], -1)
+        y = F.relu(self._linear(y, self.complex_weight_1, self.complex_bias_1))
+        y = F.softshrink(self._linear(y, self.complex_weight_2, self.complex_bias_2), self.shrink)
+        y = torch.fft.ifft2(torch.complex(*y.chunk(2, -1)), dim=(1, 2), norm="ortho").real
         return rearrange(y, "b (h w) k d -> b h w (k d)", h=x.shape[1]).to(x.dtype)
 
     @staticmethod
     def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        weight, bias = (torch.complex(*p.to(x.real.dtype)) for p in (weight, bias))
-        return torch.einsum("bnkd,kde->bnke", x, weight) + bias
-
-
-def _on_parts(function, x: Tensor) -> Tensor:
-    return torch.view_as_complex(function(torch.view_as_real(x)))
+        """On real beside imaginary parts: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
+        real, imag = weight.to(x.dtype)
+        matrix = torch.cat([torch.cat([real, imag], -1), torch.cat([-imag, real], -1)], -2)
+        return torch.einsum("bnkd,kde->bnke", x, matrix) + torch.cat([*bias.to(x.dtype)], -1)
 
 
 class Block(nn.Module):

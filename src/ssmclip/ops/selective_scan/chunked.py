@@ -12,6 +12,7 @@ exceeds 1, so nothing overflows however large delta A is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -57,21 +58,34 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     log_decay = torch.cat([log_decay, padding]).unflatten(0, (count, size))
     drive = torch.cat([drive, padding]).unflatten(0, (count, size))
 
-    decay = torch.exp(log_decay)
-    local = [drive[:, 0]]
-    for t in range(1, size):
-        local.append(decay[:, t] * local[-1] + drive[:, t])
+    decay = torch.exp(log_decay[:, 1:])
+    local = _states(torch.mul, drive[:, 0], decay.movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
 
     # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
-    local = torch.stack(local, dim=1)
     total = log_decay[1:].cumsum(1)
-    inherited = [local[0, -1]]
-    for k in range(1, count - 1):
-        inherited.append(_decayed(inherited[-1], total[k - 1, -1]) + local[k, -1])
     h = local
     if count > 1:
-        h = torch.cat([local[:1], local[1:] + _decayed(torch.stack(inherited)[:, None], total)])
+        inherited = _states(_decayed, local[0, -1], total[: count - 2, -1], local[1 : count - 1, -1], dim=0)
+        h = torch.cat([local[:1], local[1:] + _decayed(inherited[:, None], total)])
     return h.flatten(0, 1)[:length]
+
+
+def _states(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: Tensor, drives: Tensor, dim: int):
+    """first, and decayed(state, decay) + drive for each decay and drive along their first dimension; stacked on dim."""
+    if len(decays) and torch.compiler.is_exporting():
+        # One node that repeats, where a loop would become as many as it has rounds.
+        from torch._higher_order_ops import scan
+
+        def step(state, pair):
+            state = decayed(state, pair[0]) + pair[1]
+            return state, state.clone()
+
+        states = scan(step, first.clone(memory_format=torch.contiguous_format), (decays, drives))[1]
+        return torch.cat([first[None], states]).movedim(0, dim)
+    states = [first]
+    for decay, drive in zip(decays, drives, strict=True):
+        states.append(decayed(states[-1], decay) + drive)
+    return torch.stack(states, dim=dim)
 
 
 def _decayed(state: Tensor, log_decay: Tensor) -> Tensor:
