@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decompression bombs
 
@@ -47,6 +47,8 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadImage("image too large", str(error)) from error
+        except UnidentifiedImageError as error:  # its own message names an object in memory, another each time
+            raise BadImage("broken image", f"none of {', '.join(FORMATS)}") from error
         except Exception as error:  # decoders raise half a dozen types on damaged files
             raise BadImage("broken image", f"{type(error).__name__}: {error}") from error
 
