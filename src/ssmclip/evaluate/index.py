@@ -20,13 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
-from torch import nn
 from tqdm import tqdm
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
 from ssmclip.evaluate.embedder import Embedder
 
-__all__ = ["Index", "build_index", "fingerprint", "nearest", "read_index"]
+__all__ = ["Index", "build_index", "nearest", "read_index"]
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     model = {
         "model": embedder.clip.name,
         "image_size": embedder.image_size,
-        "weights": fingerprint(embedder.clip.model),
+        "weights": embedder.clip.hashes["model"],
     }
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
@@ -119,15 +118,6 @@ def nearest(
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors, dtype=np.float32))
     return index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights: equal for equal ones. Every tensor's name, shape and up to 65,536 of its bytes count."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()[:16384].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + flat.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:

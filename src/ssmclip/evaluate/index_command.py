@@ -51,14 +51,14 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_search(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.embedder import Embedder
-    from ssmclip.evaluate.index import fingerprint, nearest, read_index
+    from ssmclip.evaluate.index import nearest, read_index
 
     if not args.text.strip():
         raise ValueError("nothing to look for: the text is empty")
     index = read_index(args.index)
     name = args.model or index.about["model"]
     embedder = Embedder(name, device=args.device, image_size=index.about["image_size"])
-    if fingerprint(embedder.clip.model) != index.about["weights"]:
+    if embedder.clip.hashes["model"] != index.about["weights"]:
         raise ValueError(
             f"{embedder.clip.name} does not have the weights that {args.index} was made with: its vectors cannot be "
             "compared. A name without pretrained weights has new ones each time it is loaded; give a folder"
