@@ -12,8 +12,8 @@ its Mamba layers call for a whole sequence when mamba_ssm is absent; mambapy's i
 softplus it expects done before.
 
 `speedup_possible` is the best peer's time over the time that this machine needs at least for the operations and bytes
-of the scan (`benchmarks/roofline.py`): no kernel of this design can be faster than that. `large_pages` rows are medians
-with fresh memory for the results in large pages and in small ones, and with an allocator that keeps what it has.
+of the scan (`benchmarks/roofline.py`): no kernel of this design can be faster than that. `large_pages` rows are CPU
+time with new memory for the results in small pages, in large ones as the operators ask for, and kept by the allocator.
 `peak_memory_ratio` is the growth of a process of its own over inputs and outputs.
 """
 
@@ -270,33 +270,38 @@ def measure_memory(shape: Shape) -> list[Result]:
 
 
 PAGES = """
-import statistics, sys
+import statistics, sys, time
 sys.path.insert(0, {folder!r})
 import torch
-from scan import PEERS, OURS, Shape, make_inputs, one_run
+from scan import Shape, make_inputs, ours
 from ssmclip.ops import memory
-torch.set_num_threads({threads})
+torch.set_num_threads(1)
 if not {large}:
     memory._madvise = None
-inputs = make_inputs(Shape({batch}, {dim}, {length}, {states}))
-one_run(PEERS[OURS], inputs, True)
-print(statistics.median(one_run(PEERS[OURS], inputs, True)[0] for _ in range(9)))
+leaves = {{k: v.requires_grad_() for k, v in make_inputs(Shape({batch}, {dim}, {length}, {states})).items()}}
+upstream = torch.ones_like(leaves["u"])
+times = []
+for _ in range(10):
+    start = time.process_time()
+    y = ours(leaves)
+    gradients = torch.autograd.grad(y, leaves.values(), upstream)
+    times.append(time.process_time() - start)
+    del y, gradients
+print(statistics.median(times[1:]))
 """
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 def measure_pages(shape: Shape) -> list[Result]:
-    """Forward and backward with new memory in small and in large pages, and with an allocator that gives none back."""
+    """CPU time of forward and backward, one thread, with new memory in small and in large pages, and kept."""
     rows = []
     for pages, large, environment in (("small", False, {}), ("large", True, {}), ("kept", True, KEEP_MEMORY)):
-        code = PAGES.format(
-            folder=str(Path(__file__).parent), threads=torch.get_num_threads(), large=large, **vars(shape)
-        )
+        code = PAGES.format(folder=str(Path(__file__).parent), large=large, **vars(shape))
         run = [sys.executable, "-c", code]
         output = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
-        extra = {"threads": torch.get_num_threads(), **environment}
+        extra = {"threads": 1, **environment}
         condition = f"{shape.condition(True)},pages={pages}"
-        rows.append(Result(OURS, "large_pages", condition, "latency_ms", 1e3 * float(output), n=9, extra=extra))
+        rows.append(Result(OURS, "large_pages", condition, "cpu_ms", 1e3 * float(output), n=9, extra=extra))
     return rows
 
 
@@ -316,7 +321,7 @@ def measurements(
             key = "scan", shape.condition(True), "peak_memory_ratio"
             steps.append((key, partial(measure_memory, shape)))
         if shape.batch == 1 and shape.length >= 784:
-            key = "large_pages", f"{shape.condition(True)},pages=kept", "latency_ms"
+            key = "large_pages", f"{shape.condition(True)},pages=kept", "cpu_ms"
             steps.append((key, partial(measure_pages, shape)))
     return steps
 
@@ -325,20 +330,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/scan.jsonl"))
     parser.add_argument("--quick", action="store_true", help="few shapes, few repetitions")
+    parser.add_argument("--only", help="a task or metric: scan, scan_kernel, large_pages, peak_memory_ratio")
     args = parser.parse_args()
     shapes, repetitions = (QUICK, 3) if args.quick else (SHAPES, REPETITIONS)
-    for backward in (False, True):  # compiles the kernels
-        one_run(PEERS[OURS], make_inputs(Shape(1, 16, 8, 1)), backward)
     if not args.out.exists():
         write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads()))
     earlier, forecast = read_rows(args.out)[1], Forecast()
     there = {(row.task, row.condition, row.metric) for row in earlier}
     forecast.remember(earlier, shapes)
     steps = measurements(shapes, repetitions, forecast)
+    steps = [(key, make) for key, make in steps if key not in there and args.only in (None, key[0], key[2])]
+    peers = PEERS.values() if any(key[2] == LAST_METRIC for key, _ in steps) else [PEERS[OURS]]
+    for peer, backward in itertools.product(peers, (False, True)):  # compiles the kernels, imports the peers
+        one_run(peer, make_inputs(Shape(1, 16, 8, 1)), backward)
     bar = tqdm(steps, unit="measurement", dynamic_ncols=True)
     for key, make in bar:
-        if key in there:
-            continue
         bar.set_postfix_str(key[1])
         rows = make()
         append_rows(args.out, rows)
