@@ -101,7 +101,7 @@ class Work:
     bytes: float
 
     def bound(self, threads: int) -> tuple[float, str]:
-        """(seconds no implementation with this work can beat, what sets them)."""
+        """(seconds at the peaks, what sets them)."""
         arithmetic = self.operations / arithmetic_peak(threads)
         memory = self.bytes / bandwidth_for(self.bytes, threads)
         return max((arithmetic, "arithmetic"), (memory, "memory"))
