@@ -11,10 +11,10 @@ already, where the kernel transposes nothing. Peers run their own code: `mamba_s
 its Mamba layers call for a whole sequence when mamba_ssm is absent; mambapy's is `MambaBlock.selective_scan` with the
 softplus it expects done before.
 
-`speedup_possible` is the best peer's time over the bound of `benchmarks/roofline.py` for the operations and bytes of this
-design: about where its speedup ends on this machine. `large_pages` rows are CPU time with new memory for the results in
-small pages, in large ones as the operators ask for, and kept by the allocator. `peak_memory_ratio` is the growth of a
-process of its own over inputs and outputs.
+`speedup_possible` is the best peer's time over the bound of `benchmarks/roofline.py` for the operations and bytes of
+this design: about where its speedup ends on this machine. `large_pages` rows are CPU time with new memory for the
+results in small pages, in large ones as the operators ask for, and kept by the allocator. `peak_memory_ratio` is the
+growth of a process of its own over inputs and outputs.
 """
 
 from __future__ import annotations
