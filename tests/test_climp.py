@@ -148,6 +148,25 @@ def test_a_saved_climp_loads_with_the_tokenizer_beside_it(tokenizer_file, tmp_pa
     torch.testing.assert_close(loaded.encode_image(image), model.encode_image(image))
 
 
+def test_open_clip_names_what_makes_a_climp(tmp_path):
+    """open_clip has no place to add a text tower to: the name is known to it, and its error says where to go."""
+    assert set(CLIMPS) < set(open_clip.list_models())
+    says = r"made by ssmclip\.load and ssmclip\.create_clip"
+    for name in ("CLIMP-Mamba1", "CLIMP-Nano"):
+        with pytest.raises(TypeError, match=says):
+            open_clip.create_model(name)
+    fields = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
+    config = tiny_climp(fields, embed_dim=8)
+    del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+    torch.manual_seed(0)
+    model = create_clip(config).eval()
+    assert ssmclip.convert(model.state_dict(), tmp_path) == "clip"
+    with pytest.raises(TypeError, match=says):
+        open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    ids = torch.randint(1, 50, (2, 7))
+    assert torch.equal(ssmclip.load(tmp_path).model.encode_text(ids), model.encode_text(ids))
+
+
 # ---- training
 
 

@@ -130,9 +130,9 @@ def convert(
 
     source, weights, and what shapes cannot tell: as in `load_published`. Of a CLIP `open_clip_config.json` and weights,
     which `ssmclip.load(folder)` reads and `open_clip.create_model_and_transforms("local-dir:" + folder)` too once
-    ssmclip is imported (but for text towers that are no transformers, of which open_clip's configurations cannot
-    speak); of an image encoder timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a language
-    model Hugging Face's. Returns which of these: "clip" | "encoder" | "language_model".
+    ssmclip is imported (but for text towers that are no transformers: open_clip cannot build them, and its error names
+    `ssmclip.load`); of an image encoder timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a
+    language model Hugging Face's. Returns which of these: "clip" | "encoder" | "language_model".
 
     Raises what `load_published` raises, and CheckpointError for CLIP's text tower alone, which no library reads.
     """
@@ -293,7 +293,8 @@ def _read_clip(
     model_cfg["vision_cfg"].pop("timm_drop_path", None)
     if _has(state, "text.transformer.layers."):
         fields = _language_model(_under(state, "text.transformer."), n_groups, layer_norm_epsilon)
-        model_cfg["text_cfg"] |= dict(mamba=fields, proj_bias="text.proj.bias" in state)
+        told = {key: value for key, value in model_cfg["text_cfg"].items() if key in ("hf_tokenizer_name", "pad_id")}
+        model_cfg["text_cfg"] = told | dict(context_length=None, mamba=fields, proj_bias="text.proj.bias" in state)
     else:
         model_cfg["text_cfg"] = clip_text_fields(state, text_heads)
     return Architecture("clip", config), state
