@@ -157,14 +157,17 @@ def test_open_clip_names_what_makes_a_climp(tmp_path):
             open_clip.create_model(name)
     fields = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
     config = tiny_climp(fields, embed_dim=8)
-    del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
     torch.manual_seed(0)
     model = create_clip(config).eval()
-    assert ssmclip.convert(model.state_dict(), tmp_path) == "clip"
+    ssmclip.save_model(model, config, tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").write_text("{}")
+    assert ssmclip.convert(tmp_path / "saved", tmp_path / "out") == "clip"
     with pytest.raises(TypeError, match=says):
-        open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+        open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    (tmp_path / "out" / "tokenizer.json").unlink()
     ids = torch.randint(1, 50, (2, 7))
-    assert torch.equal(ssmclip.load(tmp_path).model.encode_text(ids), model.encode_text(ids))
+    assert torch.equal(ssmclip.load(tmp_path / "out").model.encode_text(ids), model.encode_text(ids))
 
 
 # ---- training
