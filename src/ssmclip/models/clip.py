@@ -69,9 +69,7 @@ def clip_config(
     ones; drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
     """
     if name.startswith(OPEN_CLIP):
-        model_cfg, preprocess_cfg = open_clip.get_model_config(name.removeprefix(OPEN_CLIP)), {}
-        if model_cfg is None:
-            raise UnknownName("open_clip model", name.removeprefix(OPEN_CLIP), open_clip.list_models())
+        model_cfg, preprocess_cfg = _open_clip_config(name.removeprefix(OPEN_CLIP)), {}
     elif name in list_clips():
         model_cfg = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
         preprocess_cfg = PREPROCESS | model_cfg.pop("preprocess_cfg", {})
@@ -85,6 +83,15 @@ def clip_config(
             raise ValueError(f"drop_path_rate is a setting of timm image towers; {name} has none")
         model_cfg["vision_cfg"]["timm_drop_path"] = drop_path_rate
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def _open_clip_config(name: str) -> dict[str, Any]:
+    model_cfg = open_clip.get_model_config(name)
+    if model_cfg is None:
+        raise UnknownName("open_clip model", name, open_clip.list_models())
+    if OURS_ALONE in model_cfg:
+        raise ValueError(f"open_clip has no text tower like that of {name}; ask for {name}, without {OPEN_CLIP}")
+    return model_cfg
 
 
 def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:
@@ -226,8 +233,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
     name, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
-    if name not in open_clip.list_models():
-        raise UnknownName("open_clip model", name, open_clip.list_models())
+    _open_clip_config(name)
     model = open_clip.create_model(
         name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
     )
