@@ -27,6 +27,7 @@ lint: setup
 bench: setup  ## ours against peers, as rows in results/
 	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
 	$(BIN)/python benchmarks/text.py --out results/text.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text_24_layers.jsonl --layers 24 --only pass=forward
 
 bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
