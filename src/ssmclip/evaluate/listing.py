@@ -56,20 +56,23 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", help="the key of the captions in .jsonl; default: the first known one of each record"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json of a language model that is the text tower; default: the model's"
+    )
     parser.add_argument("--out", type=Path, help="the rows file to write")
 
 
 def captions(args: argparse.Namespace) -> int:
-    import ssmclip
     from ssmclip.config import labelled
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.evaluate.command import line
+    from ssmclip.models import load_tokenizer
     from ssmclip.results import describe_run, write_rows
 
     texts = {path: read_texts(path, args.field) for path in args.texts}
     rows = []
     for label, name in labelled(args.model).items():
-        tokenizer = ssmclip.load(name).tokenizer
+        tokenizer = load_tokenizer(name, args.tokenizer)
         rows += [row for path, found in texts.items() for row in caption_rows(label, task_of(path), tokenizer, found)]
     if args.out:
         write_rows(args.out, rows, describe_run())

@@ -8,6 +8,7 @@ from ssmclip.models.clip import (
     create_clip,
     list_clips,
     load,
+    load_tokenizer,
     save_tokenizer,
 )
 from ssmclip.models.hub import download, push
@@ -24,6 +25,7 @@ __all__ = [
     "download",
     "list_clips",
     "load",
+    "load_tokenizer",
     "load_config",
     "load_published",
     "load_state",
