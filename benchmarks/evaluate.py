@@ -27,6 +27,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +182,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    part, repetitions = (4, 3) if args.quick else (1, args.repetitions)
+    part, repetitions = (4, min(3, args.repetitions)) if args.quick else (1, args.repetitions)
     write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads()))
-    measured = {
-        f"encoder={encoder},source={source}": lambda e=encoder, s=source, c=count: images(
-            e, s, max(BATCH, c // part // BATCH * BATCH), repetitions
-        )
-        for encoder, count in ENCODERS.items()
-        for source in SOURCES
-    }
-    measured[f"text_tower={TEXT_TOWER}"] = lambda: texts(repetitions, PROMPTS // part)
+    measured = {f"text_tower={TEXT_TOWER}": lambda: texts(repetitions, PROMPTS // part)}
+    for encoder, count in ENCODERS.items():
+        few = max(BATCH, count // part // BATCH * BATCH)
+        for source in SOURCES:
+            measured[f"encoder={encoder},source={source}"] = partial(images, encoder, source, few, repetitions)
     for condition, rows in measured.items():
         if set(args.only) <= set(condition.split(",")):
             for row in rows():
