@@ -35,13 +35,17 @@ def datasets(args: argparse.Namespace) -> int:
 
 def described(card: Card, root: str) -> str:
     """One data set's line."""
-    from ssmclip.data.sources import open_dataset
+    from ssmclip.data.sources import HUB, open_dataset
 
     start = f"{card.name:16} {card.metric:16} "
     size = f"{card.test_size:,}" if card.test_size else "?"
     try:
-        found = open_dataset(card, root)
+        found = open_dataset(card, root, download=False)
     except FileNotFoundError:
+        if root.startswith(HUB):
+            return (
+                f"{start}{'-':>15} {size:>9}  not downloaded yet; evaluate does, where {root.removeprefix(HUB)} has it"
+            )
         return f"{start}{'-':>15} {size:>9}  get it: {card.source}"
     except (OSError, ValueError) as error:
         return f"{start}{'can not be read':>15} {size:>9}  {str(error).splitlines()[0]}"
