@@ -19,7 +19,7 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from ssmclip.__main__ import main
-from ssmclip.data import sources
+from ssmclip.data import originals, sources
 from ssmclip.data.prompts import chosen, clip_benchmark_prompts, folders_on, names_on, read_prompts, templates_on
 from ssmclip.data.sources import list_cards, load_card, open_dataset
 from ssmclip.data.testset import SORTED
@@ -347,6 +347,13 @@ def test_imagenets_folders_are_taken_for_imagenet_only(tmp_path):
             open_dataset(name, tmp_path)
     (tmp_path / "val").rename(tmp_path / "sketch")
     assert len(open_dataset("imagenet_sketch", tmp_path)) == 1000
+
+
+def test_patchcamelyon_says_what_it_needs(tmp_path, monkeypatch):
+    text(tmp_path / "pcam/camelyonpatch_level_2_split_test_x.h5", "")
+    monkeypatch.setattr(originals.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"is read with h5py: pip install ssmclip\[evaluate\]"):
+        open_dataset("pcam", tmp_path)
 
 
 def test_a_list_of_test_images_narrows_sun397(tmp_path):

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -223,10 +224,12 @@ def stl10(folder: Path, card: Card) -> Found | str:
 
 @LAYOUTS.register("torchvision_pcam")
 def pcam(folder: Path, card: Card) -> Found | str:
-    """pcam/camelyonpatch_level_2_split_test_{x,y}.h5; needs h5py."""
+    """pcam/camelyonpatch_level_2_split_test_{x,y}.h5. Raises ValueError without h5py, which reads them."""
     marker = "pcam/camelyonpatch_level_2_split_test_x.h5"
     if not (folder / marker).is_file():
         return marker
+    if util.find_spec("h5py") is None:
+        raise ValueError(f"{folder / marker} is read with h5py: pip install ssmclip[evaluate]")
     dataset = _opened("PCAM", folder, {"split": "test"})
     with dataset.h5py.File(folder / marker.replace("_x.", "_y.")) as file:
         labels = file["y"][:, 0, 0, 0].tolist()
