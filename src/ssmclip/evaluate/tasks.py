@@ -107,7 +107,7 @@ def task_names(names: str, root: str | Path) -> list[str]:
 
     def there(name: str) -> bool:
         try:
-            return bool(len(open_dataset(load_card(name), root)))
+            return bool(len(open_dataset(load_card(name), root, download=False)))
         except (OSError, ValueError):
             return False
 
