@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
@@ -15,6 +16,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 from torchvision.transforms import Compose, Resize
 
+from ssmclip.__main__ import main
 from ssmclip.data.stimuli import CATEGORIES
 from ssmclip.data.trials import read_trials
 from ssmclip.evaluate import Clip, Settings, command
@@ -268,6 +270,44 @@ def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch)
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 1
     shown = {row.task: list(row.extra["stimuli"]) for row in rows if "stimuli" in row.extra}
     assert shown == {"ood/edge": ["0"]}
+
+
+def test_sets_rebuilt_from_imagenet_are_decided_and_scored(tmp_path, capsys):
+    """From a folder like ILSVRC2012 and the image ids of the human data to scores, with nothing that doesn't match."""
+    rng = np.random.default_rng(0)
+    of = [("n02690373", "airplane"), ("n02504013", "elephant"), ("n02690373", "airplane"), ("n02504013", "elephant")]
+    trials = []
+    for i, (wordnet, category) in enumerate(of):
+        file = tmp_path / "imagenet" / "train" / wordnet / f"{wordnet}_{i}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 200 + 18 * i, (280, 300, 3), dtype=np.uint8)).save(file, "JPEG")
+        trials += [
+            {
+                "dataset": "contrast",
+                "subject": who,
+                "image_id": f"{wordnet}_{i}.png",
+                "condition": ("c100", "c50")[i // 2],
+                "category": category,
+                "object_response": category if i != who else "na",
+            }
+            for who in (1, 2)
+        ]
+    people = tmp_path / "humans.parquet"
+    pq.write_table(pa.Table.from_pylist([row | {"subject": f"subject-0{row['subject']}"} for row in trials]), people)
+    words = ["--humans", str(people), "--imagenet", str(tmp_path / "imagenet"), "--distortions", "contrast"]
+    assert main(["distort", *words, "--out", str(tmp_path / "datasets")]) == 0
+    out = tmp_path / "decisions.parquet"
+    decide(imagenet_decider(Brightest(), see, "m"), open_stimuli(tmp_path / "datasets"), out, QUICK)
+    decided = pq.read_table(out).to_pylist()
+    assert {(row["image_id"], row["condition"]) for row in decided} == {(r["image_id"], r["condition"]) for r in trials}
+    right = {row["image_id"]: row["object_response"] == row["category"] for row in decided}
+    words = ["--decisions", str(out), "--humans", str(people), "--resamples", "0"]
+    assert main(["ood", "score", *words, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    _, rows = read_rows(tmp_path / "rows.jsonl")
+    (row,) = (row for row in rows if (row.model, row.metric) == ("m", "ood_accuracy"))
+    assert (row.value, row.n) == (np.mean([right["n02690373_2.png"], right["n02504013_3.png"]]), 4)
+    assert "partial" not in row.extra
+    assert "4 written" in capsys.readouterr().out
 
 
 def parse(*words):

@@ -9,12 +9,14 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
+from ssmclip import quickstart
 from ssmclip.data.distort_folder import picture_seed
 from ssmclip.data.sources import Classification, load_card, open_dataset
 from ssmclip.evaluate import Clip, Settings, command, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
+from ssmclip.report.examples import picture
 from ssmclip.results import read_rows
 
 FEW = Settings(batch_size=16, max_images=10, examples=1)
@@ -194,3 +196,15 @@ def test_the_command_writes_the_curves_and_the_comparison(tmp_path, tiny_clip, m
     assert equal == [0.0] * 8  # six levels and two means, of one model under two names
     said = capsys.readouterr().out
     assert "level=" not in said
+
+
+def test_the_quickstart_distorts_digits(tiny_clip, monkeypatch):
+    monkeypatch.setattr(quickstart, "DISTORTED_IMAGES", 4)
+    monkeypatch.setattr(quickstart, "DISTORTED", ("rotation", "colour"))
+    rows = quickstart.distorted_digits({"a": tiny_clip, "b": tiny_clip})
+    assert {row.task for row in rows} == {"distorted/digits/rotation", "distorted/digits/colour"}
+    shown = {row.task: row.extra["stimuli"] for row in rows if "stimuli" in row.extra}
+    turned = [np.asarray(picture(small), float) for small in shown["distorted/digits/rotation"].values()]
+    for quarter, seen in enumerate(turned):  # JPEG costs a few levels
+        assert np.abs(np.rot90(turned[0], quarter) - seen).mean() < 4
+    assert np.abs(turned[0] - turned[1]).mean() > 10
