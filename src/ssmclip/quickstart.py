@@ -14,7 +14,7 @@ from typing import Any
 HELP = "train two small CLIPs on embedded data, evaluate them, write report.html"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
 TASKS = ("digits", "scenes")
-DISTORTED = ("contrast", "high-pass", "low-pass", "uniform-noise")  # of digits: half a minute
+DISTORTED = ("contrast", "high-pass", "low-pass", "uniform-noise", "eidolonI")  # of digits: 40 seconds
 DISTORTED_IMAGES = 100
 
 
