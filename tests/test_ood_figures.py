@@ -160,7 +160,7 @@ def test_the_page_shows_them_and_no_table_of_levels(tmp_path):
     assert len(re.findall("<svg", page)) == 9
     assert "squared accuracy difference" in page
     assert "level=" not in page
-    assert "top-1 accuracy, share of that undistorted" in page
+    assert "top-1 accuracy, share kept of that above guessing" in page
     assert "b <i>" not in page
 
 

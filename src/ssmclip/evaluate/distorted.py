@@ -107,8 +107,9 @@ def distorted_rows(
     """The rows of one distortion after another: each model's at each level, their mean, and models compared.
 
     At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
-    levels that count in `ood.EXCLUDED`'s sense, and `..._retained`, that mean over what the model has at the level that
-    does not distort. Intervals resample images. "mean over levels, minus OTHER": differences, over the same images.
+    levels that count in `ood.EXCLUDED`'s sense, and `..._retained`: of what the model has above guessing at the level
+    that does not distort, the share it keeps. Intervals resample images. "mean over levels, minus OTHER": differences,
+    over the same images.
     """
     metric = METRIC[card.kind]
     judges = [_judge(clip, dataset, card, settings) for clip in clips]
@@ -133,7 +134,7 @@ def distorted_rows(
             about = {"title": f"{card.title}, {name}", **coverage(images, card, dataset)}
             scores = {model: torch.stack(hits).double() for model, hits in right.items()}
             rows = levels + paired.paired_rows(levels, seed=settings.seed)
-            rows += _mean_rows(task, metric, scores, kept(name), settings.seed, about)
+            rows += _mean_rows(task, metric, scores, kept(name), chance or 0.0, settings.seed, about)
             if shown:
                 rows[0].extra["stimuli"] = shown
             yield rows
@@ -145,7 +146,9 @@ def _level_row(model, task, label, metric, hits, images: ImageEmbeddings, datase
     return Result(model, task, f"{LEVEL}{label}", metric, hits.double().mean().item(), low, high, len(hits), extra)
 
 
-def _mean_rows(task: str, metric: str, scores: dict[str, Tensor], counted, seed: int, about) -> list[Result]:
+def _mean_rows(
+    task: str, metric: str, scores: dict[str, Tensor], counted, chance: float, seed: int, about
+) -> list[Result]:
     """scores: model -> (l, n), 1 where right. The first level does not distort."""
     n = next(iter(scores.values())).shape[1]
 
@@ -155,12 +158,12 @@ def _mean_rows(task: str, metric: str, scores: dict[str, Tensor], counted, seed:
 
     def retained(model: str) -> Callable[[Tensor], Tensor]:
         of_image, undistorted = scores[model][counted].mean(dim=0), scores[model][0]
-        return lambda weights: (weights @ of_image) / (weights @ undistorted)  # NaN or infinite where nothing is right
+        return lambda weights: (weights @ (of_image - chance)) / (weights @ (undistorted - chance))
 
     def row(model, condition, name, statistic, extra) -> list[Result]:
         value = statistic(torch.ones(1, n, dtype=torch.float64))[0]
         if not value.isfinite():
-            return []  # nothing right without distortion: no share of it
+            return []  # no better than guessing without distortion
         low, high = bootstrap_interval(lambda w: _finite(statistic(w)), n, seed=seed)
         return [Result(model, task, condition, name, value.item(), low, high, n, extra)]
 

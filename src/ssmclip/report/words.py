@@ -69,7 +69,7 @@ def metric_name(metric: str) -> str:
     if metric not in NAMES and metric.endswith(DIFFERENCE):
         return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
     if metric.endswith(RETAINED):
-        return f"{metric_name(metric.removesuffix(RETAINED))}, share of that undistorted"
+        return f"{metric_name(metric.removesuffix(RETAINED))}, share kept of that above guessing"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return NAMES.get(metric, metric.replace("_", " "))
