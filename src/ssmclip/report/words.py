@@ -56,6 +56,7 @@ NAMES = FRACTIONS | {
     "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
 DIFFERENCE = "_difference"
+RETAINED = "_retained"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
@@ -67,6 +68,8 @@ def metric_name(metric: str) -> str:
     """
     if metric not in NAMES and metric.endswith(DIFFERENCE):
         return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
+    if metric.endswith(RETAINED):
+        return f"{metric_name(metric.removesuffix(RETAINED))}, share kept of that above guessing"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return NAMES.get(metric, metric.replace("_", " "))
@@ -78,7 +81,7 @@ def is_fraction(metric: str) -> bool:
     >>> is_fraction("top1_difference"), is_fraction("accuracy_difference")  # a squared one
     (True, False)
     """
-    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE)
+    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE).removesuffix(RETAINED)
     return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 
