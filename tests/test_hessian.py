@@ -404,7 +404,7 @@ def test_the_command_writes_rows_and_resumes(saved, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command.run(arguments(whole, *asked))
     run, rows = read_rows(whole)
-    assert run["analysis"]["protocol"] == "lanczos"
+    assert run["analysis"]["which"] == "both"
     values = [row for row in rows if row.condition.startswith("batch=")]
     assert len(values) == 2 * 3
     assert all(row.extra["residual"] <= 1e-3 and row.extra["products"] > 0 and row.extra["converged"] for row in values)
