@@ -198,6 +198,7 @@ def _collect(
     described = describe_run(args.seed, args.device, analysis=asked)
     part = args.out if world == 1 else args.out.with_name(f"{args.out.name}.rank{rank}")
     finished: set[str] = set()
+    places: dict[str, int] = {}
     for file in files_of(args.out):
         drop_half_a_line(file)
         run_before, rows = read_rows(file)
@@ -208,6 +209,7 @@ def _collect(
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=total, desc=args.analysis, unit="unit", disable=None if rank == 0 else True) as told:
         for place, (condition, measure) in enumerate(units):
+            places[condition] = place
             if condition not in finished and place % world == rank:
                 append_rows(part, measure(), described)
             told.update()
@@ -215,7 +217,8 @@ def _collect(
     if state.is_main_process:
         rows = [row for file in files_of(args.out) for row in read_rows(file)[1]]
         kept = {(row.model, row.condition, row.metric): row for row in rows if _is_part(row.condition)}
-        rows = list(kept.values())
+        # In one process' order, whoever measured them; other models' before.
+        rows = sorted(kept.values(), key=lambda row: places.get(row.condition, -1) if row.model == label else -1)
         rows += summarise(rows)
         write_rows(args.out, rows, described)
         for file in files_of(args.out):
