@@ -483,33 +483,27 @@ def test_the_landscape_command(saved, tmp_path, tiny_clip):
 
 def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
     out = tmp_path / "both.jsonl"
-    asked = f"hessian --model {saved} --batches 2 --batch-size 3 --k 2 --towers image --which magnitude"
+    asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 2 --towers image --which magnitude"
     command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim", "--weight-decay", "0"))
-    rows = read_rows(out)[1]
-    value = {(row.condition, row.metric): row.value for row in rows}
-    extra = {(row.condition, row.metric): row.extra for row in rows}
+    found = {(row.condition, row.metric): row for row in read_rows(out)[1]}
     model, preprocess, tokenizer = tiny_clip
-    batches = list(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=2, batch_size=3))
-    shares, errors, missed = [], [], []
-    for number, batch in enumerate(batches):
-        where = f"batch={number},tower=image"
-        hessian = Hessian(lambda batch=batch: contrastive_loss(model, *batch), tower_parameters(model, "image"))
-        usual = park_kim.power_iteration(hessian, 2)
-        wanted = [value[f"{where},protocol=park-kim", f"by_magnitude_{i}"] for i in (1, 2)]
-        assert usual.values.tolist() == pytest.approx(wanted, rel=1e-5)
-        true = torch.tensor([value[where, f"by_magnitude_{i}"] for i in (1, 2)], dtype=torch.float64)
-        after = max(extra[where, f"by_magnitude_{i}"]["found_after"] for i in (1, 2))
-        shares.append(usual.products / after)
-        errors.append(max((usual.values / true - 1).abs().tolist()))
-        missed.append(np.mean([min(abs(usual.values / x - 1)) > 0.01 for x in true]))
-    assert value["tower=image", "power_iteration_products_over_lanczos"] == pytest.approx(np.mean(shares))
-    assert value["tower=image", "power_iteration_error"] == pytest.approx(np.mean(errors), rel=1e-2)
-    assert value["tower=image", "power_iteration_missed"] == np.mean(missed)
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    hessian = Hessian(lambda: contrastive_loss(model, *batch), tower_parameters(model, "image"))
+    usual = park_kim.power_iteration(hessian, 2)
+    given = [found["batch=0,tower=image,protocol=park-kim", f"by_magnitude_{i}"] for i in (1, 2)]
+    assert usual.values.tolist() == pytest.approx([row.value for row in given], rel=1e-5)
+    wanted = [found["batch=0,tower=image", f"by_magnitude_{i}"] for i in (1, 2)]
+    true = torch.tensor([row.value for row in wanted], dtype=torch.float64)
+    said = {metric.removeprefix("power_iteration_"): row.value for (_, metric), row in found.items()}
+    assert said["products_over_lanczos"] == usual.products / max(row.extra["found_after"] for row in wanted)
+    assert said["error"] == pytest.approx((usual.values / true - 1).abs().max().item(), rel=1e-2)
+    assert said["missed"] == np.mean([min(abs(usual.values / x - 1)) > 0.01 for x in true])
+    assert said["residual"] == pytest.approx(usual.residuals.max().item(), rel=1e-2)
 
 
 def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
     out = tmp_path / "park_kim.jsonl"
-    asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 2 --towers image --protocol park-kim"
+    asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --protocol park-kim"
     command.run(arguments(out, *asked.split()))
     rows = {row.metric: row for row in read_rows(out)[1] if "batch=" in row.condition}
     model, preprocess, tokenizer = tiny_clip
@@ -521,7 +515,7 @@ def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
 
     true = extreme_eigenvalues(Hessian(loss, parameters), 1, which="magnitude", copies=False).by_magnitude
     assert rows["by_magnitude_1"].value == pytest.approx(true.item(), rel=1e-2)
-    assert set(rows) == {"by_magnitude_1", "by_magnitude_2"}
+    assert set(rows) == {"by_magnitude_1"}
 
 
 class Rank:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import matplotlib.ticker as ticker
 import numpy as np
 
 from ssmclip.analyze.summary import USUAL
-from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of
+from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
 from ssmclip.results import Result
 
@@ -42,7 +43,7 @@ def bandwidth(values: np.ndarray) -> float:
     return float(0.9 * spread * len(values) ** -0.2)
 
 
-def kernel_density(values: Sequence[float], at: np.ndarray) -> np.ndarray:
+def kernel_density(values: Sequence[float] | np.ndarray, at: np.ndarray) -> np.ndarray:
     """Gaussian kernel density estimate of the values, at these points."""
     values = np.asarray(values, float)
     width = bandwidth(values)
@@ -68,21 +69,26 @@ class Eigenvalues(Drawing):
         models = models_of(frame)
         picture, axes = canvas(2.8)
         of = {model: np.array([entry["value"] for entry in frame if entry["model"] == model]) for model in models}
-        # One model's eigenvalues may be ten times another's: on a linear axis the smaller are a spike.
-        width = min(np.median(abs(values)) for values in of.values()) / 3 or 1.0
-        of = {model: np.arcsinh(values / width) for model, values in of.items()}
+        sizes = [np.median(abs(values)) for values in of.values()]
+        forth, back = (lambda x: x), (lambda x: x)
+        if max(sizes) > 5 * min(sizes) > 0:  # on a linear axis the smaller would be a spike
+            width = min(sizes) / 3
+            forth, back = (lambda x: np.arcsinh(x / width)), (lambda x: width * np.sinh(x))
+            axes.set_xscale("asinh", linear_width=width)
+            axes.xaxis.set_major_locator(ticker.AsinhLocator(width, numticks=8))
+            plain_numbers(axes.xaxis)
+        of = {model: forth(values) for model, values in of.items()}
         low, high = min(map(min, of.values())), max(map(max, of.values()))
         margin = 0.08 * (high - low) or 1.0
         at, edges = (np.linspace(low - margin, high + margin, points) for points in (POINTS, 47))
-        axes.set_xscale("asinh", linear_width=width)
-        axes.axvspan(width * np.sinh(low - margin), 0, color="#888888", alpha=0.12, linewidth=0)
+        axes.axvspan(back(low - margin), 0, color="#888888", alpha=0.12, linewidth=0)
         for model, values in of.items():
             look = self.styles[model]
             shares, _ = np.histogram(values, edges, density=True)
-            axes.stairs(shares, width * np.sinh(edges), fill=True, alpha=0.3, color=look.colour, hatch=look.hatch)
+            axes.stairs(shares, back(edges), fill=True, alpha=0.3, color=look.colour, hatch=look.hatch)
             label = f"{model}: {100 * np.mean(values < 0):.1f} % negative of {len(values)}"
-            axes.plot(width * np.sinh(at), kernel_density(values, at), look.dash, color=look.colour, label=label)
-        axes.set_xlim(width * np.sinh(low - margin), width * np.sinh(high + margin))
+            axes.plot(back(at), kernel_density(values, at), look.dash, color=look.colour, label=label)
+        axes.set_xlim(back(low - margin), back(high + margin))
         axes.set_xlabel("eigenvalue of the Hessian (shaded: negative)")
         axes.set_ylabel("density on this axis")
         legend(axes, 1)  # a line for each: its share is said there
@@ -127,6 +133,7 @@ class SpectralDensity(Drawing):
             x, y = [e["eigenvalue"] for e in mine], [max(e["density"], 1e-12 * top) for e in mine]
             axes.semilogy(x, y, look.dash, color=look.colour, label=model)
         axes.set_ylim(1e-9 * top, 2 * top)
+        plain_numbers(axes.yaxis)
         axes.set_xlabel("eigenvalue of the Hessian")
         axes.set_ylabel("density")
         legend(axes, len(models_of(frame)))
@@ -171,6 +178,7 @@ class Protocols(Drawing):
                 axes.plot(x, y, marker, color=look.colour, label=f"{model}, {protocol}", fillstyle="none")
         axes.axhline(1e-3, linewidth=0.8, color="#888888")
         axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
         axes.set_xlim(left=0)
         axes.set_xlabel("Hessian-vector products (grey: a residual of 1e-3)")
         axes.set_ylabel("largest relative residual")
@@ -214,6 +222,7 @@ class EigenvaluesOverTraining(Drawing):
                 if mine:
                     axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=look.marker, label=label)
         axes.set_yscale("symlog", linthresh=1.0)
+        plain_numbers(axes.yaxis)
         axes.axhline(0, linewidth=0.8, color="#888888")
         axes.set_xlabel("steps")
         axes.set_ylabel("most positive and most negative")
@@ -307,6 +316,7 @@ class Relief(Surface):
         axes = picture.add_subplot(place, projection="3d")
         axes.plot_surface(*np.meshgrid(x, y), loss, cmap="plasma", linewidth=0, rstride=1, cstride=1)
         axes.view_init(elev=25, azim=-60)
+        axes.locator_params(nbins=4)
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         axes.set_zlabel("loss")
