@@ -103,8 +103,8 @@ def _hessian(args: argparse.Namespace) -> int:
                     yield condition, measure
 
     total = args.batches * len(towers) * len(studies) * len(_folders(args))
-    # What differs between protocols is said by each row's condition.
-    asked = {**settings(studies[0]), "protocol": None, "weight_decay": args.weight_decay}
+    asked = {**settings(studies[0]), "weight_decay": args.weight_decay}
+    del asked["protocol"]  # each row's condition says it
     return _collect(args, asked, units(), total, lambda rows: summary_rows(rows, args.k, args.seed))
 
 
