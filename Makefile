@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-encoders bench-roofline bench-evaluate eval26 captions distorted results clean
+.PHONY: setup quickstart test lint bench bench-encoders bench-roofline bench-evaluate eval26 captions distorted bench-hessian results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,6 +53,19 @@ eval26: setup  ## every data set there is a copy of under DATA, as rows in resul
 # TEXTS='one.jsonl two.jsonl' TOKENIZER=tokenizer.json, of the Mamba language models
 captions: setup  ## how many words of captions text towers see, as rows in results/
 	$(BIN)/ssmclip captions --model CLIP-VMamba-S,CLIMP-Mamba1 --texts $(TEXTS) --tokenizer $(TOKENIZER) --out results/captions.jsonl
+
+# The image towers' five eigenvalues of largest magnitude, and as they were over training; what the usual power iteration
+# finds on some of the batches. Batch by batch, and it goes on where it was stopped: two hours on one core.
+HESSIAN := analyze hessian --data '../shared/data/captions/train/{00000..00005}.tar' --batch-size 15 --towers image \
+	--which magnitude --weight-decay 0 --out results/hessian.jsonl
+bench-hessian: setup  ## Hessian spectra of the two Flickr8k runs, as rows in results/
+	for run in CLIP-VMamba-Nano=runs/flickr8k CLIP-ViT-Nano=runs/flickr8k-vit; do \
+		one="--label $${run%=*} --model $${run#*=}"; \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 60 && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 3 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
+	done
+	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

@@ -34,6 +34,7 @@ FRACTIONS = {  # written as percentages
     "negative_share": "negative among the eigenvalues of largest magnitude",
     "converged_share": "eigenvalues that are converged",
     "negative_mass": "negative part of all eigenvalues' magnitude",
+    "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
 }
 NAMES = FRACTIONS | {
     "images_per_s": "images per second",
@@ -43,6 +44,10 @@ NAMES = FRACTIONS | {
     "top_magnitude": "mean magnitude of the largest eigenvalues",
     "products": "Hessian-vector products a batch",
     "min_over_max": "most negative over most positive eigenvalue",
+    "power_iteration_products": "Hessian-vector products of the usual power iteration a batch",
+    "power_iteration_products_over_lanczos": "products of the usual power iteration over those of Lanczos",
+    "power_iteration_residual": "largest relative residual of the usual power iteration",
+    "power_iteration_error": "largest relative error of the usual power iteration",
     "trace": "trace of the Hessian",
     "texts_per_s": "texts per second",
     "training_images_per_s": "images per second in training",
