@@ -11,12 +11,17 @@ import torch
 from ssmclip.ops import selective_scan
 from test_ops import TOLERANCE, error, random_inputs, true_results, upstream_for
 
-OPS = str(Path(__file__).with_name("test_ops.py"))
+FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("ops", "ssd", "causal_conv")]
 # Lengths of one position, part of a chunk, several chunks; part of a block of channels and several; groups; 1 to 16
-# states; both types of the state; half precision; arguments left out; no, growing and vanishing states.
+# states; both types of the state; half precision; arguments left out; no, growing and vanishing states; maps of one
+# chunk and several; nothing at all.
 INTERPRETED = """
-    (values and ((1-24-1-1 and dtype0) or 4-9-7-4 or (1-40-49-16 and dtype1))) or half
-    or (optional and (True-optional0 or False-optional4)) or large or growing or nothing
+    (values and ((1-24-1-1 and dtype0) or 4-9-7-4 or (1-40-49-16 and dtype1))) or (half and scan and not map)
+    or (optional and (True-optional0 or False-optional4)) or large_steps_forget_and_do_not or growing or nothing
+    or (four_loops and (3-5-24-1 or (7-4-10-16 and dtype0) or (1-1-8-1 and dtype1)))
+    or (values and ((1-4-6-1-3 and dtype0) or (1-2-3-300-40 and dtype1))) or takes_any_strides
+    or (optional and (optional0-20 or optional4-20)) or (clamped) or (rounded_about_once)
+    or (padded_convolution and True-True and (1-4 or 3-4 or 70-3))
 """
 
 
@@ -24,7 +29,7 @@ def test_the_interpreter_passes_the_tests_of_every_back_end():
     # A process of its own: Triton reads the variable where a kernel is defined.
     wanted = f"triton and ({' '.join(INTERPRETED.split())})"
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OPS, "-k", wanted],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-k", wanted],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

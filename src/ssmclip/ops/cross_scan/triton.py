@@ -1,8 +1,8 @@
 """The four scans of a map on a GPU, in Triton: read in place, no sequence is built.
 
 The kernels are those of the selective scan, a direction is a group, and a position's place on the map is computed where
-it is read or written. Each direction writes its own result, in x's type, and the four are added up afterwards: a program
-per direction, four times as many as if they took turns, and the same sums every time.
+it is read or written. Each direction writes its own result, in x's type, and the four are added up afterwards: four
+times as many programs as if the directions took turns, and the same sums every time.
 
 So far run in Triton's interpreter only, on a CPU; see `ssmclip.ops.selective_scan.triton`.
 """

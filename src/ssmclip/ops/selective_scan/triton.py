@@ -53,10 +53,10 @@ def tile(kernel: str, width: int, length: int, states: int) -> Tile:
     Both passes cut the length alike: the states saved by one are those the other starts from. Compiled for sm_90, the
     forward pass needs 150 registers a thread, the backward pass 247 with one state and all 255 with 16.
     """
-    columns = _power_of_two(states)
-    steps = min(steps_of(states), _power_of_two(length))
+    columns = power_of_two(states)
+    steps = min(steps_of(states), power_of_two(length))
     elements = 4096 if kernel == "backward" and states > 4 else 2048
-    channels = min(_power_of_two(width), max(1, elements // (steps * columns)))
+    channels = min(power_of_two(width), max(1, elements // (steps * columns)))
     return Tile(channels, steps, columns, 4 if kernel == "forward" else 8)
 
 
@@ -64,7 +64,7 @@ def steps_of(states):
     return 64 if states <= 4 else 32 if states <= 16 else 16
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
