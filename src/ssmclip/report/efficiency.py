@@ -90,6 +90,43 @@ class Efficiency(Drawing):
         return picture
 
 
+CLIMP_PIXELS = 896  # where CLIMP (Shabtay et al. 2025) says VMamba-B takes a fifth of the memory of ViT-B/16
+
+
+@figure("memory", needs=["inference_memory_mb", "training_memory_mb"])
+class Memory(Drawing):
+    """The peak memory of models side by side at one size of image: CLIMP's, or else the largest measured."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        for metric in cls.needs:
+            found = [r for r in rows if r.metric == metric and r.task == "efficiency" and r.condition[:5] == "image"]
+            sides = {row.condition: _point(row)["x"] for row in found if CONDITION.fullmatch(row.condition)}
+            side = CLIMP_PIXELS if CLIMP_PIXELS in sides.values() else max(sides.values(), default=None)
+            there = [row for row in found if sides.get(row.condition) == side]
+            if len(there) > 1:
+                yield cls(f"{metric_name(metric)}, images of {side:.0f} pixels", there, looks)
+
+    def frame(self):
+        """value: MB; times: over the least of all."""
+        least = min(row.value for row in self.rows)
+        return [{**_point(row), "times": row.value / least} for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(0.4 * len(frame) + 0.4)
+        for place, entry in enumerate(frame):
+            look = self.styles[entry["model"]]
+            axes.barh(place, entry["value"], 0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+            note = f"{entry['value']:,.0f}" + (f" ({entry['times']:.1f}x)" if entry["times"] > 1 else "")
+            axes.annotate(f" {note}", (entry["value"], place), va="center", size=8)
+        axes.set_yticks(range(len(frame)), [entry["line"] for entry in frame])
+        axes.invert_yaxis()
+        axes.set_xmargin(0.25)
+        axes.set_xlabel(metric_name(self.rows[0].metric))
+        return picture
+
+
 def exponent(points: Sequence[Point]) -> float:
     """The slope of the values' logarithms over the inputs'.
 
