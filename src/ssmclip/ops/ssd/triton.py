@@ -1,8 +1,9 @@
 """Mamba-2's scan on a GPU, in Triton: one kernel forward and one backward, any strides, no (length, length) tensor.
 
 It reads x, B and C in float32, bfloat16 or float16 as they come; the state is float32 (float64 for float64). Products
-are of three TensorFloat-32 products, which keep float32's digits, so this needs a card of 2020 or later (sm_80). So far
-run in Triton's interpreter only, on a CPU; see `ssmclip.ops.selective_scan.triton`.
+are in TensorFloat-32, which has the digits of float16 and more than bfloat16: one where the inputs have no more digits
+themselves, three, which keep float32's, for float32. So this needs a card of 2020 or later (sm_80). So far run in
+Triton's interpreter only, on a CPU, whose products are float32's; see `ssmclip.ops.selective_scan.triton`.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ def _constants(kernel: str, x: Tensor, states: int) -> dict:
     import triton.language as tl
 
     double = x.dtype == torch.float64
+    precision = {torch.float64: "ieee", torch.float32: "tf32x3"}.get(x.dtype, "tf32")
     most = 64 if kernel == "forward" else 32
     return {
         "TYPE": tl.float64 if double else tl.float32,
-        "PRECISION": "ieee" if double else "tf32x3",
+        "PRECISION": precision,
         "Q": CHUNK,
         "P": min(most, max(SMALLEST, power_of_two(x.shape[3]))),
         "N": max(SMALLEST, power_of_two(states)),
