@@ -23,10 +23,10 @@ FILES = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("ops", "s
 INTERPRETED = """
     (values and ((1-24-1-1 and dtype0) or 4-9-7-4 or (1-40-49-16 and dtype1))) or (half and scan and not map)
     or (optional and (True-optional0 or False-optional4)) or large_steps_forget_and_do_not or growing or nothing
-    or (four_loops and (3-5-24-1 or (7-4-10-16 and dtype0) or (1-1-8-1 and dtype1)))
-    or (values and ((1-4-6-1-3 and dtype0) or (1-2-3-300-40 and dtype1))) or takes_any_strides
-    or (optional and (optional0-20 or optional4-20)) or (clamped) or (rounded_about_once)
-    or (padded_convolution and True-True and (1-4 or 3-4 or 70-3))
+    or (four_loops and dtype0 and (3-5-24-1 or 7-4-10-16)) or (takes_any_strides and map)
+    or (values and ((1-4-6-1-3 and dtype0) or (1-2-3-300-40 and dtype1))) or steps_are_clamped
+    or (optional and (optional0-20 or optional4-20))
+    or (padded_convolution and ((True-True and (1-4 or 70-3)) or (False-False and 3-4))) or rounded_about_once
 """
 
 
