@@ -15,11 +15,11 @@ from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 
 CHANNELS = 8  # rows of the map are read as whole registers; other numbers of channels are padded
 
-INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+_INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
-_library.define(f"cross_selective_scan({INPUTS}, bool delta_softplus, bool save) -> (Tensor y, Tensor saved)")
+_library.define(f"cross_selective_scan({_INPUTS}, bool delta_softplus, bool save) -> (Tensor y, Tensor saved)")
 _library.define(
-    f"cross_selective_scan_backward(Tensor dy, {INPUTS}, Tensor saved, bool delta_softplus) -> "
+    f"cross_selective_scan_backward(Tensor dy, {_INPUTS}, Tensor saved, bool delta_softplus) -> "
     "(Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dbias)"
 )
 
@@ -153,41 +153,40 @@ def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
     return _new_gradients(x, delta, A, B, C, D, delta_bias)
 
 
-def register_derivatives(name: str, library: torch.library.Library) -> None:
-    """Autograd for the operator `name` and its gradient `name`_backward, which take what those above take."""
-
-    def remember(ctx, inputs, output):
-        *tensors, ctx.delta_softplus, _ = inputs
-        saved = output[1]
-        ctx.mark_non_differentiable(saved)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, saved)
-
-    def gradient(ctx, dy, _):
-        *inputs, saved = ctx.saved_tensors
-        if dy is None:
-            return (None,) * 9
-        grads = getattr(torch.ops.ssmclip, f"{name}_backward")(dy, *inputs, saved, ctx.delta_softplus)
-        return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
-
-    def remember_gradient(ctx, inputs, output):
-        *tensors, ctx.delta_softplus = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    def gradient_of_gradient(ctx, *grads_of_grads):
-        """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
-        dy, *inputs, _ = ctx.saved_tensors
-        scan = plain.composed("chunked")
-
-        def run(*inputs):
-            return (scan(*inputs, ctx.delta_softplus),)
-
-        return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
-
-    register = torch.library.register_autograd
-    register(f"ssmclip::{name}", gradient, setup_context=remember, lib=library)
-    register(f"ssmclip::{name}_backward", gradient_of_gradient, setup_context=remember_gradient, lib=library)
+def _remember(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, _ = inputs
+    saved = output[1]
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, saved)
 
 
-register_derivatives("cross_selective_scan", _library)
+def _gradient(ctx, dy, _):
+    *inputs, saved = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 9
+    grads = torch.ops.ssmclip.cross_selective_scan_backward(dy, *inputs, saved, ctx.delta_softplus)
+    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
+
+
+def _remember_gradient(ctx, inputs, output):
+    *tensors, ctx.delta_softplus = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradient(ctx, *grads_of_grads):
+    """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
+    dy, *inputs, _ = ctx.saved_tensors
+    scan = plain.composed("chunked")
+
+    def run(*inputs):
+        return (scan(*inputs, ctx.delta_softplus),)
+
+    return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
+
+
+torch.library.register_autograd("ssmclip::cross_selective_scan", _gradient, setup_context=_remember, lib=_library)
+torch.library.register_autograd(
+    "ssmclip::cross_selective_scan_backward", _second_gradient, setup_context=_remember_gradient, lib=_library
+)
