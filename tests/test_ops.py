@@ -325,6 +325,8 @@ def test_third_derivatives_agree():
 # ---- maps
 
 SQUARES = [(1, 1), (3, 5), (7, 4), (1, 6), (5, 1)]
+# height, width, channels, states
+CHARTS = [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (9, 8, 8, 1), (14, 9, 200, 1)]
 
 
 def sequences_by_hand(x):
@@ -387,9 +389,7 @@ def map_truth(x, delta, A, B, C, D=None, delta_bias=None):
 
 
 @pytest.mark.parametrize("backend", CROSS)
-@pytest.mark.parametrize(
-    ("height", "width", "dim", "states"), [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (14, 9, 200, 1)]
-)
+@pytest.mark.parametrize(("height", "width", "dim", "states"), CHARTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_map_scan_equals_four_loops(backend, height, width, dim, states, dtype):
     for optional in (("D", "delta_bias"), ()):
