@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-encoders bench-distortions bench-embedder bench-gpu efficiency results clean
+.PHONY: setup quickstart test lint bench bench-encoders results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,17 @@ bench: setup  ## ours against peers, as rows in results/
 bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
 
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
+
+# The rows behind the README's results; `make results` writes them into it.
+README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
+results: setup
+	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
+	$(BIN)/ssmclip models > runs/models.md
+	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md
+
+.PHONY: bench-distortions bench-embedder bench-gpu efficiency
 bench-distortions: setup  ## distortions against their plain definitions, as rows in results/
 	$(BIN)/python benchmarks/distortions.py --out results/distortions.jsonl
 
@@ -47,13 +58,3 @@ efficiency: setup  ## CLIMP's question: operations, memory and time of VMamba-B 
 	$(BIN)/ssmclip analyze efficiency --model $(COUNTED) --count-only --out results/efficiency.jsonl
 	$(BIN)/ssmclip analyze efficiency --model CLIP-VMamba-B,CLIP-ViT-B-16 $(SIZES) --lengths 77,256,1024 --out results/efficiency.jsonl
 	$(BIN)/ssmclip analyze efficiency --model CLIP-ViT-B-16 $(SIZES) --attention plain --out results/efficiency.jsonl
-
-clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
-
-# The rows behind the README's results; `make results` writes them into it.
-README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
-results: setup
-	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
-	$(BIN)/ssmclip models > runs/models.md
-	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md
