@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_the_interpreter_passes_the_tests_of_every_back_end():
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
-    assert "33 passed" in result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) >= 33
 
 
 @pytest.mark.gpu
