@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-encoders results clean
+.PHONY: setup quickstart test lint bench bench-encoders bench-roofline results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,9 +27,13 @@ lint: setup
 bench: setup  ## ours against peers, as rows in results/
 	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
 	$(BIN)/python benchmarks/text.py --out results/text.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text_24_layers.jsonl --layers 24 --only pass=forward
 
 bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
+
+bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them
+	$(BIN)/python benchmarks/roofline.py --out results/roofline.jsonl
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
