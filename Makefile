@@ -76,3 +76,21 @@ results: setup
 	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
 	$(BIN)/ssmclip models > runs/models.md
 	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md
+
+.PHONY: bench-distortions bench-embedder bench-gpu efficiency
+bench-distortions: setup  ## distortions against their plain definitions, as rows in results/
+	$(BIN)/python benchmarks/distortions.py --out results/distortions.jsonl
+
+bench-embedder: setup  ## the embedder against the bare encoder, texts sorted and not, as rows in results/
+	$(BIN)/python benchmarks/embedder.py --out results/embedder.jsonl
+
+bench-gpu: setup  ## the Triton kernels on a GPU, or in small in Triton's interpreter, as rows in results/
+	$(BIN)/python benchmarks/gpu.py --out results/gpu.jsonl
+
+# What the file has is not measured again: remove it to begin anew. An hour on two idle cores.
+COUNTED := vmamba_tiny_s1l8,vmamba_base_s2l15,vit_base_patch16_224,swin_tiny_patch4_window7_224,mambaout_tiny,CLIP-VMamba-T220,CLIP-VMamba-S,CLIP-SiMBA-L,CLIP-MambaOut-T
+SIZES := --sizes 224,448,672,896,1024
+efficiency: setup  ## CLIMP's question: operations, memory and time of VMamba-B and ViT-B/16, as rows in results/
+	$(BIN)/ssmclip analyze efficiency --model $(COUNTED) --count-only --out results/efficiency.jsonl
+	$(BIN)/ssmclip analyze efficiency --model CLIP-VMamba-B,CLIP-ViT-B-16 $(SIZES) --lengths 77,256,1024 --out results/efficiency.jsonl
+	$(BIN)/ssmclip analyze efficiency --model CLIP-ViT-B-16 $(SIZES) --attention plain --out results/efficiency.jsonl

@@ -1,6 +1,7 @@
 """The operators over all back ends, against a loop in float64 written here and autograd through it."""
 
 import functools
+import importlib.util
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from ssmclip.ops import (
     selective_scan,
     using,
 )
+from ssmclip.ops.dispatch import choose
 from ssmclip.registry import UnknownName
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # see test_triton.py
@@ -323,6 +325,8 @@ def test_third_derivatives_agree():
 # ---- maps
 
 SQUARES = [(1, 1), (3, 5), (7, 4), (1, 6), (5, 1)]
+# height, width, channels, states
+CHARTS = [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (9, 8, 8, 1), (14, 9, 200, 1)]
 
 
 def sequences_by_hand(x):
@@ -385,9 +389,7 @@ def map_truth(x, delta, A, B, C, D=None, delta_bias=None):
 
 
 @pytest.mark.parametrize("backend", CROSS)
-@pytest.mark.parametrize(
-    ("height", "width", "dim", "states"), [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (14, 9, 200, 1)]
-)
+@pytest.mark.parametrize(("height", "width", "dim", "states"), CHARTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_map_scan_equals_four_loops(backend, height, width, dim, states, dtype):
     for optional in (("D", "delta_bias"), ()):
@@ -618,6 +620,38 @@ def test_inputs_that_do_not_fit_are_named(change, message):
     # Not through the shape-checked signature, which tests check and production does not.
     with pytest.raises(ValueError, match=message):
         getattr(selective_scan, "__wrapped__", selective_scan)(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32])
+@pytest.mark.parametrize("backend", ["auto", *SCANS])
+def test_a_type_no_back_end_takes_is_an_error(dtype, backend):
+    maps = {name: x.to(dtype) for name, x in map_inputs(1, 2, 3, 4, 1).items()}
+    lines = {name: x.to(dtype) for name, x in random_inputs(1, 1, 8, 5, 4).items()}
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+        getattr(selective_scan, "__wrapped__", selective_scan)(**lines, backend=backend)
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+        getattr(cross_selective_scan, "__wrapped__", cross_selective_scan)(**maps, backend=backend)
+
+
+@pytest.mark.parametrize("op", BACKENDS)
+def test_a_gpu_without_triton_takes_plain_pytorch(op, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    assert choose(BACKENDS[op], "auto", "cuda") is BACKENDS[op]["chunked"].run
+    with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install triton\).*chunked"):
+        choose(BACKENDS[op], "triton", "cuda")
+    why = {(name, exists): why for operator, name, exists, why in available("cuda") if operator == op}
+    assert why["triton", False] == "triton is not installed (pip install triton)"
+
+
+@pytest.mark.parametrize("backend", CROSS)
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 4, 0), (0, 3, 4)])
+def test_a_map_of_nothing_gives_nothing(backend, shape):
+    leaves = as_leaves(map_inputs(*shape, 8, 2), torch.float32)
+    y = cross_selective_scan(**leaves, backend=backend)
+    assert y.shape == (*shape, 8)
+    grads = torch.autograd.grad(y.sum(), leaves.values(), allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
 
 
 def test_merging_the_wrong_size_is_an_error():

@@ -1,6 +1,6 @@
 """Rows -> figures and one HTML page. Needs no torch: a report can be made, and made again, anywhere."""
 
-from ssmclip.report.efficiency import Efficiency
+from ssmclip.report.efficiency import Efficiency, Memory
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
 from ssmclip.report.landscape import Contour, Eigenvalues, EigenvaluesOverTraining, Line, Relief, SpectralDensity
@@ -20,6 +20,7 @@ __all__ = [
     "EigenvaluesOverTraining",
     "Examples",
     "Line",
+    "Memory",
     "Overall",
     "Relief",
     "ShapeBias",

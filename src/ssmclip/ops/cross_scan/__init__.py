@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from ssmclip.ops.cross_scan import cpu, plain
+from ssmclip.ops.cross_scan import cpu, plain, triton
 from ssmclip.ops.cross_scan.plain import cross_merge, cross_scan
 from ssmclip.ops.dispatch import Backend, choose
 from ssmclip.ops.selective_scan import check_tensor
@@ -17,6 +17,7 @@ __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan"]
 
 
 BACKENDS = {
+    "triton": Backend(triton.cross_selective_scan, devices=("cuda",), needs="triton"),
     "cpu": Backend(cpu.cross_selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(plain.composed("chunked")),
     "reference": Backend(plain.composed("reference")),

@@ -36,7 +36,8 @@ def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[T
         raise ValueError(f"sequences of length {y.shape[-1]} do not fill a map of {height} x {width}")
     rows = y[:, 0] + y[:, 2].flip(-1)
     columns = y[:, 1] + y[:, 3].flip(-1)
-    return rearrange(rows, "b c (h w) -> b c h w", h=height) + rearrange(columns, "b c (w h) -> b c h w", h=height)
+    sides = {"h": height, "w": width}
+    return rearrange(rows, "b c (h w) -> b c h w", **sides) + rearrange(columns, "b c (w h) -> b c h w", **sides)
 
 
 def sequences(maps: Float[Tensor, "B 4 H W C"]) -> Float[Tensor, "B 4 C L"]:
