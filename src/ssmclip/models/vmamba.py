@@ -321,9 +321,13 @@ class VMamba(nn.Module):
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)]
         self.apply(_init_linear)
 
+    def _embed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
+        # Convolutions keep the memory order of what they get: with this one copy, all maps are channels last in memory.
+        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
         """The normalised last map, channels last."""
-        x = self.patch_embed(x)
+        x = self._embed(x)
         for stage in self.layers:
             x = stage(x)
         return self.classifier.norm(x)
@@ -347,7 +351,7 @@ class VMamba(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
         take, last = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
+        x = self._embed(x)
         maps = []
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = stage.forward_blocks(x)
