@@ -90,24 +90,21 @@ class SS2D(nn.Module):
 
     def scan(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         """delta, B and C of each direction from the map itself, then the scan. Positions stay in map order."""
-        b, h, w, _ = x.shape
         x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
         dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
             [self.dt_rank, self.d_state, self.d_state], -1
         )
-        delta = torch.bmm(
-            rearrange(dt, "b k h w r -> k (b h w) r"), rearrange(self.dt_projs_weight, "k d r -> k r d").to(dt.dtype)
-        )
         A = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
         return ops.cross_selective_scan(
             x,
-            rearrange(delta, "k (b h w) d -> b k h w d", b=b, h=h, w=w),
+            dt,
             rearrange(A, "(k d) n -> k d n", k=4),
             B,
             C,
             rearrange(self.Ds, "(k d) -> k d", k=4),
             self.dt_projs_bias,
             delta_softplus=True,
+            delta_weight=self.dt_projs_weight,
         )
 
 
