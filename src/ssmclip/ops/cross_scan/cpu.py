@@ -66,13 +66,18 @@ def _memory(x: Tensor, dim: int, parts: list[tuple[int, int]]) -> Tensor:
     return x.new_empty(4, most * x.shape[1] * x.shape[2], dim)
 
 
+def _rank_first(weight: Tensor | None) -> Tensor | None:
+    """(4, dim, rank) as (4, rank, dim): products that are as narrow as the rank are several times as fast that way."""
+    return None if weight is None else weight.transpose(1, 2).contiguous()
+
+
 def _project(delta: Tensor, weight: Tensor | None, memory: Tensor | None) -> Tensor:
-    """(batch, 4, height, width, rank) times (4, dim, rank): (batch, 4, height, width, dim), in the memory given."""
+    """(batch, 4, height, width, rank) times (4, rank, dim): (batch, 4, height, width, dim), in the memory given."""
     if weight is None:
         return delta
     for low_rank, matrix, rows in zip(delta.unbind(1), weight, memory, strict=True):
-        low_rank = low_rank.reshape(-1, weight.shape[2])
-        torch.mm(low_rank, matrix.T, out=rows[: len(low_rank)])
+        low_rank = low_rank.reshape(-1, weight.shape[1])
+        torch.mm(low_rank, matrix, out=rows[: len(low_rank)])
     return _as_map(memory, delta)
 
 
@@ -141,10 +146,12 @@ def _forward(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, sav
     y, saved = _new_outputs(x, A, save)
     x = _rows(x)
     parts = list(_parts(x, delta_weight, torch.get_num_threads()))
-    memory = None if delta_weight is None else _memory(x, x.shape[-1], parts)
+    memory, weight = None, _rank_first(delta_weight)
+    if weight is not None:
+        memory = _memory(x, x.shape[-1], parts)
     for first, end in parts:
         own = slice(first, end)
-        step = _project(delta[own], delta_weight, memory)
+        step = _project(delta[own], weight, memory)
         tensors = {**_inputs(x[own], step, A, B[own], C[own], D, delta_bias), "Y": _shared(y[own])}
         if save:
             tensors["SAVED"] = _saved(saved[own], x.shape[-1])
@@ -158,11 +165,13 @@ def _forward_fake(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus
 
 
 def _new_gradients(x, delta, *rest):
-    if rest[-1] is None:
+    *rest, weight = (x.new_empty((0,) if t is None else t.shape) for t in rest)
+    if weight.ndim == 1:
         ddelta = x.new_empty(delta.shape)
-    else:  # the product that fills it writes one direction after the other
+    else:  # in the order in which the products write them
         ddelta = x.new_empty(delta.transpose(0, 1).shape).transpose(0, 1)
-    return x.new_empty(x.shape), ddelta, *(x.new_empty((0,) if t is None else t.shape) for t in rest)
+        weight = weight.new_empty(weight.transpose(1, 2).shape).transpose(1, 2)
+    return x.new_empty(x.shape), ddelta, *rest, weight
 
 
 @torch.library.impl(_library, "cross_selective_scan_backward", "CPU")
@@ -174,8 +183,8 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_s
     x, dy = _rows(x), _rows(dy)
     # How the batch is cut decides the order of sums: not by the number of threads.
     parts = list(_parts(x, delta_weight, 4))
-    memory = memory_back = None
-    if delta_weight is not None:
+    memory, memory_back, weight = None, None, _rank_first(delta_weight)
+    if weight is not None:
         memory, memory_back = (_memory(x, x.shape[-1], parts) for _ in range(2))
     make = torch.zeros if x.numel() == 0 else torch.empty
     # One sum per batch element or slice, added up afterwards in a fixed order.
@@ -185,8 +194,8 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_s
         own = slice(first, end)
         problem = _problem(x[own], A, delta_softplus)
         each_b, each_c = make(2, problem.slices, *B[own].shape, dtype=x.dtype)
-        step = _project(delta[own], delta_weight, memory)
-        dstep = ddelta[own] if delta_weight is None else _as_map(memory_back, delta[own])
+        step = _project(delta[own], weight, memory)
+        dstep = ddelta[own] if weight is None else _as_map(memory_back, delta[own])
         tensors = _inputs(x[own], step, A, B[own], C[own], D, delta_bias)
         tensors |= {"SAVED": _saved(saved[own], x.shape[-1]), "DY": _shared(dy[own]), "DU": _shared(dx[own])}
         tensors["DDELTA"] = _directed(dstep)
@@ -198,8 +207,8 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_s
         launch("backward", problem, tensors)
         torch.sum(each_b, 0, out=dB[own])
         torch.sum(each_c, 0, out=dC[own])
-        if delta_weight is not None:
-            _project_back(dstep, delta[own], delta_weight, ddelta[own], dweight)
+        if weight is not None:
+            _project_back(dstep, delta[own], weight, ddelta[own], dweight.transpose(1, 2))
     torch.sum(each_a, 0, out=dA)
     if D is not None:
         torch.sum(each_d, 0, out=dD)
@@ -211,9 +220,9 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_s
 def _project_back(dstep, delta, weight, ddelta, dweight) -> None:
     """The gradient of `_project`: written to ddelta, added to dweight."""
     for k, matrix in enumerate(weight):
-        above, low_rank = dstep[:, k].flatten(0, 2), delta[:, k].reshape(-1, weight.shape[2])
-        torch.mm(above, matrix, out=ddelta[:, k].flatten(0, 2))
-        dweight[k].addmm_(above.T, low_rank)
+        above, low_rank = dstep[:, k].flatten(0, 2), delta[:, k].reshape(-1, weight.shape[1])
+        torch.mm(above, matrix.T, out=ddelta[:, k].flatten(0, 2))
+        dweight[k].addmm_(low_rank.T, above)
 
 
 @torch.library.register_fake("ssmclip::cross_selective_scan_backward", lib=_library)
