@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssmclip import models
@@ -91,6 +92,26 @@ def test_ema_decay_is_the_originals(shared):
     ours = [ema_decay(step, len(truth), 0.996, "cosine") for step in range(len(truth))]
     np.testing.assert_allclose(ours, np.asarray(truth), rtol=1e-12)
     assert ema_decay(17, 100, 0.9, "constant") == 0.9
+
+
+def test_ema_warmup_is_timms():
+    """Ten steps of a changing layer; the first weights, that no step has made, leave no trace."""
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(3)
+    ours, theirs = Ema(model), ModelEmaV3(model, decay=0.7, use_warmup=True)
+    for step in range(10):
+        with torch.no_grad():
+            model.weight.normal_()
+            model.running_mean.normal_()
+        ours.update(model, ema_decay(step, 10, 0.7, "warmup"))
+        theirs.update(model, step=step + 1)
+        if step == 0:
+            assert torch.equal(ours.model.weight, model.weight)
+        torch.testing.assert_close(ours.model.weight, theirs.module.weight)
+        torch.testing.assert_close(ours.model.running_mean, theirs.module.running_mean)
+    decays = [ema_decay(step, 10, 0.7, "warmup") for step in range(10)]
+    assert decays[:2] == [0, 1 - 2 ** (-2 / 3)]
+    assert decays[5] < decays[6] == decays[9] == 0.7
 
 
 def test_loss_and_gradients_are_the_originals(shared):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,11 @@ def open_stream(
 ) -> PairLoader:
     """This process's stream of batches at an image size, from `cursor` on (None: from the start)."""
     preprocess = architecture["preprocess_cfg"]
-    augment = config.data.augment
     transform = train_transform(
         size,
         preprocess.get("mean", OPENAI_DATASET_MEAN),
         preprocess.get("std", OPENAI_DATASET_STD),
-        scale=augment.scale,
-        flip=augment.flip,
-        color_jitter=augment.color_jitter,
+        **dataclasses.asdict(config.data.augment),
     )
     return open_pairs(
         config.data.source,
