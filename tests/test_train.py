@@ -379,6 +379,19 @@ def test_grad_checkpointing_learns_the_same(tmp_path, eight_pairs):
         assert list(plain.values()) == pytest.approx(list(other.values()), rel=1e-5)
 
 
+def test_a_compiled_model_learns_the_same(tmp_path, eight_pairs, untyped, monkeypatch):
+    """Through the compiler's graphs, and without its code generator, which needs a C++ compiler."""
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend="aot_eager", fullgraph=True))
+    train(tiny("steps=3"), tmp_path / "plain")
+    train(tiny("steps=3", "compile=true"), tmp_path / "compiled")
+    for name in ("loss", "grad_norm"):
+        plain, other = (list(series(tmp_path / x, name).values()) for x in ("plain", "compiled"))
+        assert other == pytest.approx(plain, rel=1e-4)
+    states = [models.load(tmp_path / x).model.state_dict() for x in ("plain", "compiled")]
+    assert states[0].keys() == states[1].keys()
+
+
 def test_bf16_runs_close_to_float32(tmp_path, eight_pairs):
     train(tiny("steps=3"), tmp_path / "plain")
     train(tiny("steps=3", "precision=bf16"), tmp_path / "bf16")
@@ -407,12 +420,12 @@ def half_precision(monkeypatch):
 def test_fp16_skips_what_overflows_and_runs_close_to_float32(tmp_path, eight_pairs, half_precision, micro_batch):
     settings = ["steps=8", "checkpoint.every=4", f"micro_batch={micro_batch}", "clip_norm=none"]
     train(tiny(*settings), tmp_path / "plain")
-    half_precision(2.0**22)
+    half_precision(2.0**18)
     out = tmp_path / "fp16"
     train(tiny(*settings), out)
     skipped = [int(n) for n in series(out, "steps_skipped").values()]
-    first = skipped.index(skipped[-1])  # the step whose gradient is the first that counts, from 0
-    assert 0 < first < 5
+    first = skipped[-1]  # the step whose gradient is the first that counts, from 0
+    assert 0 < first < 6
     assert skipped == [*range(1, first + 1), *[first] * (8 - first)]
     losses, norms = (list(series(out, name).values()) for name in ("loss", "grad_norm"))
     assert len(set(losses[: first + 1])) == 1  # nothing is learnt in a skipped step

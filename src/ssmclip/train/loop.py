@@ -206,7 +206,7 @@ class _Run:
         scaler = self.accelerator.scaler
         before = scaler.get_scale() if scaler is not None else 0.0
         self.optimiser.step()
-        # By the scale: a fused AdamW is called either way, and Accelerate's optimizer_step_was_skipped goes by the call.
+        # By the scale: Accelerate goes by whether AdamW was called, and a fused one always is.
         return scaler is not None and scaler.get_scale() < before
 
     def _grad_norm(self) -> torch.Tensor:

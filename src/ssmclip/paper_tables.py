@@ -31,4 +31,4 @@ def _read(name: str) -> Table:
     return Table(content["source"], tuple(content["columns"]), rows)
 
 
-TABLE1 = _read("published.json")
+TABLE1 = _read("paper_tables.json")
