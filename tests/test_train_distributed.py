@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
 SETTINGS = [
     "steps=4",
+    "source=synthetic:digits",
     "batch_size=8",
     "warmup_steps=1",
     "checkpoint.every=2",
