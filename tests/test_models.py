@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 
 import open_clip
 import pytest
@@ -176,22 +175,16 @@ def test_bfloat16_and_autocast_stay_near_float32():
         assert (model.bfloat16()(image.bfloat16()).float() - truth).norm() / truth.norm() < 6e-2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_torch_compile_has_no_graph_break_and_gives_the_same_numbers(untyped, monkeypatch, backend):
-    if backend == "inductor":
-        if not any(map(shutil.which, ("g++", "clang++"))):
-            pytest.skip("torch.compile's code for CPUs needs a C++ compiler, and there is none here")
-        monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # starting processes takes longer
-    torch.manual_seed(0)
-    model = timm.create_model("vmamba", dims=(8, 16), depths=(1, 1), num_classes=4)
+def test_torch_compile_has_no_graph_break_and_gives_the_same_numbers(untyped):
+    model = timm.create_model("test_vmamba", num_classes=4)
     image = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     truth = model(image)
     grads = torch.autograd.grad(truth.square().sum(), list(model.parameters()))
     output = compiled(image)
     torch.testing.assert_close(output, truth)
     for a, b in zip(torch.autograd.grad(output.square().sum(), list(model.parameters())), grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b)
 
 
 @torch.no_grad()

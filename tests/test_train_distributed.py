@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
@@ -165,8 +166,11 @@ def _compare_with_original(rank: int) -> None:
 
 def _sharded(config):
     """Accelerate shards on GPUs only, of itself; its FSDP plugin works on a CPU all the same."""
+    processes = PartialState._shared_state  # from which Accelerate takes the type anew each time it is asked
+    if processes:
+        processes["distributed_type"] = DistributedType.MULTI_CPU
     accelerator = build_accelerator(config)
-    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.distributed_type = processes["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     return accelerator
 
