@@ -16,7 +16,7 @@ from ssmclip.evaluate.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
-from ssmclip.published import TABLE1
+from ssmclip.paper_tables import TABLE1
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result
 
