@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-encoders bench-hessian results clean
+.PHONY: setup quickstart test lint bench bench-encoders bench-roofline bench-evaluate bench-hessian eval26 captions results clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,7 @@ lint: setup
 bench: setup  ## ours against peers, as rows in results/
 	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
 	$(BIN)/python benchmarks/text.py --out results/text.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text_24_layers.jsonl --layers 24 --only pass=forward
 
 bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
@@ -43,6 +44,20 @@ bench-hessian: setup  ## Hessian spectra of the two Flickr8k runs, as rows in re
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
 	done
 	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
+
+bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them
+	$(BIN)/python benchmarks/roofline.py --out results/roofline.jsonl
+
+bench-evaluate: setup  ## evaluation against its encoder alone, prompts sorted by length, as rows in results/
+	$(BIN)/python benchmarks/evaluate.py --out results/evaluate.jsonl
+
+# MODELS=mine=runs/mine,CLIP-VMamba-T220 DATA=folder
+eval26: setup  ## every data set there is a copy of under DATA, as rows in results/
+	$(BIN)/ssmclip evaluate --model $(MODELS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
+
+# TEXTS='one.jsonl two.jsonl' TOKENIZER=tokenizer.json, of the Mamba language models
+captions: setup  ## how many words of captions text towers see, as rows in results/
+	$(BIN)/ssmclip captions --model CLIP-VMamba-S,CLIMP-Mamba1 --texts $(TEXTS) --tokenizer $(TOKENIZER) --out results/captions.jsonl
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

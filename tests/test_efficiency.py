@@ -142,7 +142,7 @@ def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
         (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
         (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
         (["--models", "test_vmamba", "--sizes", "0"], "above 0"),
-        (["--models", "test_vmamba", "--sizes", "big"], "'big' is no whole number"),
+        (["--models", "test_vmamba", "--sizes", "big"], "image size 'big': wanted pixels, or HEIGHTxWIDTH"),
         (["--models", "test_vmamba", "--batch-size", "0"], "at least 1"),
         (["--models", "test_vmamba", "--device", "cuda:99"], "CUDA devices; --device cpu"),
         (["--models", "test_vmamba", "--device", "gpu"], "--device gpu: cpu, cuda"),

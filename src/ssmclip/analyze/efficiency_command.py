@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.config import labelled
+from ssmclip.config import image_size, labelled
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
@@ -52,7 +52,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
     rows = sweep(
         labelled(args.models),
-        [_size(text) for text in args.sizes.split(",") if text],
+        [image_size(text) for text in args.sizes.split(",") if text],
         [_number(text) for text in args.lengths.split(",") if text],
         args.out,
         settings={**settings, "device": args.device},
@@ -78,11 +78,6 @@ def _require_device(name: str) -> None:
     there = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
         raise ValueError(f"--device {name}: this machine has {there} CUDA devices; --device cpu is always there")
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    height, times, width = text.partition("x")
-    return (_number(height), _number(width)) if times else _number(text)
 
 
 def _number(text: str) -> int:

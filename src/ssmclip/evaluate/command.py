@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ssmclip.config import labelled
+from ssmclip.config import image_size, labelled
 
 OOD = "ood"
 
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of intervals, examples and subsets (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    parser.add_argument(
+        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
+    )
     parser.add_argument("--max-images", type=int, help="a random subset of each data set; the rows say so")
     parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
     parser.add_argument("--humans", nargs="+", type=Path, help="of the task ood: people's trials, parquet or csv files")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssmclip.config import labelled
+from ssmclip.config import image_size, labelled
 from ssmclip.evaluate.command import line, require_writable
 from ssmclip.results import Result
 
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
     decide.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
-    decide.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    decide.add_argument(
+        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
+    )
     decide.add_argument("--max-images", type=int, help="a random subset of the stimuli")
 
 
@@ -97,7 +99,15 @@ def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Nam
 
 
 def decide_model(
-    label: str, name: str, stimuli, out: Path, settings, prompts: str, *, device: str, image_size: int | None
+    label: str,
+    name: str,
+    stimuli,
+    out: Path,
+    settings,
+    prompts: str,
+    *,
+    device: str,
+    image_size: int | tuple[int, int] | None,
 ) -> int:
     """Load a model by its name on the command line and let it decide; returns how many decisions were added.
 

@@ -41,7 +41,7 @@ def evaluate(
     truncate: int | None = 77,
     protocol: str = OWN,
     prompts: Prompts | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> list[Result]:
     """Rows of any open_clip model on the named data sets under `root` (see `embed.Settings` for the numbers).
 
@@ -61,7 +61,7 @@ def evaluations(
     settings: Settings,
     model_name: str,
     protocol: str = OWN,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Iterator[list[Result]]:
     """The rows of one data set after another. loaded: model, preprocessing, tokenizer; opened: from `open_tasks`."""
     model, preprocess, tokenizer = loaded
@@ -107,7 +107,7 @@ def task_names(names: str, root: str | Path) -> list[str]:
 
     def there(name: str) -> bool:
         try:
-            return bool(len(open_dataset(load_card(name), root)))
+            return bool(len(open_dataset(load_card(name), root, download=False)))
         except (OSError, ValueError):
             return False
 

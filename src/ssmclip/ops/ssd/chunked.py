@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ssmclip.ops.selective_scan.chunked import carry
+
 CHUNK = 64  # positions
 
 
@@ -94,16 +96,16 @@ def _scan(x, step, A, B, C, initial, want_last):
         to_end = rearrange(decay[..., -1, :], "b c g r q -> b c q g r 1")
         added = torch.einsum("bcqgn,bcqgrp->bcgrpn", B, to_end * drive)
         from_start = torch.exp(log_decay.cumsum(-1))
-        states = []  # before every chunk
+        keep = from_start[..., -1, None, None]
+        # Without an initial state nothing is inherited, not even 0 times a decay: NaN where a growing state overflows.
+        before, first = torch.zeros_like(added[:, 0]), added[:, 0]
         if initial is not None:
-            last = rearrange(initial, "b (g r) p n -> b g r p n", g=groups)
-        for k in range(count):
-            states.append(torch.zeros_like(added[:, 0]) if last is None else last)
-            # The first chunk inherits nothing, not even 0 times its decay: NaN where a growing state overflows.
-            last = added[:, k] if last is None else from_start[:, k, ..., -1, None, None] * last + added[:, k]
-        inherited = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.stack(states, 1))
+            before = rearrange(initial, "b (g r) p n -> b g r p n", g=groups)
+            first = keep[:, 0] * before + first
+        after = carry(torch.mul, first, keep[:, 1:].movedim(1, 0), added[:, 1:].movedim(1, 0), dim=1)
+        inherited = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.cat([before[:, None], after[:, :-1]], 1))
         y = y + inherited * rearrange(from_start, "b c g r q -> b c q g r 1")
-        last = rearrange(last, "b g r p n -> b (g r) p n")
+        last = rearrange(after[:, -1], "b g r p n -> b (g r) p n")
     return rearrange(y, "b c q g r p -> b (c q) (g r) p")[:, :length], last
 
 
