@@ -40,6 +40,20 @@ bench: setup  ## ours against peers, as rows in results/
 bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
 
+
+# The image towers' five eigenvalues of largest magnitude, and as they were over training; what the usual power iteration
+# finds on some of the batches. Batch by batch, and it goes on where it was stopped: two hours on one core.
+HESSIAN := analyze hessian --data '../shared/data/captions/train/{00000..00005}.tar' --batch-size 15 --towers image \
+	--which magnitude --weight-decay 0 --out results/hessian.jsonl
+bench-hessian: setup  ## Hessian spectra of the two Flickr8k runs, as rows in results/
+	for run in CLIP-VMamba-Nano=runs/flickr8k CLIP-ViT-Nano=runs/flickr8k-vit; do \
+		one="--label $${run%=*} --model $${run#*=}"; \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 60 && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 3 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
+	done
+	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
+
 bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them
 	$(BIN)/python benchmarks/roofline.py --out results/roofline.jsonl
 
@@ -66,6 +80,7 @@ bench-hessian: setup  ## Hessian spectra of the two Flickr8k runs, as rows in re
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
 	done
 	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
+
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
