@@ -531,7 +531,7 @@ class Rank:
 
 
 def test_two_processes_write_what_one_does(saved, tmp_path, monkeypatch):
-    asked = f"hessian --model {saved} --batches 3 --batch-size 3 --k 1 --towers image".split()
+    asked = f"hessian --model {saved} --batches 2 --batch-size 3 --k 1 --towers image".split()
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     command.run(arguments(one, *asked))
     for number in (1, 0):  # the first collects
