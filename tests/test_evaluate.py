@@ -93,16 +93,6 @@ def seer() -> Clip:
     return Clip(Seer(), see, read, "seer")
 
 
-@pytest.fixture(scope="module")
-def vit() -> Clip:
-    """An open_clip model with nothing of ours in it."""
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
-
-
 @pytest.fixture
 def world(monkeypatch):
     """Two data sets of which all answers are known; the seer errs where level != label."""
@@ -306,6 +296,36 @@ def test_a_text_is_encoded_once():
     assert clip.model.texts_seen == 2
     assert features.argmax(dim=1).tolist() == [1, 2, 1, 2, 2]
     assert features.norm(dim=1).tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, [4, 32, 77]),
+        ({"pool_type": "eos", "eos_id": 49407}, [4, 32, 77]),
+        ({"no_causal_mask": True}, [77, 77, 77]),
+        ({"pool_type": "last"}, [77, 77, 77]),
+    ],
+)
+def test_filling_is_left_out_only_where_it_changes_nothing(change, expected):
+    """open_clip's own encode_text of all 77 positions; prompts of four tokens among longer ones."""
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2} | change
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 16}
+    clip = Clip(
+        open_clip.CLIP(16, vision, text).eval(),
+        open_clip.image_transform(32, is_train=False),
+        open_clip.SimpleTokenizer(),
+        "m",
+    )
+    texts = ["a dog", "a " * 30, "dog", "a photo of a cat!", "word " * 100]
+    widths = []
+    clip.model.transformer.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    ours = embed_texts(clip, texts, Settings(batch_size=2))
+    assert widths == expected
+    with torch.no_grad():
+        whole = clip.model.encode_text(clip.tokenizer(texts), normalize=True)
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

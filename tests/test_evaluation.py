@@ -10,6 +10,7 @@ import time
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from scipy.spatial.distance import cdist, pdist
@@ -28,20 +29,10 @@ from ssmclip.evaluate.paired import marked, mcnemar, paired_rows, unmarked
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.tasks import open_tasks, task_names
-from ssmclip.published import TABLE1
+from ssmclip.paper_tables import TABLE1
 from ssmclip.results import Result, read_rows
 
 SENTENCE = "a small brown dog runs over the wet grass while two children watch "
-
-
-@pytest.fixture(scope="module")
-def vit() -> Clip:
-    """An open_clip model with nothing of ours in it."""
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
 
 
 @pytest.fixture
@@ -221,6 +212,24 @@ def test_what_text_towers_see_of_long_descriptions(shared, tmp_path, capsys):
     assert rows["whole_captions"] == 1
     with pytest.raises(ValueError, match="a record has none of title"):
         read_texts(path, "title")
+
+
+def test_tokenizers_are_had_without_the_weights(shared, tmp_path):
+    """CLIMP's own language model has 1.4 thousand million parameters; its tokenizer is that of every Mamba."""
+    from ssmclip.models import clip as clips
+
+    path = shared / "data/tokenizers/20B_tokenizer.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "create_clip", lambda *args, **kwargs: pytest.fail("a model was made"))
+        mamba, pairs = (clips.load_tokenizer(name, path) for name in ("CLIMP-Mamba1", "CLIP-VMamba-S"))
+        theirs = clips.load_tokenizer("open_clip:ViT-B-32/openai")
+    text = SENTENCE * 9
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    assert mamba([text]).tolist() == [expected]
+    assert pairs([text]).equal(open_clip.SimpleTokenizer()([text]))
+    assert theirs([text]).equal(open_clip.SimpleTokenizer()([text]))
+    with pytest.raises(FileNotFoundError, match="no folder runs/none"):
+        clips.load_tokenizer("runs/none")
 
 
 def test_long_captions_are_evaluated_cut_and_whole(data):

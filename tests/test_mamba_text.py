@@ -16,39 +16,25 @@ KINDS = {
     "mamba": ("MambaConfig", "MambaModel", "MambaForCausalLM"),
     "mamba2": ("Mamba2Config", "Mamba2Model", "Mamba2ForCausalLM"),
 }
+ODD = dict(
+    vocab_size=70,
+    hidden_size=24,
+    num_hidden_layers=3,
+    state_size=5,
+    expand=3,
+    conv_kernel=3,
+    layer_norm_epsilon=1e-3,
+    use_bias=True,
+    use_conv_bias=False,
+)
 FIELDS = {
     "mamba": [
         dict(vocab_size=90, hidden_size=40, num_hidden_layers=2),
-        dict(
-            vocab_size=70,
-            hidden_size=24,
-            num_hidden_layers=3,
-            state_size=5,
-            expand=3,
-            conv_kernel=3,
-            time_step_rank=4,
-            layer_norm_epsilon=1e-3,
-            use_bias=True,
-            use_conv_bias=False,
-        ),
+        ODD | dict(time_step_rank=4),
     ],
     "mamba2": [
         dict(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1),
-        dict(
-            vocab_size=70,
-            hidden_size=24,
-            num_hidden_layers=3,
-            state_size=5,
-            expand=3,
-            num_heads=6,
-            head_dim=12,
-            n_groups=2,
-            conv_kernel=3,
-            layer_norm_epsilon=1e-3,
-            use_bias=True,
-            use_conv_bias=False,
-            time_step_limit=(0.02, 0.6),
-        ),
+        ODD | dict(num_heads=6, head_dim=12, n_groups=2, time_step_limit=(0.02, 0.6)),
     ],
 }
 CASES = [(kind, i) for kind, cases in FIELDS.items() for i in range(len(cases))]
@@ -231,17 +217,11 @@ def test_left_align_moves_every_text_to_the_front():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_traced_tower_gives_the_same_embeddings_at_the_padded_length(kind):
+def test_a_traced_tower_gives_the_same_embeddings_at_the_padded_length(untyped, kind):
     text = tower(kind)
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks exist in tests only, and cannot be traced
-    try:
-        compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(padded(TEXTS, 12, 2)), text(padded(TEXTS, 12, 2)), rtol=1e-5, atol=1e-5)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(padded(TEXTS, 12, 2)), text(padded(TEXTS, 12, 2)), rtol=1e-5, atol=1e-5)
 
 
 def test_grad_checkpointing_changes_no_gradient():

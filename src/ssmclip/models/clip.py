@@ -199,25 +199,45 @@ def load(name: str | Path, *, device: str = "cpu", image_size: int | tuple[int, 
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name, device, image_size)
-    folder = None
-    if name.startswith(HUB):
-        name = str(download(name))
-    if Path(name).is_dir():
-        folder = find_checkpoint(Path(name))
-        config = load_config(folder)
-        model = create_clip(config)
+    config, folder = _configured(name)
+    model = create_clip(config)
+    if folder is not None:
         load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    elif "/" in name:
-        raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
-    else:
-        config = clip_config(name)
-        model = create_clip(config)
     if image_size is not None and hasattr(model.visual, "set_input_size"):
         if getattr(model.visual.trunk, "dynamic_img_size", False):  # from its own positions, for every batch
             model.visual.image_size = to_2tuple(image_size)
         else:
             model.visual.set_input_size(image_size)
     return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
+
+
+def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
+    """The tokenizer of what `load` takes, without the weights.
+
+    file: where its text tower is a Mamba language model, the `tokenizer.json` of that, or the folder that holds one, in
+    place of the one its configuration names. Raises UnknownName, CheckpointError, FileNotFoundError.
+    """
+    name = str(name)
+    if name.startswith(OPEN_CLIP):
+        return open_clip.get_tokenizer(name.removeprefix(OPEN_CLIP).partition("/")[0])
+    config, folder = _configured(name)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if file is None or "mamba" not in text_cfg:
+        return build_tokenizer(config, folder)
+    changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
+    return build_tokenizer(config | {"model_cfg": config["model_cfg"] | {"text_cfg": changed}})
+
+
+def _configured(name: str) -> tuple[dict[str, Any], Path | None]:
+    """The configuration of what `load` takes, and the folder its weights are in (None: fresh ones)."""
+    if name.startswith(HUB):
+        name = str(download(name))
+    if Path(name).is_dir():
+        folder = find_checkpoint(Path(name))
+        return load_config(folder), folder
+    if "/" in name:
+        raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
+    return clip_config(name), None
 
 
 def find_checkpoint(folder: Path) -> Path:

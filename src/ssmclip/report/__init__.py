@@ -4,7 +4,7 @@ from ssmclip.report.efficiency import Efficiency, Memory
 from ssmclip.report.examples import Examples, Similarity
 from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
 from ssmclip.report.landscape import Contour, Eigenvalues, EigenvaluesOverTraining, Line, Relief, SpectralDensity
-from ssmclip.report.ood_figures import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, WithoutLevels
+from ssmclip.report.ood_figures import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, Stimuli, WithoutLevels
 from ssmclip.report.page import write_report
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.tables import table, update_readme
@@ -26,6 +26,7 @@ __all__ = [
     "ShapeBias",
     "Similarity",
     "SpectralDensity",
+    "Stimuli",
     "Store",
     "WithoutLevels",
     "drawings",
