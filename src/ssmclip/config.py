@@ -419,5 +419,5 @@ def image_size(text: str) -> int | tuple[int, int]:
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH")
+        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH, all above 0")
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
