@@ -148,6 +148,31 @@ def test_a_saved_climp_loads_with_the_tokenizer_beside_it(tokenizer_file, tmp_pa
     torch.testing.assert_close(loaded.encode_image(image), model.encode_image(image))
 
 
+def test_open_clip_names_what_makes_a_climp(tmp_path):
+    """open_clip has no place to add a text tower to: the name is known to it, and its error says where to go."""
+    assert set(CLIMPS) < set(open_clip.list_models())
+    says = r"made by ssmclip\.load and ssmclip\.create_clip"
+    for name in ("CLIMP-Mamba1", "CLIMP-Nano"):
+        with pytest.raises(TypeError, match=says):
+            open_clip.create_model(name)
+        for ask in (clip_config, ssmclip.load):
+            with pytest.raises(ValueError, match=f"ask for {name}, without open_clip:"):
+                ask(f"open_clip:{name}")
+    fields = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
+    config = tiny_climp(fields, embed_dim=8)
+    torch.manual_seed(0)
+    model = create_clip(config).eval()
+    ssmclip.save_model(model, config, tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer.json").write_text("{}")
+    assert ssmclip.convert(tmp_path / "saved", tmp_path / "out") == "clip"
+    with pytest.raises(TypeError, match=says):
+        open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    ids = torch.randint(1, 50, (2, 7))
+    assert torch.equal(ssmclip.load(tmp_path / "out").model.encode_text(ids), model.encode_text(ids))
+
+
 # ---- training
 
 

@@ -9,6 +9,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,10 +18,12 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from ssmclip.data import sources
+from ssmclip.__main__ import main
+from ssmclip.data import originals, sources
 from ssmclip.data.prompts import chosen, clip_benchmark_prompts, folders_on, names_on, read_prompts, templates_on
 from ssmclip.data.sources import list_cards, load_card, open_dataset
 from ssmclip.data.testset import SORTED
+from ssmclip.evaluate.tasks import task_names
 
 
 def picture(shade: int, size=(24, 20)) -> Image.Image:
@@ -308,6 +311,51 @@ def test_the_published_files_are_read_as_torchvision_reads_them(tmp_path, name):
     assert dataset.templates == templates_on(load_card(name))
 
 
+UNPACKED = {  # torchvision's place -> where the archive's contents are left by who unpacks it below the set's name
+    "dtd": ("dtd/dtd", "dtd"),
+    "food101": ("food-101", "food101"),
+    "flowers": ("flowers-102", "flowers"),
+    "kitti": ("Kitti/raw", "kitti"),
+    "gtsrb": ("gtsrb", "."),
+}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_archives_are_found_where_they_were_unpacked(tmp_path, name):
+    expected, names = WRITERS[name](tmp_path / "a")
+    inner, place = UNPACKED[name]
+    expected = [(np.asarray(image.convert("RGB")).tobytes(), int(label)) for image, label in expected]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / inner).rename(tmp_path / "b" / place if place != "." else tmp_path / "c")
+    root = tmp_path / ("b" if place != "." else "c")
+    if name == "gtsrb":  # the labels unpacked among the pictures
+        (root / "GT-final_test.csv").rename(root / "GTSRB/Final_Test/Images/GT-final_test.csv")
+    dataset = open_dataset(name, root)
+    ours = [(np.asarray(image).tobytes(), label) for image, label in (dataset[i] for i in range(len(dataset)))]
+    assert sorted(ours) == sorted(expected)
+    assert list(dataset.classnames) == list(names)
+    assert all(path.is_relative_to(root) and path.is_file() for path in dataset.files)
+
+
+def test_imagenets_folders_are_taken_for_imagenet_only(tmp_path):
+    """Below --data itself, where a name doesn't tell: ImageNet-Sketch has the same folders, ImageNet-R 200 of them."""
+    for folder in folders_on(load_card("imagenet")):
+        save(tmp_path / "val" / folder / "a.png", 1)
+    assert len(open_dataset("imagenet", tmp_path)) == 1000
+    for name in ("imagenet_sketch", "imagenet_r", "imagenet_a"):
+        with pytest.raises(FileNotFoundError, match="may be another set's"):
+            open_dataset(name, tmp_path)
+    (tmp_path / "val").rename(tmp_path / "sketch")
+    assert len(open_dataset("imagenet_sketch", tmp_path)) == 1000
+
+
+def test_patchcamelyon_says_what_it_needs(tmp_path, monkeypatch):
+    text(tmp_path / "pcam/camelyonpatch_level_2_split_test_x.h5", "")
+    monkeypatch.setattr(originals.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"is read with h5py: pip install ssmclip\[evaluate\]"):
+        open_dataset("pcam", tmp_path)
+
+
 def test_a_list_of_test_images_narrows_sun397(tmp_path):
     sun397(tmp_path)
     (kept,) = (tmp_path / "SUN397").rglob("sun_5.jpg")
@@ -567,11 +615,13 @@ def test_own_folders_with_a_column_of_groups(tmp_path):
         open_dataset("folder:/nowhere/at/all", tmp_path)
 
 
-def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch):
+def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def snapshot_download(repo, repo_type, allow_patterns):
+    def snapshot_download(repo, repo_type, allow_patterns, local_files_only):
         asked.append((repo, repo_type))
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
         if repo != "clip-benchmark/wds_fgvc_aircraft":
             raise OSError("404: no such repository")
         (tmp_path / "test").mkdir()
@@ -588,6 +638,10 @@ def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch
     assert asked == [("clip-benchmark/wds_aircraft", "dataset"), ("clip-benchmark/wds_fgvc_aircraft", "dataset")]
     with pytest.raises(FileNotFoundError, match="wds_cub200: 404: no such repository"):
         open_dataset("cub", "hub:clip-benchmark")
+    # What only looks, downloads nothing.
+    assert main(["datasets", "--data", "hub:clip-benchmark", "aircraft", "mnist"]) == 0
+    assert capsys.readouterr().out.count("not downloaded yet; evaluate does, where clip-benchmark has it") == 2
+    assert task_names("found,aircraft", "hub:clip-benchmark") == ["aircraft"]
 
 
 def test_what_the_hub_left_in_its_cache_is_found(tmp_path):

@@ -298,6 +298,36 @@ def test_a_text_is_encoded_once():
     assert features.norm(dim=1).tolist() == [1.0] * 5
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, [4, 32, 77]),
+        ({"pool_type": "eos", "eos_id": 49407}, [4, 32, 77]),
+        ({"no_causal_mask": True}, [77, 77, 77]),
+        ({"pool_type": "last"}, [77, 77, 77]),
+    ],
+)
+def test_filling_is_left_out_only_where_it_changes_nothing(change, expected):
+    """open_clip's own encode_text of all 77 positions; prompts of four tokens among longer ones."""
+    torch.manual_seed(0)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2} | change
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 16}
+    clip = Clip(
+        open_clip.CLIP(16, vision, text).eval(),
+        open_clip.image_transform(32, is_train=False),
+        open_clip.SimpleTokenizer(),
+        "m",
+    )
+    texts = ["a dog", "a " * 30, "dog", "a photo of a cat!", "word " * 100]
+    widths = []
+    clip.model.transformer.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    ours = embed_texts(clip, texts, Settings(batch_size=2))
+    assert widths == expected
+    with torch.no_grad():
+        whole = clip.model.encode_text(clip.tokenizer(texts), normalize=True)
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_embedding_leaves_modes_and_random_state_alone(vit, workers):
     vit.model.train()

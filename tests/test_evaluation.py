@@ -10,6 +10,7 @@ import time
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from scipy.spatial.distance import cdist, pdist
@@ -211,6 +212,24 @@ def test_what_text_towers_see_of_long_descriptions(shared, tmp_path, capsys):
     assert rows["whole_captions"] == 1
     with pytest.raises(ValueError, match="a record has none of title"):
         read_texts(path, "title")
+
+
+def test_tokenizers_are_had_without_the_weights(shared, tmp_path):
+    """CLIMP's own language model has 1.4 thousand million parameters; its tokenizer is that of every Mamba."""
+    from ssmclip.models import clip as clips
+
+    path = shared / "data/tokenizers/20B_tokenizer.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "create_clip", lambda *args, **kwargs: pytest.fail("a model was made"))
+        mamba, pairs = (clips.load_tokenizer(name, path) for name in ("CLIMP-Mamba1", "CLIP-VMamba-S"))
+        theirs = clips.load_tokenizer("open_clip:ViT-B-32/openai")
+    text = SENTENCE * 9
+    expected = tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    assert mamba([text]).tolist() == [expected]
+    assert pairs([text]).equal(open_clip.SimpleTokenizer()([text]))
+    assert theirs([text]).equal(open_clip.SimpleTokenizer()([text]))
+    with pytest.raises(FileNotFoundError, match="no folder runs/none"):
+        clips.load_tokenizer("runs/none")
 
 
 def test_long_captions_are_evaluated_cut_and_whole(data):

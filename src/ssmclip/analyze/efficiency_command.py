@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.config import labelled
+from ssmclip.config import image_size, labelled
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
@@ -19,9 +19,10 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
 
 def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--model",
         "--models",
         required=True,
-        help="with commas: CLIPs or timm models by name, checkpoint folders; LABEL=... names its rows",
+        help="a CLIP or timm model by name, a run or checkpoint folder; several with commas; LABEL=... names its rows",
     )
     parser.add_argument(
         "--sizes", default="224,448,672,896,1024", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
@@ -51,8 +52,8 @@ def run_efficiency(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
     rows = sweep(
-        labelled(args.models),
-        [_size(text) for text in args.sizes.split(",") if text],
+        labelled(args.model),
+        [image_size(text) for text in args.sizes.split(",") if text],
         [_number(text) for text in args.lengths.split(",") if text],
         args.out,
         settings={**settings, "device": args.device},
@@ -78,11 +79,6 @@ def _require_device(name: str) -> None:
     there = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
         raise ValueError(f"--device {name}: this machine has {there} CUDA devices; --device cpu is always there")
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    height, times, width = text.partition("x")
-    return (_number(height), _number(width)) if times else _number(text)
 
 
 def _number(text: str) -> int:

@@ -145,6 +145,9 @@ def class_folders(folder: Path, card: Card) -> Found | str:
             break
     else:
         return f"{card.split}/CLASS/, val/CLASS/ or CLASS/ with pictures"
+    there = sum(plain(spoken(path.name)) in known for path in folders)
+    if known and not _own(place, card) and (2 * there < len(folders) or _shares_folders(card)):
+        return f"class folders of its own (those in {place} may be another set's)"
     known = known or _all_of(place, folders, card)
     paths, labels = _walk(place, folders, known, card)
     keys = [str(path.relative_to(place)) for path in paths]
@@ -171,6 +174,11 @@ def _own(place: Path, card: Card) -> bool:
     return plain(place.name) in names or plain(place.parent.name) in names
 
 
+def _shares_folders(card: Card) -> bool:
+    """Whether its class folders are called as ImageNet's are, all of them."""
+    return isinstance(card.folders, str) and card.folders.startswith("timm:") and card.name != "imagenet"
+
+
 def _all_of(place: Path, folders: list[Path], card: Card) -> dict[str, int]:
     """The folders in their own order: of numbers by size, of names by letter."""
     if all(path.name.isdecimal() for path in folders):
@@ -186,8 +194,8 @@ def _all_of(place: Path, folders: list[Path], card: Card) -> dict[str, int]:
 
 def _walk(place: Path, folders: list[Path], known: dict[str, int], card: Card) -> tuple[list[Path], list[int]]:
     if strangers := [path.name for path in folders if plain(spoken(path.name)) not in known]:
-        names = ", ".join(folders_on(card) or names_on(card))
-        raise ValueError(f"{place} has folders that are no class: {', '.join(strangers)}. Classes: {names}")
+        names = folders_on(card) or names_on(card)
+        raise ValueError(f"{place} has folders that are no class: {_few(strangers)}. Classes: {_few(names)}")
     paths: list[Path] = []
     labels: list[int] = []
     seen: dict[int, str] = {}
@@ -202,6 +210,10 @@ def _walk(place: Path, folders: list[Path], known: dict[str, int], card: Card) -
         paths += pictures
         labels += [label] * len(pictures)
     return paths, labels
+
+
+def _few(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def _groups(place: Path, folder: Path, keys: list[str]) -> list[str] | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torchvision import datasets
 
 from ssmclip.data.images import SUFFIXES
 from ssmclip.data.layouts import from_file
-from ssmclip.data.prompts import spoken
+from ssmclip.data.prompts import plain, spoken
 from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
 
 VEHICLES = ("Car", "Van", "Truck")
@@ -30,20 +32,41 @@ OBJECTNET_BORDER = 2  # pixels of red around every picture, there to tell leaks 
 def torchvision_layout(name: str, marker: str, **arguments: Any):
     """Decorator: a layout from a function (torchvision data set, card) -> (paths, labels, class names).
 
-    marker: what must be there below the folder; arguments: of torchvision's class of that name.
+    marker: what must be there below the folder, or, in a folder of the data set's name, without its first parts, as an
+    archive unpacked there leaves it; arguments: of torchvision's class of that name.
     """
 
     def add(take: Callable[[Any, Card], tuple[Sequence, Sequence[int], Sequence[str]]]):
         def layout(folder: Path, card: Card) -> Found | str:
-            if not (folder / marker).exists():
+            head = _missing_head(folder, marker, card)
+            if head is None:
                 return marker
-            paths, labels, classnames = take(_opened(name, folder, arguments), card)
-            return _from_files(str(folder / marker), folder, [Path(path) for path in paths], labels, classnames)
+            with tempfile.TemporaryDirectory() as view:  # where the folder lies as deep as torchvision wants it
+                if head.parts:
+                    (Path(view) / head).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(view) / head).symlink_to(folder.resolve(), target_is_directory=True)
+                paths, labels, classnames = take(_opened(name, Path(view) if head.parts else folder, arguments), card)
+                paths = [folder / Path(path).relative_to(Path(view) / head) if head.parts else path for path in paths]
+            where = folder / Path(marker).relative_to(head)
+            return _from_files(str(where), folder, [Path(path) for path in paths], labels, classnames)
 
         LAYOUTS.register(f"torchvision_{name.lower()}")(layout)
         return take
 
     return add
+
+
+def _missing_head(folder: Path, marker: str, card: Card) -> Path | None:
+    """What of the marker's path must come before the folder's contents: nothing, some parts; None: it is not there."""
+    if (folder / marker).exists():
+        return Path()
+    parts = Path(marker).parts
+    if plain(folder.name) in {plain(name) for name in (card.name, *card.aliases)}:
+        for depth in range(1, len(parts)):
+            # Any form of any data set may have a folder test/.
+            if parts[depth:] != ("test",) and folder.joinpath(*parts[depth:]).exists():
+                return Path(*parts[:depth])
+    return None
 
 
 def _opened(name: str, folder: Path, arguments: dict[str, Any]) -> Any:
@@ -98,7 +121,9 @@ def stanford_cars(dataset: datasets.StanfordCars, card: Card):
     return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], dataset.classes
 
 
-@torchvision_layout("FGVCAircraft", "fgvc-aircraft-2013b/data", split="test", annotation_level="variant")
+@torchvision_layout(
+    "FGVCAircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", split="test", annotation_level="variant"
+)
 def aircraft(dataset: datasets.FGVCAircraft, card: Card):
     """fgvc-aircraft-2013b/data/{variants,images_variant_test}.txt and images/*.jpg."""
     return dataset._image_files, dataset._labels, dataset.classes
@@ -139,10 +164,19 @@ def eurosat(dataset: datasets.EuroSAT, card: Card):
     return [path for path, _ in dataset.samples], dataset.targets, ()
 
 
-@torchvision_layout("GTSRB", "gtsrb/GT-final_test.csv", split="test")
-def gtsrb(dataset: datasets.GTSRB, card: Card):
-    """gtsrb/GT-final_test.csv and gtsrb/GTSRB/Final_Test/Images/*.ppm."""
-    return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], ()
+@LAYOUTS.register("gtsrb_csv")
+def gtsrb(folder: Path, card: Card) -> Found | str:
+    """GTSRB/Final_Test/Images/*.ppm; GT-final_test.csv among them or in a folder above, as torchvision has it."""
+    name, places = "GT-final_test.csv", (folder, folder / "GTSRB")
+    images = next((place / "Final_Test/Images" for place in places if (place / "Final_Test/Images").is_dir()), None)
+    above = [] if images is None else [place for place in (images, *images.parents) if place.is_relative_to(folder)]
+    table = next((place / name for place in above if (place / name).is_file()), None)
+    if table is None:
+        return f"GTSRB/Final_Test/Images and {name}"
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter=";"))
+    paths = [images / row["Filename"] for row in rows]
+    return _from_files(str(table), folder, paths, [int(row["ClassId"]) for row in rows], ())
 
 
 @torchvision_layout("Country211", "country211/test", split="test")
@@ -190,10 +224,12 @@ def stl10(folder: Path, card: Card) -> Found | str:
 
 @LAYOUTS.register("torchvision_pcam")
 def pcam(folder: Path, card: Card) -> Found | str:
-    """pcam/camelyonpatch_level_2_split_test_{x,y}.h5; needs h5py."""
+    """pcam/camelyonpatch_level_2_split_test_{x,y}.h5. Raises ValueError without h5py, which reads them."""
     marker = "pcam/camelyonpatch_level_2_split_test_x.h5"
     if not (folder / marker).is_file():
         return marker
+    if util.find_spec("h5py") is None:
+        raise ValueError(f"{folder / marker} is read with h5py: pip install ssmclip[evaluate]")
     dataset = _opened("PCAM", folder, {"split": "test"})
     with dataset.h5py.File(folder / marker.replace("_x.", "_y.")) as file:
         labels = file["y"][:, 0, 0, 0].tolist()

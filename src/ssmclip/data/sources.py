@@ -126,18 +126,21 @@ def read_card(name: str, text: str) -> Card:
     return card
 
 
-def open_dataset(card: Card | str, root: str | Path, *, prompts: Prompts | None = None) -> Classification | Retrieval:
+def open_dataset(
+    card: Card | str, root: str | Path, *, prompts: Prompts | None = None, download: bool = True
+) -> Classification | Retrieval:
     """The test set of a card, found under `root`: in it, or in a folder of the card's name (or one of card.aliases).
 
     root: a folder; or "hub:OWNER", whose wds_* repositories on the Hugging Face hub (CLIP_benchmark's are owned by
-    clip-benchmark) are downloaded to its cache. prompts: labels and templates in place of the card's.
+    clip-benchmark) are downloaded to its cache, or, without download, only looked for there. prompts: labels and
+    templates in place of the card's.
     A copy with fewer images than the card's test_size is used, and says so (`partial`, `n`, `expected`).
     Raises UnknownName; FileNotFoundError listing what was looked for and where; ValueError for damaged files, labels
     without a class, class folders without pictures and names that occur twice.
     """
     card = load_card(card) if isinstance(card, str) else card
     looked = []
-    for folder in _places(card, root):
+    for folder in _places(card, root, download):
         for layout in card.layouts:
             found = LAYOUTS[layout](folder, card)
             if isinstance(found, Found):
@@ -146,12 +149,12 @@ def open_dataset(card: Card | str, root: str | Path, *, prompts: Prompts | None 
     raise FileNotFoundError(f"the data set {card.name} is not under {root}. Looked for\n  " + "\n  ".join(looked))
 
 
-def _places(card: Card, root: str | Path) -> Iterator[Path]:
+def _places(card: Card, root: str | Path, download: bool) -> Iterator[Path]:
     if Path(card.source).is_absolute():  # a person's own folder
         yield Path(card.source)
         return
     if str(root).startswith(HUB):
-        yield _from_hub(card, str(root).removeprefix(HUB))
+        yield _from_hub(card, str(root).removeprefix(HUB), download)
         return
     root = Path(root)
     names = (card.name, *card.aliases)
@@ -164,14 +167,18 @@ def _places(card: Card, root: str | Path) -> Iterator[Path]:
         yield from sorted(root.glob(f"datasets--*--{name.replace('/', '-')}/snapshots/*"))
 
 
-def _from_hub(card: Card, owner: str) -> Path:
-    """The folder of a wds_* repository, downloaded. Raises FileNotFoundError for what the hub doesn't have."""
+def _from_hub(card: Card, owner: str, download: bool) -> Path:
+    """The folder of a wds_* repository in the hub's cache. Raises FileNotFoundError for what the hub doesn't have."""
     errors = []
     for name in (card.name, *card.aliases):
         repo = f"{owner}/wds_{name.replace('/', '-')}"
         try:
             patterns = ["*.txt", f"{card.split}/*", "test/*"]
-            return Path(huggingface_hub.snapshot_download(repo, repo_type="dataset", allow_patterns=patterns))
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repo, repo_type="dataset", allow_patterns=patterns, local_files_only=not download
+                )
+            )
         except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
             errors.append(f"{repo}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
     raise FileNotFoundError(f"the data set {card.name} can't be had from the hub:\n  " + "\n  ".join(errors))

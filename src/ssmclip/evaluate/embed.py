@@ -13,10 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -159,7 +161,7 @@ def _gathered(mine: list[tuple[list[int], list[int], Tensor]], unreadable: dict[
 def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
     """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN.
 
-    Batches are of texts of like length: a tokenizer that fills up to the longest of a batch then fills up little.
+    Batches are of texts of like length: what a batch is filled up to its longest text with, costs least then.
     """
     if not texts:
         raise ValueError("there are no texts to embed")
@@ -187,12 +189,36 @@ def _embed_texts(clip: Clip, unique: list[str], settings: Settings) -> Float[Ten
     with inference(clip.model):
         for batch in tqdm(ranks.share(batches), desc="texts", unit="batch", leave=False, disable=None):
             tokens = clip.tokenizer([unique[i] for i in batch])
-            mine.append((batch, _unit(clip.model.encode_text(tokens.to(clip.device)))))
+            mine.append((batch, _unit(encode_tokens(clip.model, tokens.to(clip.device)))))
     found = [embedded for batches in ranks.gather(mine) for embedded in batches]
     place = torch.tensor([i for batch, _ in found for i in batch])
     features = torch.cat([encoded for _, encoded in found])[place.argsort()]
     require_finite(features, "text", unique)
     return features
+
+
+def encode_tokens(model: nn.Module, tokens: Int[Tensor, "b L"]) -> Float[Tensor, "b d"]:
+    """model.encode_text, without the positions that change nothing: a prompt of ten tokens then costs ten, not 77.
+
+    open_clip's CLIP attends backwards only and takes its features at the end token: what stands behind the last end
+    token of the batch is left out. Every other model gets the tokens as they are. Features may have any length.
+    """
+    if not isinstance(model, open_clip.CLIP) or model.attn_mask is None or model.text_pool_type not in ENDS:
+        return model.encode_text(tokens)
+    length = int(ENDS[model.text_pool_type](tokens, model).max()) + 1
+    shorter = {
+        "positional_embedding": model.positional_embedding[:length],
+        "attn_mask": model.attn_mask[:length, :length],
+    }
+    made = functional_call(model, shorter, (None, tokens[:, :length]))
+    return made["text_features"] if isinstance(made, dict) else made[1]
+
+
+# Where open_clip's CLIP finds the end token, by the name of its pooling.
+ENDS = {
+    "argmax": lambda tokens, model: tokens.argmax(dim=-1),
+    "eos": lambda tokens, model: (tokens == model.text_eos_id).int().argmax(dim=-1),
+}
 
 
 def subset(n: int, settings: Settings) -> list[int]:

@@ -26,8 +26,9 @@ class Embedder:
     """Images and texts to unit vectors, which can be compared by their dot product.
 
     model: what `ssmclip.load` takes, or what it returned; device: "cpu", "cuda", ...; dtype: of the model's arithmetic
-    (vectors are float32 whatever it is); batch_size: images or texts at a time; image_size: pixels, in place of the
-    model's own. A model that was handed over is moved to the device and type, and put into evaluation mode.
+    (vectors are float32 whatever it is); batch_size: images or texts at a time; image_size: pixels, or (height, width),
+    in place of the model's own. A model that was handed over is moved to the device and type, and put into evaluation
+    mode.
 
     Threads may share one: opening and preprocessing run side by side, the model serves a batch at a time.
 
@@ -44,7 +45,7 @@ class Embedder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 64,
-        image_size: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1")

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from ssmclip.config import image_size
+
 EMBED_HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
 SEARCH_HELP = "the pictures of an index that are nearest to a text"
 NAMED = 20  # pictures that could not be read, printed by name
@@ -16,7 +18,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="pictures, at any depth")
     parser.add_argument("--model", required=True, help="a run or checkpoint folder, open_clip:NAME/PRETRAINED, a name")
     parser.add_argument("--out", required=True, type=Path, help="the index to write (Parquet)")
-    parser.add_argument("--image-size", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
 
@@ -57,7 +59,8 @@ def run_search(args: argparse.Namespace) -> int:
         raise ValueError("nothing to look for: the text is empty")
     index = read_index(args.index)
     name = args.model or index.about["model"]
-    embedder = Embedder(name, device=args.device, image_size=index.about["image_size"])
+    size = index.about["image_size"]
+    embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
     if embedder.clip.hashes["model"] != index.about["weights"]:
         raise ValueError(
             f"{embedder.clip.name} does not have the weights that {args.index} was made with: its vectors cannot be "

@@ -35,13 +35,17 @@ def datasets(args: argparse.Namespace) -> int:
 
 def described(card: Card, root: str) -> str:
     """One data set's line."""
-    from ssmclip.data.sources import open_dataset
+    from ssmclip.data.sources import HUB, open_dataset
 
     start = f"{card.name:16} {card.metric:16} "
     size = f"{card.test_size:,}" if card.test_size else "?"
     try:
-        found = open_dataset(card, root)
+        found = open_dataset(card, root, download=False)
     except FileNotFoundError:
+        if root.startswith(HUB):
+            return (
+                f"{start}{'-':>15} {size:>9}  not downloaded yet; evaluate does, where {root.removeprefix(HUB)} has it"
+            )
         return f"{start}{'-':>15} {size:>9}  get it: {card.source}"
     except (OSError, ValueError) as error:
         return f"{start}{'can not be read':>15} {size:>9}  {str(error).splitlines()[0]}"
@@ -56,20 +60,23 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--field", help="the key of the captions in .jsonl; default: the first known one of each record"
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json of a language model that is the text tower; default: the model's"
+    )
     parser.add_argument("--out", type=Path, help="the rows file to write")
 
 
 def captions(args: argparse.Namespace) -> int:
-    import ssmclip
     from ssmclip.config import labelled
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.evaluate.command import line
+    from ssmclip.models import load_tokenizer
     from ssmclip.results import describe_run, write_rows
 
     texts = {path: read_texts(path, args.field) for path in args.texts}
     rows = []
     for label, name in labelled(args.model).items():
-        tokenizer = ssmclip.load(name).tokenizer
+        tokenizer = load_tokenizer(name, args.tokenizer)
         rows += [row for path, found in texts.items() for row in caption_rows(label, task_of(path), tokenizer, found)]
     if args.out:
         write_rows(args.out, rows, describe_run())

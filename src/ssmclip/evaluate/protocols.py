@@ -6,29 +6,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ssmclip.data.prompts import Prompts, clip_benchmark_prompts
+from ssmclip.models.clip import image_transform
 from ssmclip.registry import Registry
 
 OWN = "own"
+Size = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """prompts: those given on the command line -> those asked; preprocess: (model, its own, kind of task, pixels or
-    None for the model's) -> the one used."""
+    """prompts: those given on the command line -> those asked; preprocess: (model, its own, kind of task, pixels,
+    (height, width) or None for the model's) -> the one used."""
 
     prompts: Callable[[Prompts | None], Prompts | None]
-    preprocess: Callable[[nn.Module, Any, str, int | None], Any]
+    preprocess: Callable[[nn.Module, Any, str, Size | None], Any]
 
 
 PROTOCOLS: Registry[Protocol] = Registry("protocol")
 
 
-def _its_own(model: nn.Module, preprocess: Any, kind: str, image_size: int | None) -> Any:
+def _its_own(model: nn.Module, preprocess: Any, kind: str, image_size: Size | None) -> Any:
     return preprocess
 
 
@@ -41,12 +42,11 @@ def _paper_prompts(prompts: Prompts | None) -> Prompts:
     return prompts
 
 
-def _paper_preprocess(model: nn.Module, preprocess: Any, kind: str, image_size: int | None) -> Any:
+def _paper_preprocess(model: nn.Module, preprocess: Any, kind: str, image_size: Size | None) -> Any:
     """Shorter side to size (bilinear; for retrieval bicubic), centre crop, ImageNet's mean and deviation."""
     size = image_size or getattr(getattr(model, "visual", None), "image_size", None) or 224
-    return open_clip.image_transform(
+    return image_transform(
         size,
-        is_train=False,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         interpolation="bicubic" if kind == "retrieval" else "bilinear",

@@ -11,6 +11,7 @@ from torch import nn
 
 from ssmclip.data.prompts import Prompts
 from ssmclip.data.sources import list_cards, load_card, open_dataset
+from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
@@ -41,7 +42,7 @@ def evaluate(
     truncate: int | None = 77,
     protocol: str = OWN,
     prompts: Prompts | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> list[Result]:
     """Rows of any open_clip model on the named data sets under `root` (see `embed.Settings` for the numbers).
 
@@ -61,7 +62,7 @@ def evaluations(
     settings: Settings,
     model_name: str,
     protocol: str = OWN,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Iterator[list[Result]]:
     """The rows of one data set after another. loaded: model, preprocessing, tokenizer; opened: from `open_tasks`."""
     model, preprocess, tokenizer = loaded
@@ -73,6 +74,25 @@ def evaluations(
     for name, card, dataset in opened:
         rows = KINDS[card.kind](clips[card.kind], dataset, card, name, settings)
         yield rows if protocol == OWN else [replace(row, extra=row.extra | {"protocol": protocol}) for row in rows]
+
+
+def distorted_evaluations(
+    loaded: dict[str, tuple[nn.Module, Callable, Callable]],
+    opened: Sequence[tuple[str, Any, Any]],
+    how: Manipulations,
+    settings: Settings,
+    protocol: str = OWN,
+    image_size: int | None = None,
+) -> Iterator[list[Result]]:
+    """The rows of one distortion of one data set after another. loaded: a model's name -> model, preprocessing,
+    tokenizer."""
+    prepare = PROTOCOLS[protocol].preprocess
+    for _, card, dataset in opened:
+        clips = [
+            Clip(model, prepare(model, preprocess, card.kind, image_size), tokenizer, name)
+            for name, (model, preprocess, tokenizer) in loaded.items()
+        ]
+        yield from distorted_rows(clips, dataset, card, how, settings)
 
 
 def training_validation(
@@ -107,7 +127,7 @@ def task_names(names: str, root: str | Path) -> list[str]:
 
     def there(name: str) -> bool:
         try:
-            return bool(len(open_dataset(load_card(name), root)))
+            return bool(len(open_dataset(load_card(name), root, download=False)))
         except (OSError, ValueError):
             return False
 

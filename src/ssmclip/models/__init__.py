@@ -8,6 +8,7 @@ from ssmclip.models.clip import (
     create_clip,
     list_clips,
     load,
+    load_tokenizer,
     save_tokenizer,
 )
 from ssmclip.models.hub import download, push
@@ -27,6 +28,7 @@ __all__ = [
     "load_config",
     "load_published",
     "load_state",
+    "load_tokenizer",
     "mamba_text",
     "mambaout",
     "push",

@@ -1,7 +1,7 @@
 """CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`.
 
-A file there is an open_clip model configuration, which open_clip then knows by its name; or, where it needs a
-preprocessing of its own or a text tower that open_clip cannot build, {"model_cfg": ..., "preprocess_cfg": ...}.
+A file there is an open_clip model configuration, which open_clip then knows by its name, with `preprocess_cfg` where
+its own differs. Where open_clip cannot build its text tower, its first key says what can.
 """
 
 from __future__ import annotations
@@ -9,18 +9,31 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip.transform import ResizeKeepRatio
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import nn
+from torchvision.transforms import InterpolationMode
 
 from ssmclip.models.bag_of_words import BagOfWords
 from ssmclip.models.hub import HUB, download
 from ssmclip.models.mamba_text import MambaText
 from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
-from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
+from ssmclip.models.weights import (
+    CONFIG_NAME,
+    OURS_ALONE,
+    WEIGHTS_NAME,
+    CheckpointError,
+    has_own_text,
+    load_config,
+    load_into,
+    load_state,
+)
 from ssmclip.registry import UnknownName
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -56,12 +69,10 @@ def clip_config(
     ones; drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
     """
     if name.startswith(OPEN_CLIP):
-        model_cfg, preprocess_cfg = open_clip.get_model_config(name.removeprefix(OPEN_CLIP)), {}
-        if model_cfg is None:
-            raise UnknownName("open_clip model", name.removeprefix(OPEN_CLIP), open_clip.list_models())
+        model_cfg, preprocess_cfg = _open_clip_config(name.removeprefix(OPEN_CLIP)), {}
     elif name in list_clips():
-        made = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
-        model_cfg, preprocess_cfg = made.get("model_cfg", made), PREPROCESS | made.get("preprocess_cfg", {})
+        model_cfg = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+        preprocess_cfg = PREPROCESS | model_cfg.pop("preprocess_cfg", {})
     else:
         raise UnknownName("model", name, list_clips())
     model_cfg = copy.deepcopy(model_cfg)
@@ -74,6 +85,15 @@ def clip_config(
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
+def _open_clip_config(name: str) -> dict[str, Any]:
+    model_cfg = open_clip.get_model_config(name)
+    if model_cfg is None:
+        raise UnknownName("open_clip model", name, open_clip.list_models())
+    if OURS_ALONE in model_cfg:
+        raise ValueError(f"open_clip has no text tower like that of {name}; ask for {name}, without {OPEN_CLIP}")
+    return model_cfg
+
+
 def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:
     """A CLIP with fresh weights. config: a name, or what `clip_config` returned.
 
@@ -83,7 +103,8 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     model_cfg = copy.deepcopy(config["model_cfg"])
     text_cfg = model_cfg.get("text_cfg", {})
     custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
-    if "mamba" in text_cfg or text_cfg.get("layers") == 0:
+    model_cfg.pop(OURS_ALONE, None)
+    if has_own_text(text_cfg):
         model = _create_with_own_text(**model_cfg)
     else:
         model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
@@ -108,10 +129,32 @@ def _create_with_own_text(embed_dim: int, text_cfg: dict[str, Any], **model_cfg:
     return model
 
 
-def build_preprocess(config: dict[str, Any], image_size: int | None = None):
-    """Evaluation preprocessing, PIL image -> float (3, H, W). image_size: pixels, in place of the configured one."""
+def build_preprocess(config: dict[str, Any], image_size: int | tuple[int, int] | None = None):
+    """Evaluation preprocessing, PIL image -> float (3, H, W).
+
+    image_size: pixels, or (height, width), in place of the configured one. The rule is the model's at every size:
+    "squash" both sides; "shortest", where both sides at least reach the size and the centre is cut out; "longest",
+    where neither exceeds it and the rest is filled.
+    """
     size = image_size or config["model_cfg"]["vision_cfg"].get("image_size", 224)
-    return open_clip.image_transform(size, is_train=False, **config.get("preprocess_cfg", {}))
+    return image_transform(**{**config.get("preprocess_cfg", {}), "size": size})
+
+
+def image_transform(size: int | Sequence[int], interpolation: str | None = None, mode: str = "RGB", **how: Any):
+    """open_clip's evaluation preprocessing, with the interpolation asked for at every size.
+
+    size: pixels, or (height, width); interpolation: "bicubic" (also None) | "bilinear"; mode: "RGB" alone; how: mean,
+    std, resize_mode and fill_color of `open_clip.image_transform`. Raises ValueError for a size that is none.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"image size {size!r}: wanted pixels, or (height, width)")
+    one = sides[0] if sides[0] == sides[1] else sides
+    transform = open_clip.image_transform(one, is_train=False, interpolation=interpolation, **how)
+    resize = transform.transforms[0]
+    if isinstance(resize, ResizeKeepRatio):  # open_clip does not tell it which where the sides differ
+        resize.interpolation = InterpolationMode.BILINEAR if interpolation == "bilinear" else InterpolationMode.BICUBIC
+    return transform
 
 
 def build_tokenizer(
@@ -143,34 +186,58 @@ def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
         shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
 
 
-def load(name: str | Path, *, device: str = "cpu", image_size: int | None = None) -> Loaded:
+def load(name: str | Path, *, device: str = "cpu", image_size: int | tuple[int, int] | None = None) -> Loaded:
     """A model ready to evaluate, with its preprocessing and tokenizer.
 
     name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
     open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
     a folder with `open_clip_config.json` and weights; or `hf-hub:OWNER/NAME`, such a folder on the Hugging Face hub,
-    downloaded once. image_size: pixels, in place of the model's own.
+    downloaded once. image_size: pixels, or (height, width), in place of the model's own: preprocessing gives pictures
+    of that size, and a ViT has its positions resampled to it as timm does.
     Raises UnknownName, CheckpointError, FileNotFoundError.
     """
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _load_open_clip(name, device, image_size)
-    folder = None
+    config, folder = _configured(name)
+    model = create_clip(config)
+    if folder is not None:
+        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    if image_size is not None and hasattr(model.visual, "set_input_size"):
+        if getattr(model.visual.trunk, "dynamic_img_size", False):  # from its own positions, for every batch
+            model.visual.image_size = to_2tuple(image_size)
+        else:
+            model.visual.set_input_size(image_size)
+    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
+
+
+def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
+    """The tokenizer of what `load` takes, without the weights.
+
+    file: where its text tower is a Mamba language model, the `tokenizer.json` of that, or the folder that holds one, in
+    place of the one its configuration names. Raises UnknownName, CheckpointError, FileNotFoundError.
+    """
+    name = str(name)
+    if name.startswith(OPEN_CLIP):
+        return open_clip.get_tokenizer(name.removeprefix(OPEN_CLIP).partition("/")[0])
+    config, folder = _configured(name)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if file is None or "mamba" not in text_cfg:
+        return build_tokenizer(config, folder)
+    changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
+    return build_tokenizer(config | {"model_cfg": config["model_cfg"] | {"text_cfg": changed}})
+
+
+def _configured(name: str) -> tuple[dict[str, Any], Path | None]:
+    """The configuration of what `load` takes, and the folder its weights are in (None: fresh ones)."""
     if name.startswith(HUB):
         name = str(download(name))
     if Path(name).is_dir():
         folder = find_checkpoint(Path(name))
-        config = load_config(folder)
-        model = create_clip(config)
-        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    elif "/" in name:
+        return load_config(folder), folder
+    if "/" in name:
         raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
-    else:
-        config = clip_config(name)
-        model = create_clip(config)
-    if image_size is not None and hasattr(model.visual, "set_input_size"):
-        model.visual.set_input_size(image_size)
-    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
+    return clip_config(name), None
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -184,11 +251,11 @@ def find_checkpoint(folder: Path) -> Path:
     raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
 
 
-def _load_open_clip(name: str, device: str, image_size: int | None) -> Loaded:
+def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
     name, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
-    if name not in open_clip.list_models():
-        raise UnknownName("open_clip model", name, open_clip.list_models())
-    model, _, preprocess = open_clip.create_model_and_transforms(
+    _open_clip_config(name)
+    model = open_clip.create_model(
         name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
     )
+    preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
     return Loaded(model.eval(), preprocess, open_clip.get_tokenizer(name))

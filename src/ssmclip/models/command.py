@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ssmclip.config import image_size
+
 MODELS_HELP = "the CLIP models there are: towers, parameters, operations, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
 EXPORT_HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
@@ -70,17 +72,16 @@ def run_convert(args: argparse.Namespace) -> None:
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a CLIP's name, its folder, or a file of published weights")
     parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
-    parser.add_argument("--image-size", default="224", help="pixels, or HEIGHTxWIDTH (default: %(default)s)")
+    parser.add_argument(
+        "--image-size", type=image_size, default=224, help="pixels or HEIGHTxWIDTH (default: %(default)s)"
+    )
 
 
 def run_export(args: argparse.Namespace) -> None:
     from ssmclip.models import load, load_published
     from ssmclip.models.export import export_onnx
 
-    sides = args.image_size.split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"--image-size {args.image_size}: pixels, or HEIGHTxWIDTH")
-    size = (int(sides[0]), int(sides[-1]))
+    size = args.image_size
     model = load_published(args.model) if Path(args.model).is_file() else load(args.model, image_size=size).model
     difference = export_onnx(model, args.file, size)
     log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)

@@ -174,7 +174,7 @@ class MambaText(nn.Module):
     def forward(self, text: Int[Tensor, "B L"]) -> Float[Tensor, "B E"]:
         tokens, last = left_align(text, self.pad_id)
         x = self.transformer.forward_blocks(tokens)
-        x = x[torch.arange(len(x), device=x.device), last]
+        x = x[torch.arange(x.shape[0], device=x.device), last]  # not len, which a traced graph would keep as a number
         norm = self.transformer.norm_f
         return self.proj(norm(x.to(norm.weight.dtype)))
 

@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from ssmclip.models.shapes import (
     simba_fields,
     vmamba_fields,
 )
+from ssmclip.models.tokenizer import FILE_NAME as TOKENIZER_NAME
 from ssmclip.models.weights import CheckpointError, load_into, load_state, save_model
 
 __all__ = ["Architecture", "ClipText", "build", "convert", "load_published", "read_published"]
@@ -129,10 +131,11 @@ def convert(
     """Write published weights as a folder that others read without this function: safetensors and a configuration.
 
     source, weights, and what shapes cannot tell: as in `load_published`. Of a CLIP `open_clip_config.json` and weights,
-    which `ssmclip.load(folder)` reads and `open_clip.create_model_and_transforms("local-dir:" + folder)` too once
-    ssmclip is imported (but for text towers that are no transformers, of which open_clip's configurations cannot
-    speak); of an image encoder timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a language
-    model Hugging Face's. Returns which of these: "clip" | "encoder" | "language_model".
+    and the tokenizer.json beside the original where there is one, which `ssmclip.load(folder)` reads, and
+    `open_clip.create_model_and_transforms("local-dir:" + folder)` too once ssmclip is imported (but for text towers
+    that are no transformers: open_clip cannot build them, and its error names `ssmclip.load`); of an image encoder
+    timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a language model Hugging Face's.
+    Returns which of these: "clip" | "encoder" | "language_model".
 
     Raises what `load_published` raises, and CheckpointError for CLIP's text tower alone, which no library reads.
     """
@@ -144,6 +147,8 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     if architecture.kind == "clip":
         save_model(model, architecture.config, folder)
+        if isinstance(source, str | Path) and (tokenizer := find_weights(source).with_name(TOKENIZER_NAME)).is_file():
+            shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
     elif architecture.kind == "encoder":
         arguments = {k: v for k, v in architecture.config["model_args"].items() if k != "num_classes"}
         name = {"architecture": architecture.config["architecture"]}
@@ -293,7 +298,10 @@ def _read_clip(
     model_cfg["vision_cfg"].pop("timm_drop_path", None)
     if _has(state, "text.transformer.layers."):
         fields = _language_model(_under(state, "text.transformer."), n_groups, layer_norm_epsilon)
-        model_cfg["text_cfg"] |= dict(mamba=fields, proj_bias="text.proj.bias" in state)
+        known = model_cfg["text_cfg"]
+        model_cfg["text_cfg"] = dict(context_length=None, mamba=fields, proj_bias="text.proj.bias" in state)
+        if known.get("mamba", {}).get("vocab_size") == fields["vocab_size"]:  # else another tokenizer's
+            model_cfg["text_cfg"]["hf_tokenizer_name"] = known["hf_tokenizer_name"]
     else:
         model_cfg["text_cfg"] = clip_text_fields(state, text_heads)
     return Architecture("clip", config), state

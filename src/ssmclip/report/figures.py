@@ -19,11 +19,12 @@ from matplotlib.patches import Patch
 
 from ssmclip.registry import Registry
 from ssmclip.report.store import Store, by_task, final, step_of
-from ssmclip.report.style import INK, WIDTH, Style, drawing, styles
+from ssmclip.report.style import INK, LINE, WIDTH, Style, drawing, styles
 from ssmclip.report.table1 import points
 from ssmclip.report.words import RECALL, headline, is_fraction, kind_of, metric_name, title_of
 from ssmclip.results import Result
 
+NAME_STEP = 0.06  # of the height of the axes: a line of small letters
 MOST_CLASSES = 30  # bars of one figure that can still be read
 WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers written in
 
@@ -187,15 +188,31 @@ class AccuracyPerParameter(Drawing):
             marker, colour = (look.marker, look.colour) if look else ("o", "none")
             x, y = point["parameters"], point["average"] / 100
             axes.plot([x], [y], marker, color=colour, markeredgecolor=look.colour if look else INK, markersize=6)
-            name = f"{shortened(point['model'], 22)}{' (published)' if point['published'] else ''}"
-            axes.annotate(name, (x, y), xytext=(5, 3), textcoords="offset points", size=7)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        plain_numbers(axes.xaxis)
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("million parameters of the image tower")
-        axes.margins(x=0.35, y=0.15)
+        axes.margins(x=0.1, y=0.15)
         scale(axes.yaxis, "top1")
+        named_beside(axes, self.frame())
         return picture
+
+
+def named_beside(axes: Axes, frame: Sequence[dict[str, Any]]) -> None:
+    """The points' names in a column to the right of the axes, a line to each: models of one size lie close together."""
+    low, high = axes.get_ylim()
+    ordered = sorted(frame, key=lambda point: (point["average"], -point["parameters"]))
+    places: list[float] = []
+    for point in ordered:
+        own = (point["average"] / 100 - low) / (high - low)
+        places.append(max(own, places[-1] + NAME_STEP) if places else own)
+    for i in range(1, len(places) + 1):  # and down again from the top
+        places[-i] = min(places[-i], 1.0 if i == 1 else places[1 - i] - NAME_STEP)
+    for point, place in zip(ordered, places, strict=True):
+        name = f"{shortened(point['model'], 26)}{', published' if point['published'] else ''}"
+        line = {"arrowstyle": "-", "color": LINE, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        at = point["parameters"], point["average"] / 100
+        axes.annotate(name, at, xytext=(1.04, place), textcoords="axes fraction", va="center", size=7, arrowprops=line)
 
 
 @figure("throughput", needs=["images_per_s"])
@@ -277,7 +294,7 @@ class PerClass(Drawing):
                 markersize=max(3, 8 - 2 * i),  # so that an equal one below still shows
                 label=model,
             )
-        axes.set_yticks(range(len(order)), [shortened(name, 24) for name in order])
+        axes.set_yticks(range(len(order)), [shortened(name, 40) for name in order])
         axes.set_ylim(-0.7, len(order) - 0.3)
         axes.set_xlim(-0.03, 1.03)
         scale(axes.xaxis, "top1")
@@ -380,10 +397,16 @@ def legend(axes: Axes, models: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
 
 
+def plain_numbers(axis) -> None:
+    """For axes that aren't linear: their own labels are formulas, which are not drawn (a name may look like one)."""
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def scale(axis, metric: str) -> None:
     """Percent on the axis of a fraction."""
     if is_fraction(metric):
-        axis.set_major_formatter(ticker.PercentFormatter(xmax=1, decimals=None, symbol=" %"))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 
 
 def wrapped(text: str, width: int = 22) -> str:

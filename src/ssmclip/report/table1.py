@@ -9,7 +9,7 @@ from typing import Any
 
 from ssmclip.paper_tables import TABLE1
 from ssmclip.report.store import final
-from ssmclip.report.words import headline, title_of
+from ssmclip.report.words import headline
 from ssmclip.results import Result
 
 ENOUGH = 2  # columns; one number next to 26 says nothing
@@ -66,7 +66,7 @@ def table1(rows: Sequence[Result]) -> Comparison | None:
         values.append((model, False, _parameters(found), numbers, found))
     best = {column: max(numbers[column] for *_, numbers, _ in values if column in numbers) for column in TABLE1.columns}
     return Comparison(
-        columns=[title_of(column, rows) for column in TABLE1.columns],
+        columns=list(TABLE1.titles),
         lines=[_line(*of_model, best, shared) for of_model in values],
         shared=len(shared),
         source=TABLE1.source,

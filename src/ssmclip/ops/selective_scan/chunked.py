@@ -59,18 +59,18 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     drive = torch.cat([drive, padding]).unflatten(0, (count, size))
 
     decay = torch.exp(log_decay[:, 1:])
-    local = _states(torch.mul, drive[:, 0], decay.movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
+    local = carry(torch.mul, drive[:, 0], decay.movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
 
     # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
     total = log_decay[1:].cumsum(1)
     h = local
     if count > 1:
-        inherited = _states(_decayed, local[0, -1], total[: count - 2, -1], local[1 : count - 1, -1], dim=0)
+        inherited = carry(_decayed, local[0, -1], total[: count - 2, -1], local[1 : count - 1, -1], dim=0)
         h = torch.cat([local[:1], local[1:] + _decayed(inherited[:, None], total)])
     return h.flatten(0, 1)[:length]
 
 
-def _states(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: Tensor, drives: Tensor, dim: int):
+def carry(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: Tensor, drives: Tensor, dim: int):
     """first, and decayed(state, decay) + drive for each decay and drive along their first dimension; stacked on dim."""
     if len(decays) and torch.compiler.is_exporting():
         # One node that repeats, where a loop would become as many as it has rounds.

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmclip.ops.memory import want_large_pages
 from ssmclip.ops.threads import run_tasks
 
 log = logging.getLogger(__name__)
 
 # Below this many state updates (a softplus counts as three) waking a second thread costs more than it saves.
 PARALLEL_FROM = 1_000_000
+
+RESULTS = {"Y", "SAVED", "DU", "DDELTA", "DZ"}  # as large as the inputs
 
 
 # The sizes given to these two are symbols where torch.compile traces dynamic shapes.
@@ -137,6 +140,8 @@ def launch(kernel: str, problem: Problem, tensors: dict[str, tuple[Tensor, tuple
     for name, entry in tensors.items():
         if entry is not None:
             tensor, (batch, group, channel, position, state) = entry
+            if name in RESULTS:
+                want_large_pages(tensor)
             at = 6 * rows[name]
             table[at : at + 6] = (
                 tensor.data_ptr(),

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ssmclip.ops.selective_scan.chunked import carry
+
 CHUNK = 64  # positions
 
 
@@ -41,26 +43,29 @@ def around(
     dt_softplus=False,
     dt_limit=(0.0, math.inf),
     return_final_states=False,
+    widen=True,
 ):
     """`ssmclip.ops.ssd` from its core: scan(x, step, A, B, C, initial states or None, whether to return the last state)
 
-    -> (y, last state), all in the state's type, steps as they act.
+    -> (y, last state), all in the state's type, steps as they act. widen: False gives it x, B and C as they came.
     """
-    state = torch.promote_types(x.dtype, torch.float32)
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    u, step, A, B, C, D, z, dt_bias, initial = (t if t is None else t.to(state) for t in inputs)
+    dtype, state = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    rest = (dt, A, D, z, dt_bias, initial_states)
+    step, A, D, z, dt_bias, initial = (t if t is None else t.to(state) for t in rest)
+    if widen:
+        x, B, C = (t.to(state) for t in (x, B, C))
     if dt_bias is not None:
         step = step + dt_bias
     if dt_softplus:
         step = F.softplus(step)
     if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
         step = step.clamp(*dt_limit)
-    y, last = scan(u, step, A, B, C, initial, return_final_states)
+    y, last = scan(x, step, A, B, C, initial, return_final_states)
     if D is not None:
-        y = torch.addcmul(y, u, D[:, None])
+        y = torch.addcmul(y, x.to(state), D[:, None])
     if z is not None:
         y = y * F.silu(z)
-    y = y.to(x.dtype)
+    y = y.to(dtype)
     return (y, last) if return_final_states else y
 
 
@@ -94,16 +99,16 @@ def _scan(x, step, A, B, C, initial, want_last):
         to_end = rearrange(decay[..., -1, :], "b c g r q -> b c q g r 1")
         added = torch.einsum("bcqgn,bcqgrp->bcgrpn", B, to_end * drive)
         from_start = torch.exp(log_decay.cumsum(-1))
-        states = []  # before every chunk
+        keep = from_start[..., -1, None, None]
+        # Without an initial state nothing is inherited, not even 0 times a decay: NaN where a growing state overflows.
+        before, first = torch.zeros_like(added[:, 0]), added[:, 0]
         if initial is not None:
-            last = rearrange(initial, "b (g r) p n -> b g r p n", g=groups)
-        for k in range(count):
-            states.append(torch.zeros_like(added[:, 0]) if last is None else last)
-            # The first chunk inherits nothing, not even 0 times its decay: NaN where a growing state overflows.
-            last = added[:, k] if last is None else from_start[:, k, ..., -1, None, None] * last + added[:, k]
-        inherited = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.stack(states, 1))
+            before = rearrange(initial, "b (g r) p n -> b g r p n", g=groups)
+            first = keep[:, 0] * before + first
+        after = carry(torch.mul, first, keep[:, 1:].movedim(1, 0), added[:, 1:].movedim(1, 0), dim=1)
+        inherited = torch.einsum("bcqgn,bcgrpn->bcqgrp", C, torch.cat([before[:, None], after[:, :-1]], 1))
         y = y + inherited * rearrange(from_start, "b c g r q -> b c q g r 1")
-        last = rearrange(last, "b g r p n -> b (g r) p n")
+        last = rearrange(after[:, -1], "b g r p n -> b (g r) p n")
     return rearrange(y, "b c q g r p -> b (c q) (g r) p")[:, :length], last
 
 

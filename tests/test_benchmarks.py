@@ -1,0 +1,82 @@
+"""What the benchmarks decide and count, apart from what they time."""
+
+import importlib.util
+import math
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssmclip.ops import selective_scan
+from ssmclip.ops.memory import LARGE_PAGE, PAGE, want_large_pages
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.fixture(scope="module")
+def scan():
+    sys.path.insert(0, str(BENCHMARKS))  # as for a script, whose folder is the first
+    try:
+        spec = importlib.util.spec_from_file_location("scan", BENCHMARKS / "scan.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["scan"] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        sys.modules.pop("scan")
+
+
+def test_bytes_of_a_scan_are_those_of_its_tensors(scan):
+    inputs = scan.make_inputs(scan.Shape(2, 24, 64, 16))
+    y = selective_scan(**inputs, delta_softplus=True)
+    streamed = sum(inputs[name].nbytes for name in ("u", "delta", "B", "C")) + y.nbytes
+    assert scan.scan_work(2, 24, 64, 16, backward=False).bytes == streamed
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    y = selective_scan(**inputs, delta_softplus=True)
+    saved = next(x for x in y.grad_fn.saved_tensors if x is not None and x.shape == (2, 2, 16, 24))
+    grads = dict(zip(inputs, torch.autograd.grad(y, leaves, torch.ones_like(y)), strict=True))
+    again = sum(inputs[name].nbytes + grads[name].nbytes for name in ("u", "delta", "B", "C")) + y.nbytes
+    both = scan.scan_work(2, 24, 64, 16, backward=True).bytes
+    assert both == streamed + again + 2 * saved.nbytes
+
+
+def test_slow_peers_run_once_and_hopeless_ones_not_at_all(scan):
+    small, large = scan.Shape(1, 8, 100, 16), scan.Shape(1, 8, 400, 16)
+    forecast = scan.Forecast()
+    assert forecast.seconds("loop", True, small) == 0
+    forecast.add("loop", True, small, 2.0)
+    assert forecast.seconds("loop", True, large) == 2.0 * 4 * 4  # each step's gradient is as long as the sequence
+    assert "would take about 32 s" in scan.left_out("loop", large, True, 3.0, forecast)
+    assert scan.left_out("loop", large, True, 4.0, forecast) == ""  # not ten times the best
+    assert scan.left_out("loop", large, True, math.inf, forecast) == ""  # nothing else to compare with
+    assert "GiB of memory" in scan.left_out("mambapy", scan.Shape(10**6, 1000, 1000, 16), False, 1.0, forecast)
+    assert scan.repetitions_of(0.5, 1.0, 7) == (7, "")
+    assert scan.repetitions_of(3.0, 1.0, 7) == (3, "")
+    assert scan.repetitions_of(0.5, 0.04, 7)[0] == 1
+    assert scan.repetitions_of(11.0, math.inf, 7)[0] == 1
+
+
+def test_a_benchmark_knows_what_its_rows_tell(scan):
+    shape = scan.SHAPES[0]
+    row = scan.Result("loop", "scan", shape.condition(True), "latency_ms", 1500.0, n=1)
+    absent = scan.Result("mambapy", "scan", shape.condition(True), "latency_ms", math.nan, n=0)
+    forecast = scan.Forecast()
+    forecast.remember([row, absent], scan.SHAPES)
+    assert forecast.seconds("loop", True, shape) == 1.5
+    assert forecast.seconds("mambapy", True, shape) == 0
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system has no large pages to give"
+)
+def test_new_memory_comes_in_large_pages():
+    x = torch.empty(32 * LARGE_PAGE // 4)  # more than an allocator keeps for later
+    want_large_pages(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x.fill_(1)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < x.nbytes / PAGE / 4
