@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-encoders bench-roofline bench-evaluate eval26 captions results clean
+.PHONY: setup quickstart test lint clean results
+.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-hessian bench-gpu
+.PHONY: eval26 captions distorted hessian efficiency
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,28 +26,6 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-bench: setup  ## ours against peers, as rows in results/
-	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
-	$(BIN)/python benchmarks/text.py --out results/text.jsonl
-	$(BIN)/python benchmarks/text.py --out results/text_24_layers.jsonl --layers 24 --only pass=forward
-
-bench-encoders: setup  ## whole image encoders, ours and timm's, as rows in results/
-	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
-
-bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them
-	$(BIN)/python benchmarks/roofline.py --out results/roofline.jsonl
-
-bench-evaluate: setup  ## evaluation against its encoder alone, prompts sorted by length, as rows in results/
-	$(BIN)/python benchmarks/evaluate.py --out results/evaluate.jsonl
-
-# MODELS=mine=runs/mine,CLIP-VMamba-T220 DATA=folder
-eval26: setup  ## every data set there is a copy of under DATA, as rows in results/
-	$(BIN)/ssmclip evaluate --model $(MODELS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
-
-# TEXTS='one.jsonl two.jsonl' TOKENIZER=tokenizer.json, of the Mamba language models
-captions: setup  ## how many words of captions text towers see, as rows in results/
-	$(BIN)/ssmclip captions --model CLIP-VMamba-S,CLIMP-Mamba1 --texts $(TEXTS) --tokenizer $(TOKENIZER) --out results/captions.jsonl
-
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
 
@@ -55,3 +35,71 @@ results: setup
 	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
 	$(BIN)/ssmclip models > runs/models.md
 	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md
+
+# Speed, as rows in results/, against peers in the same process.
+
+bench: setup  ## the scans and the text towers, ours against peers
+	$(BIN)/python benchmarks/scan.py --out results/scan.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text.jsonl
+	$(BIN)/python benchmarks/text.py --out results/text_24_layers.jsonl --layers 24 --only pass=forward
+
+bench-encoders: setup  ## whole image encoders, ours and timm's
+	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
+
+bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them
+	$(BIN)/python benchmarks/roofline.py --out results/roofline.jsonl
+
+bench-evaluate: setup  ## evaluation against its encoder alone, prompts sorted by length
+	$(BIN)/python benchmarks/evaluate.py --out results/evaluate.jsonl
+
+bench-distortions: setup  ## distortions against their plain definitions
+	$(BIN)/python benchmarks/distortions.py --out results/distortions.jsonl
+
+bench-embedder: setup  ## the embedder against the bare encoder, texts sorted and not
+	$(BIN)/python benchmarks/embedder.py --out results/embedder.jsonl
+
+bench-hessian: setup  ## a Hessian-vector product against a gradient
+	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
+
+bench-gpu: setup  ## the Triton kernels on a GPU, or in small in Triton's interpreter
+	$(BIN)/python benchmarks/gpu.py --out results/gpu.jsonl
+
+# What trained models do, as rows in results/. RUNS: runs of recipes/flickr8k.py, or any models; DATA: the data sets;
+# TEXTS and TOKENIZER: captions as JSON lines, and the tokenizer.json of the Mamba language models.
+RUNS ?= CLIP-VMamba-Nano=runs/flickr8k,CLIP-ViT-Nano=runs/flickr8k-vit
+DATA ?= ../shared/data
+TEXTS ?= $(DATA)/longcaps/*/data.jsonl
+TOKENIZER ?= $(DATA)/tokenizers/20B_tokenizer.json
+
+eval26: setup  ## every data set there is a copy of under DATA
+	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
+
+captions: setup  ## how many words of captions text towers see
+	$(BIN)/ssmclip captions --model CLIP-VMamba-S,CLIMP-Mamba1 --texts $(TEXTS) --tokenizer $(TOKENIZER) --out results/captions.jsonl
+
+# The two tables are those of Geirhos et al.
+TABLES ?= --amplitude $(DATA)/ood/golden/mean_power_spectrum_grey.npy --gamma $(DATA)/ood/golden/x_gamma_function.npy
+distorted: setup  ## accuracy over the level of 12 distortions: an hour on one core
+	for name in flickr8k cifar10; do OMP_NUM_THREADS=1 $(BIN)/ssmclip evaluate --model $(RUNS) --data $(DATA) \
+		--tasks distorted:$$name $(TABLES) --max-images 1000 --examples 0 --out results/distorted_$$name.jsonl || exit 1; \
+	done
+
+# The image towers' five eigenvalues of largest magnitude, and as they were over training; what the usual power iteration
+# finds on some of the batches. Batch by batch, and it goes on where it was stopped: two hours on one core.
+HESSIAN := analyze hessian --data '$(DATA)/captions/train/{00000..00005}.tar' --batch-size 15 --towers image \
+	--which magnitude --weight-decay 0 --out results/hessian.jsonl
+hessian: setup  ## Hessian spectra of two runs
+	for run in $$(echo $(RUNS) | tr , ' '); do \
+		one="--label $${run%=*} --model $${run#*=}"; \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 60 && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 3 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
+	done
+
+# What the file has is not measured again: remove it to begin anew. An hour on two idle cores.
+COUNTED := vmamba_tiny_s1l8,vmamba_base_s2l15,vit_base_patch16_224,swin_tiny_patch4_window7_224,mambaout_tiny,CLIP-VMamba-T220,CLIP-VMamba-S,CLIP-SiMBA-L,CLIP-MambaOut-T
+SIZES := --sizes 224,448,672,896,1024
+efficiency: setup  ## CLIMP's question: operations, memory and time of VMamba-B and ViT-B/16, as rows in results/
+	$(BIN)/ssmclip analyze efficiency --model $(COUNTED) --count-only --out results/efficiency.jsonl
+	$(BIN)/ssmclip analyze efficiency --model CLIP-VMamba-B,CLIP-ViT-B-16 $(SIZES) --lengths 77,256,1024 --out results/efficiency.jsonl
+	$(BIN)/ssmclip analyze efficiency --model CLIP-ViT-B-16 $(SIZES) --attention plain --out results/efficiency.jsonl

@@ -1,26 +1,35 @@
-"""Whole image encoders on a CPU: images a second of ours and of timm's, forward, at 224 px.
+"""Whole image encoders on a CPU, ours and timm's, forward, at 224 px; and a training step of the two Nano CLIPs.
 
-    python benchmarks/encoders.py --out results/encoders.jsonl    ten minutes on two idle cores; --quick: one
+    python benchmarks/encoders.py --out results/encoders.jsonl    ten minutes on two idle cores; --quick: one;
+                                                                  --only names the encoders, "training" the step
 
 One process, random weights, the same images for all, turns taken, medians. `time_ratio` is the time of an encoder over
-that of the control of its size in `CONTROLS`.
+that of the control of its size in `CONTROLS`, the median over turns taken one right after the other; `cpu_time_ratio`
+is the same of the processor's time in all threads, which a busy machine disturbs less. The training step is that of
+recipes/flickr8k.py (images, gradient, AdamW, moving average; no reading of pictures), and its `speed_ratio` the images
+a second over CLIP-ViT-Nano's. How time grows with the size of images: `ssmclip analyze efficiency --sizes`.
 """
 
 from __future__ import annotations
 
 import argparse
+import runpy
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import ssmclip.models  # noqa: F401  registers ours with timm
 from ssmclip.results import Result, append_rows, describe_run, write_rows
+from ssmclip.train.build import build_accelerator, build_model, model_config
+from ssmclip.train.ema import Ema
+from ssmclip.train.objective import backward, build_loss
+from ssmclip.train.optimiser import build_optimiser
 
 PIXELS = 224
 BATCHES = (1, 8)
@@ -38,7 +47,7 @@ CONTROLS = {
     "vmamba_base_s1l20": "swin_base_patch4_window7_224",
     "vmamba_base_s2l15": "swin_base_patch4_window7_224",
     "vmamba_base_v0": "swin_base_patch4_window7_224",
-    "simba_large": "swin_small_patch4_window7_224",
+    "simba_large": "vit_base_patch16_224",
     "mambaout_tiny": "swin_tiny_patch4_window7_224",
     "convnext_tiny": "swin_tiny_patch4_window7_224",
     "vit_base_patch16_224": "swin_base_patch4_window7_224",
@@ -46,49 +55,121 @@ CONTROLS = {
     "swin_small_patch4_window7_224": "",
     "swin_base_patch4_window7_224": "",
 }
+TRAINED = {"CLIP-VMamba-Nano": "CLIP-ViT-Nano", "CLIP-ViT-Nano": ""}
 QUICK = ("vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224")
 
-
-def seconds_of(model: nn.Module, images: Tensor) -> float:
-    with torch.inference_mode():
-        start = time.perf_counter()
-        model(images)
-        return time.perf_counter() - start
+Seconds = tuple[float, float]  # on the clock, and of the processor
 
 
-def measure(models: dict[str, nn.Module], batch: int, repetitions: int) -> Iterator[Result]:
-    """Rows of all models at one batch size."""
+def seconds_of(run: Callable[[], object]) -> Seconds:
+    clock, processor = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - clock, time.process_time() - processor
+
+
+def take_turns(runs: dict[str, Callable[[], object]], repetitions: int, what: str) -> dict[str, list[Seconds]]:
+    """The times of every run, which are made once before and then in turns."""
+    for run in tqdm(runs.values(), desc=f"{what}, warming up", leave=False):
+        run()
+    times = {name: [] for name in runs}
+    for _ in tqdm(range(repetitions), desc=what, leave=False):
+        for name, run in runs.items():
+            times[name].append(seconds_of(run))
+    return times
+
+
+def ratios(mine: list[Seconds], control: list[Seconds]) -> Seconds:
+    """Median ratios of the turns."""
+    return tuple(statistics.median(a[i] / b[i] for a, b in zip(mine, control, strict=True)) for i in (0, 1))
+
+
+def speed(name: str, task: str, condition: str, batch: int, times: list[Seconds], extra: dict) -> Result:
+    clock = [seconds for seconds, _ in times]
+    extra = {**extra, "fastest": batch / min(clock), "slowest": batch / max(clock)}
+    extra["cpu_s"] = statistics.median(processor for _, processor in times)
+    return Result(name, task, condition, "images_per_s", batch / statistics.median(clock), n=len(times), extra=extra)
+
+
+@torch.inference_mode()
+def measure_forward(names: Iterable[str], batch: int, repetitions: int) -> Iterator[Result]:
+    """Rows of these encoders at one batch size."""
     images = torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
-    for model in tqdm(models.values(), desc=f"batch {batch}, warming up", leave=False):
-        seconds_of(model, images)
-    times = {name: [] for name in models}
-    for _ in tqdm(range(repetitions), desc=f"batch {batch}", leave=False):
-        for name, model in models.items():
-            times[name].append(seconds_of(model, images))
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    threads = {"threads": torch.get_num_threads()}
+    models = {name: timm.create_model(name, num_classes=0).eval() for name in names}
+    times = take_turns({n: lambda m=m: m(images) for n, m in models.items()}, repetitions, f"batch {batch}")
     condition = f"pixels={PIXELS},batch={batch},pass=forward"
-    for name, seconds in medians.items():
-        extra = {**threads, "fastest": batch / min(times[name]), "slowest": batch / max(times[name])}
-        yield Result(name, "encoder", condition, "images_per_s", batch / seconds, n=repetitions, extra=extra)
-        if control := CONTROLS[name]:
-            ratio = seconds / medians[control]
-            yield Result(name, "encoder", condition, "time_ratio", ratio, extra={**threads, "over": control})
+    threads = {"threads": torch.get_num_threads()}
+    for name, each in times.items():
+        yield speed(name, "encoder", condition, batch, each, threads)
+        if (control := CONTROLS[name]) in times:
+            clock, processor = ratios(each, times[control])
+            extra = {**threads, "over": control}
+            yield Result(name, "encoder", condition, "time_ratio", clock, n=len(each), extra=extra)
+            yield Result(name, "encoder", condition, "cpu_time_ratio", processor, n=len(each), extra=extra)
+
+
+def measure_training(repetitions: int) -> Iterator[Result]:
+    """Rows of the training step of the two Nano CLIPs."""
+    recipe = Path(__file__).resolve().parents[1] / "recipes" / "flickr8k.py"
+    config = runpy.run_path(str(recipe))["flickr8k"]()
+    batch, captions, pixels = config.batch_size, config.data.captions_per_image, config.image_size(0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, pixels, pixels, generator=generator)
+    words = config.model.changes["text_cfg"]["context_length"]
+    texts = torch.randint(1, 49_000, (batch * captions, words), generator=generator)
+    texts[:, words // 2 :] = 0
+    runs = {name: training_step(replace(config.model, name=name), config, images, texts) for name in TRAINED}
+    times = take_turns(runs, repetitions, "training")
+    condition = f"pixels={pixels},batch={batch},pass=training"
+    threads = {"threads": torch.get_num_threads()}
+    for name, each in times.items():
+        yield speed(name, "training_step", condition, batch, each, threads)
+        if control := TRAINED[name]:
+            clock, processor = (1 / ratio for ratio in ratios(each, times[control]))
+            extra = {**threads, "over": control}
+            yield Result(name, "training_step", condition, "speed_ratio", clock, n=len(each), extra=extra)
+            yield Result(name, "training_step", condition, "cpu_speed_ratio", processor, n=len(each), extra=extra)
+
+
+def training_step(model_of, config, images, texts) -> Callable[[], None]:
+    """One step, as the loop takes it, of the recipe with this model."""
+    config = replace(config, model=model_of)
+    accelerator = build_accelerator(config)
+    model = build_model(config, model_config(config))
+    optimiser, average = build_optimiser(model, config.optimiser), Ema(model)
+    loss = build_loss(config.loss.kind, captions=config.data.captions_per_image)
+
+    def step() -> None:
+        backward(accelerator, model, loss, images, texts, None)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update(model, config.ema.decay)
+
+    return step
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/encoders.jsonl"))
     parser.add_argument("--quick", action="store_true", help="VMamba-T beside Swin-T, three repetitions")
+    parser.add_argument("--only", default="", help="names, separated by commas, instead of all; controls as well")
     args = parser.parse_args(arguments)
-    names, repetitions = (QUICK, 3) if args.quick else (tuple(CONTROLS), REPETITIONS)
+    repetitions = 3 if args.quick else REPETITIONS
+    names = args.only.split(",") if args.only else QUICK if args.quick else (*CONTROLS, "training")
+    if unknown := set(names) - {*CONTROLS, "training"}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. There are {', '.join(CONTROLS)} and training")
     torch.manual_seed(0)
-    models = {name: timm.create_model(name, num_classes=0).eval() for name in tqdm(names, desc="building", leave=False)}
     write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads()))
-    for batch in BATCHES:
-        for row in measure(models, batch, repetitions):
+
+    def keep(rows: Iterator[Result]) -> None:
+        for row in rows:
             append_rows(args.out, [row])
-            tqdm.write(f"{row.condition:32} {row.model:30} {row.metric:13} {row.value:.4g} {row.extra.get('over', '')}")
+            tqdm.write(f"{row.condition:32} {row.model:30} {row.metric:15} {row.value:.4g} {row.extra.get('over', '')}")
+
+    if "training" in names:
+        keep(measure_training(repetitions))
+    if encoders := [name for name in CONTROLS if name in names]:
+        for batch in BATCHES:
+            keep(measure_forward(encoders, batch, repetitions))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What a Hessian-vector product costs, in gradients, and what the usual power iteration costs beside Lanczos.
+"""What a Hessian-vector product costs, in gradients.
 
-    python benchmarks/hessian.py --out results/hessian_cost.jsonl       a few minutes
+    python benchmarks/hessian.py --out results/hessian_cost.jsonl       three minutes
 
-CPU seconds of one process with one thread, the smallest of some repetitions, at random weights. `graph` is the gradient
-whose graph is kept: once per batch. `product` is one Hessian-vector product on it. `scan` is the part of a product that
-the selective scan's second derivative takes, in `chunked`.
+CPU seconds of one process with one thread, at random weights: gradient, product and all in turns, medians over the
+rounds. `graph` is the gradient whose graph is kept: once per batch. `product` is one Hessian-vector product on it.
+`scan` is the part of a product that the selective scan's second derivative takes, in `chunked`.
+`product_per_gradient` is the median of the rounds' ratios, with their quartiles.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median, quantiles
 
 import torch
 
 import ssmclip
 from ssmclip.analyze.batches import contrastive_loss
-from ssmclip.analyze.park_kim import compare
 from ssmclip.analyze.product import Hessian, call
 from ssmclip.results import Result, describe_run, write_rows
 
+TASK = "hessian_cost"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
 SCANS = ("ssmclip.ops.selective_scan.cpu", "ssmclip.ops.cross_scan.cpu")
 
@@ -35,14 +37,10 @@ def batch_of(context: int, size: int, pairs: int) -> tuple[torch.Tensor, torch.T
     return torch.randn(pairs, 3, size, size, generator=generator), texts
 
 
-def cpu_seconds(run: Callable[[], object], repetitions: int) -> float:
+def cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
     run()
-    taken = []
-    for _ in range(repetitions):
-        start = time.process_time()
-        run()
-        taken.append(time.process_time() - start)
-    return min(taken)
+    return time.process_time() - start
 
 
 class Stopwatch:
@@ -64,7 +62,7 @@ class Stopwatch:
         return timed
 
 
-def measure(name: str, size: int, pairs: int, repetitions: int, scan: Stopwatch, spectra: bool) -> list[Result]:
+def measure(name: str, size: int, pairs: int, rounds: int, scan: Stopwatch) -> list[Result]:
     torch.manual_seed(0)
     config = ssmclip.clip_config(name, image_size=size)
     model = ssmclip.create_clip(config).eval()
@@ -74,26 +72,26 @@ def measure(name: str, size: int, pairs: int, repetitions: int, scan: Stopwatch,
     def loss() -> torch.Tensor:
         return contrastive_loss(model, images, texts)
 
-    seconds = {"gradient": cpu_seconds(lambda: torch.autograd.grad(call(loss), parameters), repetitions)}
-    seconds["graph"] = cpu_seconds(lambda: torch.autograd.grad(call(loss), parameters, create_graph=True), repetitions)
     hessian = Hessian(loss, model)
     vector = torch.randn(hessian.size, generator=torch.Generator().manual_seed(0))
-    seconds["product"] = cpu_seconds(lambda: hessian(vector), repetitions)
-    before = scan.seconds
-    hessian(vector)
-    seconds["scan"] = scan.seconds - before
+    hessian(vector)  # the first is compared with differences of the gradient
+    ways = {
+        "gradient": lambda: torch.autograd.grad(call(loss), parameters),
+        "graph": lambda: torch.autograd.grad(call(loss), parameters, create_graph=True),
+        "product": lambda: hessian(vector),
+    }
+    taken: dict[str, list[float]] = {part: [] for part in (*ways, "scan")}
+    for _ in range(rounds):
+        for part, way in ways.items():
+            before = scan.seconds
+            taken[part].append(cpu_seconds(way))
+        taken["scan"].append(scan.seconds - before)  # of the product, the last of the ways
     where = f"size={size},batch={pairs}"
-    rows = [Result(name, "hessian_cost", where, f"{part}_cpu_s", value) for part, value in seconds.items()]
-    rows.append(Result(name, "hessian_cost", where, "product_per_gradient", seconds["product"] / seconds["gradient"]))
-    if spectra:
-        found = compare(hessian)
-        worst = {"residual": float(found.protocol.residuals.max()), "error": float(found.errors.max())}
-        rows += [
-            Result(name, "hessian_cost", where, "power_iteration_products", found.protocol.products, extra=worst),
-            Result(name, "hessian_cost", where, "lanczos_products", found.lanczos.products),
-            Result(name, "hessian_cost", where, "lanczos_per_power_iteration", found.products_ratio),
-        ]
-    return rows
+    rows = [Result(name, TASK, where, f"{part}_cpu_s", median(s), n=rounds) for part, s in taken.items()]
+    ratios = [p / g for p, g in zip(taken["product"], taken["gradient"], strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    extra = {"quartiles": [low, high]}
+    return [*rows, Result(name, TASK, where, "product_per_gradient", median(ratios), n=rounds, extra=extra)]
 
 
 def main() -> None:
@@ -101,15 +99,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/hessian_cost.jsonl"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96])
     parser.add_argument("--batch-size", type=int, default=15)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--spectra", action="store_true", help="compare power iteration and Lanczos too")
+    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     scan = Stopwatch(SCANS, "second_gradient")
     rows = []
     for size in args.sizes:
         for name in MODELS:
-            found = measure(name, size, args.batch_size, args.repetitions, scan, args.spectra)
+            found = measure(name, size, args.batch_size, args.rounds, scan)
             rows += found
             print("\n".join(f"{row.model:18} {row.condition:18} {row.metric:28} {row.value:.4g}" for row in found))
     write_rows(args.out, rows, describe_run(0, "cpu", threads=1))

@@ -6,8 +6,8 @@
 Pairs: the 14.7 M captioned images of the OpenAI subset of YFCC100M, as webdataset shards (.jpg, .txt). Days on 16 GPUs;
 nobody has run it with this package. The paper gives a zero-shot average of 35.3 % over 26 data sets for this model.
 
-What the original does and this doesn't: hue jitter, random greyscale, blur and solarisation of training images, and
-jitter on 80 % of the images only. Weight decay of A_log is the original's (decay_rule), so is the absence of clipping.
+What the original does and this doesn't: crops are resized bilinearly, and colours jittered in an order drawn anew for
+each image. Weight decay of A_log is the original's (decay_rule), so is the absence of clipping.
 """
 
 from ssmclip.config import (
@@ -38,7 +38,15 @@ def yfcc15m() -> TrainConfig:
         data=DataConfig(
             source="data/yfcc15m/{00000..01468}.tar",
             image_sizes=((0.0, 224),),
-            augment=AugmentConfig(scale=(0.5, 1.0), flip=False, color_jitter=0.4),
+            augment=AugmentConfig(
+                scale=(0.5, 1.0),
+                flip=False,
+                color_jitter=(0.4, 0.4, 0.2, 0.1),
+                color_jitter_prob=0.8,
+                gray_scale_prob=0.2,
+                gaussian_blur_prob=0.1,
+                solarize_prob=0.2,
+            ),
             workers=8,
             shuffle_buffer=10_000,
         ),

@@ -1,7 +1,8 @@
-"""What several test files share: a tiny CLIP, and where the shared real data is."""
+"""What several test files share: two small CLIPs, and where the shared real data is."""
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -41,3 +42,25 @@ def tiny_clip(tiny_config):
 
     torch.manual_seed(0)
     return create_clip(tiny_config).eval(), build_preprocess(tiny_config), build_tokenizer(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    """An open_clip model with nothing of ours in it, as a `Clip`."""
+    import open_clip
+
+    from ssmclip.evaluate.embed import Clip
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
+    return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
+
+
+@pytest.fixture
+def untyped():
+    """No shape checks: they exist in tests only, and cannot be traced."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

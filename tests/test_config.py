@@ -32,6 +32,8 @@ from ssmclip.registry import UnknownName
         ("progress=false", lambda c: c.logging.progress, False),
         ("decay_rule=original", lambda c: c.optimiser.decay_rule, "original"),
         ("source=dir/{0..3}.tar", lambda c: c.data.source, "dir/{0..3}.tar"),
+        ("color_jitter=0.4", lambda c: c.data.augment.color_jitter, 0.4),
+        ("color_jitter=[0.4, 0.4, 0.2, 0]", lambda c: c.data.augment.color_jitter, (0.4, 0.4, 0.2, 0.0)),
         ("source=a=b", lambda c: c.data.source, "a=b"),
         ("betas=[0.8, 0.9]", lambda c: c.optimiser.betas, (0.8, 0.9)),
         ("image_sizes=[[0, 32], [0.5, 48]]", lambda c: c.data.image_sizes, ((0.0, 32), (0.5, 48))),
@@ -61,6 +63,11 @@ def test_override_has_the_fields_type(override, read, expected):
         ("steps=0", r"steps=0: wanted at least 1"),
         ("warmup_steps=1000", r"schedule.warmup_steps=1000: wanted fewer than steps=1000"),
         ("image_sizes=[[0.5, 32]]", r"shares start at 0.0"),
+        ("gaussian_blur_prob=10", r"data.augment.gaussian_blur_prob=10.0: wanted a share, 0 to 1"),
+        (
+            "color_jitter=[0.4, 0.4, 0.2, 0.6]",
+            r"color_jitter=\(0.4, 0.4, 0.2, 0.6\): wanted at least 0, of hue at most",
+        ),
     ],
 )
 def test_wrong_value_is_told(override, said):

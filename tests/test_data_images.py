@@ -1,16 +1,26 @@
 """Pictures of every kind: what Pillow encodes, open_image opens; what is no picture is refused with a reason."""
 
 import io
+import math
 import struct
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageOps, features
+from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
-from ssmclip.data.augment import NUM_DRAWS, TrainTransform, crop_box, train_transform
+from ssmclip.data.augment import (
+    NUM_DRAWS,
+    NUM_SHARE_DRAWS,
+    TrainTransform,
+    crop_box,
+    gaussian_blur,
+    jitter_colors,
+    train_transform,
+)
 from ssmclip.data.images import BadImage, open_image
 
 
@@ -208,6 +218,63 @@ def test_colour_jitter_is_torchvisions(photograph):
     expected = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(base, b), c), s)
     out = transform(photograph, torch.Generator().manual_seed(3)) * 255
     assert (out - expected).abs().max() < 1.01
+
+
+def test_hue_is_turned_as_on_pillows_circle(photograph):
+    image = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
+    out = jitter_colors(image, (0.0, 0.0, 0.0, 0.1), [0.5, 0.5, 0.5, 0.95])
+    hue, saturation, value = photograph.convert("HSV").split()
+    turned = hue.point(lambda h: (h + round(0.09 * 255)) % 256)
+    expected = np.asarray(Image.merge("HSV", (turned, saturation, value)).convert("RGB")).astype(int)
+    assert np.abs(out.permute(1, 2, 0).numpy() - expected).mean() < 1.5  # Pillow keeps hue in eight bits
+    assert np.abs(np.asarray(photograph) - expected).mean() > 10
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_scipys(photograph, sigma):
+    image = np.array(photograph)
+    expected = ndimage.gaussian_filter(
+        image.astype(float), (sigma, sigma, 0), mode="mirror", radius=(*[math.ceil(3 * sigma)] * 2, 0)
+    )
+    out = gaussian_blur(torch.from_numpy(image).permute(2, 0, 1), sigma).permute(1, 2, 0).numpy()
+    assert np.abs(out - expected).max() < 0.51
+    assert gaussian_blur(torch.full((3, 1, 1), 7, dtype=torch.uint8), sigma).eq(7).all()
+
+
+PILLOWS = {
+    "gray_scale_prob": lambda x: ImageOps.grayscale(x).convert("RGB"),
+    "solarize_prob": lambda x: ImageOps.solarize(x, 128),
+}
+
+
+@pytest.mark.parametrize("name", ["color_jitter_prob", "gaussian_blur_prob", *PILLOWS])
+def test_a_share_of_the_pictures_is_treated(photograph, name):
+    image = np.array(photograph)
+    plain = TrainTransform(16, MEAN, STD)
+    treating = TrainTransform(16, MEAN, STD, color_jitter=0.4 if name == "color_jitter_prob" else 0.0, **{name: 0.2})
+    treated = 0
+    for seed in range(300):
+        a, b = (t.pixels(image, torch.Generator().manual_seed(seed)) for t in (plain, treating))
+        treated += not torch.equal(a, b)
+        if name in PILLOWS and not torch.equal(a, b):
+            expected = np.asarray(PILLOWS[name](Image.fromarray(a.permute(1, 2, 0).numpy()))).astype(int)
+            assert np.abs(b.permute(1, 2, 0).numpy() - expected).max() <= 1
+    assert 60 - 28 < treated < 60 + 28  # 4 standard deviations
+
+
+def test_grey_then_blurred_then_solarised(photograph):
+    image, every = np.array(photograph), dict(gray_scale_prob=1.0, gaussian_blur_prob=1.0, solarize_prob=1.0)
+    base = TrainTransform(32, MEAN, STD).pixels(image, torch.Generator().manual_seed(1))
+    out = TrainTransform(32, MEAN, STD, **every).pixels(image, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64)
+    sigma = 0.1 + 1.9 * torch.rand(NUM_SHARE_DRAWS, generator=generator, dtype=torch.float64)[4].item()
+    grey = base.double().permute(1, 2, 0).numpy() @ [0.299, 0.587, 0.114]
+    blurred = ndimage.gaussian_filter(grey, sigma, mode="mirror", radius=math.ceil(3 * sigma))
+    expected = np.where(blurred >= 128, 255 - blurred, blurred)
+    clear = np.abs(blurred - 127.5) > 2  # where rounding can not turn it over
+    assert clear.mean() > 0.8
+    assert np.abs(out.numpy() - expected)[:, clear].max() < 2
 
 
 def test_crops_have_the_asked_share_and_ratio():

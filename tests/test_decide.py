@@ -2,17 +2,21 @@
 
 import argparse
 import logging
+from dataclasses import replace
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 from torchvision.transforms import Compose, Resize
 
+from ssmclip.__main__ import main
 from ssmclip.data.stimuli import CATEGORIES
 from ssmclip.data.trials import read_trials
 from ssmclip.evaluate import Clip, Settings, command
@@ -126,23 +130,26 @@ def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_
 
 
 def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
+    """Of the 207 classes with OpenAI's 80 templates 16,560 prompts, once; then other templates, other weights."""
     seen = []
     encode = vit.model.encode_text
     monkeypatch.setattr(vit.model, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
-    ask = dict(prompts="categories", templates=TEMPLATES, cache=tmp_path / "cache")
+    settings = Settings(batch_size=1024, cache=tmp_path / "cache")
     image = torch.rand(2, 3, 32, 32)
-    first = clip_decider(vit, QUICK, **ask).logits(image)
-    assert sum(seen) == 16 * 2
-    torch.testing.assert_close(clip_decider(vit, QUICK, **ask).logits(image), first, rtol=0, atol=0)
-    assert sum(seen) == 16 * 2
-    clip_decider(vit, QUICK, **ask | {"templates": ["the {}"]})
+    first = clip_decider(vit, settings).logits(image)
+    assert sum(seen) == 207 * 80 == 16_560
+    torch.testing.assert_close(clip_decider(replace(vit), settings).logits(image), first, rtol=0, atol=0)
+    assert sum(seen) == 16_560
+    few = dict(prompts="categories", templates=TEMPLATES)
+    positive = clip_decider(vit, settings, **few).logits(image)
+    assert sum(seen) == 16_560 + 16 * 2
     with torch.no_grad():
         vit.model.text_projection.mul_(-1)
-    negative = clip_decider(vit, QUICK, **ask).logits(image)
+    negative = clip_decider(replace(vit), settings, **few).logits(image)
     with torch.no_grad():
         vit.model.text_projection.mul_(-1)
-    assert sum(seen) == 16 * 2 + 16 + 16 * 2
-    torch.testing.assert_close(negative, -first)
+    assert sum(seen) == 16_560 + 2 * 16 * 2
+    torch.testing.assert_close(negative, -positive)
 
 
 def test_a_stimulus_of_the_models_size_reaches_it_unaltered(root, tmp_path):
@@ -210,6 +217,8 @@ def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp
     stimuli = open_stimuli(root)
     with pytest.raises(ValueError, match="m gives 999 logits, not 1,000"):
         decide(imagenet_decider(Brightest(999), see, "m"), stimuli, out, QUICK)
+    with pytest.raises(ValueError, match="r gives 999 logits, not 1,000"):
+        decide(imagenet_decider(timm.create_model("test_resnet", num_classes=999), see, "r"), stimuli, out, QUICK)
     assert not out.exists()
     broken = Brightest()
     broken.weight.data[3, 0] = torch.nan
@@ -244,6 +253,7 @@ def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch)
     monkeypatch.setattr("ssmclip.load", lambda *a, **k: tiny_clip)
     out = tmp_path / "rows.jsonl"
     words = ["--model", "tiny,timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
+    words += ["--cache", str(tmp_path / "cache")]
     with pytest.raises(ValueError, match="--humans FILE"):
         command.run(parse(*words))
     assert command.run(parse(*words, "--humans", str(people), "--ood-prompts", "categories")) == 0
@@ -257,7 +267,47 @@ def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch)
     ]
     found = [row.value for row in rows if (row.model, row.task, row.metric) == ("tiny", "ood/edge", "ood_accuracy")]
     assert found == [np.mean(right)]
-    assert len(list((tmp_path / "zero_shot").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "texts").iterdir())) == 1
+    shown = {row.task: list(row.extra["stimuli"]) for row in rows if "stimuli" in row.extra}
+    assert shown == {"ood/edge": ["0"]}
+
+
+def test_sets_rebuilt_from_imagenet_are_decided_and_scored(tmp_path, capsys):
+    """From a folder like ILSVRC2012 and the image ids of the human data to scores, with nothing that doesn't match."""
+    rng = np.random.default_rng(0)
+    of = [("n02690373", "airplane"), ("n02504013", "elephant"), ("n02690373", "airplane"), ("n02504013", "elephant")]
+    trials = []
+    for i, (wordnet, category) in enumerate(of):
+        file = tmp_path / "imagenet" / "train" / wordnet / f"{wordnet}_{i}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 200 + 18 * i, (280, 300, 3), dtype=np.uint8)).save(file, "JPEG")
+        trials += [
+            {
+                "dataset": "contrast",
+                "subject": who,
+                "image_id": f"{wordnet}_{i}.png",
+                "condition": ("c100", "c50")[i // 2],
+                "category": category,
+                "object_response": category if i != who else "na",
+            }
+            for who in (1, 2)
+        ]
+    people = tmp_path / "humans.parquet"
+    pq.write_table(pa.Table.from_pylist([row | {"subject": f"subject-0{row['subject']}"} for row in trials]), people)
+    words = ["--humans", str(people), "--imagenet", str(tmp_path / "imagenet"), "--distortions", "contrast"]
+    assert main(["distort", *words, "--out", str(tmp_path / "datasets")]) == 0
+    out = tmp_path / "decisions.parquet"
+    decide(imagenet_decider(Brightest(), see, "m"), open_stimuli(tmp_path / "datasets"), out, QUICK)
+    decided = pq.read_table(out).to_pylist()
+    assert {(row["image_id"], row["condition"]) for row in decided} == {(r["image_id"], r["condition"]) for r in trials}
+    right = {row["image_id"]: row["object_response"] == row["category"] for row in decided}
+    words = ["--decisions", str(out), "--humans", str(people), "--resamples", "0"]
+    assert main(["ood", "score", *words, "--out", str(tmp_path / "rows.jsonl")]) == 0
+    _, rows = read_rows(tmp_path / "rows.jsonl")
+    (row,) = (row for row in rows if (row.model, row.metric) == ("m", "ood_accuracy"))
+    assert (row.value, row.n) == (np.mean([right["n02690373_2.png"], right["n02504013_3.png"]]), 4)
+    assert "partial" not in row.extra
+    assert "4 written" in capsys.readouterr().out
 
 
 def parse(*words):

@@ -1,6 +1,7 @@
 """The README says what is so: its tree, its results, its commands. (Its Python lines run as a doctest.)"""
 
 import re
+import shlex
 import subprocess
 
 try:
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ssmclip.__main__ import build_parser
+from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.report.tables import BEGIN, END, update_readme
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +55,15 @@ def test_every_command_in_the_readme_exists():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
     assert set(re.findall(r"(?:bin/|`)ssmclip ([a-z]+)", README)) <= COMMANDS
+
+
+def test_the_commands_of_the_readme_are_understood():
+    lines = re.findall(r"^\.venv/bin/ssmclip (.*)$", README, re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        args = build_parser().parse_args(shlex.split(line))
+        if args.command == "train":
+            apply_overrides(load_recipe(ROOT / args.recipe), args.set)
 
 
 def test_the_tree_names_every_command():

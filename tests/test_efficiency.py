@@ -1,6 +1,7 @@
 """What is measured against what must come out: memory that is known, runs that must fail, rows that must not repeat."""
 
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,40 @@ def test_what_is_there_is_not_measured_again(tmp_path):
     assert len(keys) == len(set(keys)) == 3 * 6
 
 
+def test_what_was_only_counted_is_measured_and_not_counted_again(tmp_path):
+    out, jobs = tmp_path / "rows", []
+
+    def measure(job):
+        jobs.append(job)
+        return {name: found for name, found in MEASURED.items() if name != "single" or not job.training}
+
+    def run(modes):
+        jobs.clear()
+        sweep({"a": "test_vmamba"}, [32], [], out, modes=modes, measure=measure)
+        return [job.training for job in jobs]
+
+    assert [run(modes) for modes in ([], ["inference"], ["inference", "training"], ["training"])] == [
+        [],
+        [False],
+        [True],
+        [],
+    ]
+    keys = [row.metric for row in read_rows(out)[1]]
+    assert len(keys) == len(set(keys)) == 2 + 4 + 3
+
+
+def test_a_failed_mode_is_not_tried_again(tmp_path):
+    jobs = []
+
+    def run():
+        measure = lambda job: jobs.append(job) or {"failed": "killed"}  # noqa: E731
+        return sweep({"a": "test_vmamba"}, [32], [], tmp_path / "rows", modes=["training"], measure=measure)
+
+    run()
+    assert [(row.metric, row.extra["why"]) for row in run() if row.metric == "fits"] == [("fits", "killed")]
+    assert len(jobs) == 1
+
+
 def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
     rows = sweep({"vit": "vit_nano_patch16", "vmamba": "test_vmamba"}, [100], [], tmp_path / "rows", modes=[])
     assert [(row.model, row.metric) for row in rows][:2] == [("vit", "fits"), ("vmamba", "macs")]
@@ -138,7 +173,7 @@ def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--models", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
+        (["--model", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
         (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
         (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
         (["--models", "test_vmamba", "--sizes", "0"], "wanted pixels, or HEIGHTxWIDTH"),
@@ -167,7 +202,30 @@ def test_energy_is_the_counters_difference(monkeypatch, tmp_path, hog):
     assert found["energy_j"] == pytest.approx(6 / found["batch"]["n"])
     monkeypatch.undo()
     monkeypatch.setattr(measuring, "POWER", tmp_path / "none")
-    assert "energy_j" not in measuring._timed(lambda: None, Job("hog", seconds=0.0))
+    found = measuring._timed(lambda: None, Job("hog", seconds=0.0))
+    assert "energy_j" not in found
+    assert found["no_energy"] == f"no counter in {tmp_path / 'none'}"
+
+
+def test_energy_of_a_card_is_nvmls_counter(monkeypatch):
+    used, asked = iter([2_000, 5_000]), []
+    nvml = types.SimpleNamespace(
+        NVMLError=type("NVMLError", (Exception,), {}),
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=asked.append,
+        nvmlDeviceGetTotalEnergyConsumption=lambda card: next(used),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="ab-cd"))
+    found = measuring._timed(lambda: None, Job("hog", device="cuda:1", seconds=0.0))
+    assert found["energy_j"] == pytest.approx(3 / found["batch"]["n"])
+    assert asked == ["GPU-ab-cd"] * 2
+
+    def unsupported(card):
+        raise nvml.NVMLError
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
+    assert "NVML" in measuring._timed(lambda: None, Job("hog", device="cuda:1", seconds=0.0))["no_energy"]
 
 
 def test_figures_fit_growth_and_find_the_crossing(tmp_path):
@@ -188,12 +246,36 @@ def test_figures_fit_growth_and_find_the_crossing(tmp_path):
     found = {(c["first"], c["second"]): c["x"] for c in image.crossings()}
     assert found["a", "b"] == pytest.approx(512)
     assert found["a", "b (plain attention)"] is None
+    assert {c["lower"] for c in image.crossings()} == {None, "a", "b"}  # both below 5 at the sizes they share
     axes = image.plot().axes[0]
+    assert "a lower throughout, b (plain attention) higher" in axes.get_xlabel()
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["a: pixels^1.00", "b: pixels^2.00", "b (plain attention): pixels^0.00"]
     np.testing.assert_allclose(axes.lines[0].get_xdata(), sides)
     assert axes.texts[0].get_text().strip() == "512"
+
+
+def test_memory_side_by_side_is_that_of_climps_size(tmp_path):
+    """896 pixels where they were measured, each beside the least."""
+    memory = {("a", ""): (10.0, 40.0), ("b", ""): (30.0, 200.0), ("b", " attention=plain"): (90.0, 800.0)}
+    rows = [
+        Result(model, "efficiency", f"image={side}{how}", "inference_memory_mb", value)
+        for (model, how), values in memory.items()
+        for side, value in zip((896, 1024), values, strict=True)
+    ]
+    rows += [Result("a", "efficiency", "image=896", "training_memory_mb", 1.0)]  # nothing to compare with
+    write_rows(tmp_path / "rows", rows)
+    (drawn,) = [d for d in drawings(read_store([tmp_path / "rows"])) if type(d) is FIGURES["memory"]]
+    assert "896" in drawn.title
+    assert [(e["line"], e["value"], e["times"]) for e in drawn.frame()] == [
+        ("a", 10, 1),
+        ("b", 30, 3),
+        ("b (plain attention)", 90, 9),
+    ]
+    axes = drawn.plot().axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [10, 30, 90]
+    assert [text.get_text().strip() for text in axes.texts] == ["10", "30 (3.0x)", "90 (9.0x)"]
 
 
 def test_a_clip_is_built_at_the_length_asked_for():

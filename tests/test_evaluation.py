@@ -29,20 +29,10 @@ from ssmclip.evaluate.paired import marked, mcnemar, paired_rows, unmarked
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.tasks import open_tasks, task_names
-from ssmclip.published import TABLE1
+from ssmclip.paper_tables import TABLE1
 from ssmclip.results import Result, read_rows
 
 SENTENCE = "a small brown dog runs over the wet grass while two children watch "
-
-
-@pytest.fixture(scope="module")
-def vit() -> Clip:
-    """An open_clip model with nothing of ours in it."""
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +13,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ssmclip
 from ssmclip.analyze import command, park_kim
-from ssmclip.analyze.batches import classification_loss, contrastive_loss, read_batches, tower_parameters
+from ssmclip.analyze.batches import (
+    classification_loss,
+    contrastive_loss,
+    only_read_rows,
+    read_batches,
+    tower_parameters,
+)
 from ssmclip.analyze.estimate import density, trace
-from ssmclip.analyze.hessian import HessianStudy, batch_rows, summary_rows
+from ssmclip.analyze.hessian import HessianStudy, batch_rows
 from ssmclip.analyze.landscape import filter_normalised_direction, loss_at
 from ssmclip.analyze.product import Hessian, NotTwiceDifferentiable, OutOfMemory
 from ssmclip.analyze.spectrum import extreme_eigenvalues, hessian_eigenvalues
-from ssmclip.models import create_clip
+from ssmclip.analyze.summary import summary_rows
+from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
+from ssmclip.report.landscape import Contour, EigenvaluesOverTraining
 from ssmclip.results import read_rows
+from ssmclip.train import train
+from ssmclip.train.objective import build_loss
+from ssmclip.train.state import seed_everything
 
 
 def quadratic(eigenvalues, dtype=torch.float64):
@@ -141,6 +154,8 @@ def tiny_clip_of(image: str, text: str) -> nn.Module:
     """A CLIP of some hundred parameters in float64, weights large enough for curvature everywhere."""
     torch.manual_seed(0)
     words = {"context_length": 4, "vocab_size": 6, "width": 4, "heads": 2, "layers": 1}
+    if text == "bag":
+        words = {"context_length": 4, "vocab_size": 6, "width": 4, "layers": 0}
     if text == "mamba":
         mamba = dict(model_type="mamba", vocab_size=6, hidden_size=4, num_hidden_layers=1, state_size=2)
         words = {"context_length": 4, "mamba": mamba}
@@ -190,6 +205,29 @@ def test_products_are_those_of_the_dense_hessian(image, text):
     single = Hessian(lambda: contrastive_loss(model, batch[0].float(), batch[1]), model.float())
     for v, product in zip(vectors.T, wanted.T, strict=True):
         assert (single(v.float())[places] - product).norm() < 2e-3 * product.norm()
+
+
+@pytest.mark.parametrize(("text", "left_out"), [("attention", 2), ("bag", 2), ("tied", 0)])
+def test_rows_that_no_text_reads_are_left_out_and_nothing_changes(text, left_out):
+    model, (images, texts) = tiny_clip_of("vit", "bag" if text == "tied" else text), tiny_batch()
+    texts[texts == 2] = 3
+    table = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+
+    def loss(model, *batch):
+        other = table.weight[0].square().sum() if text == "tied" else 0.0
+        return contrastive_loss(model, *batch) + other
+
+    assert set(texts.flatten().tolist()) == {1, 3, 4, 5}
+    whole = Hessian(lambda: loss(model, images, texts), model)
+    wanted = extreme_eigenvalues(whole, 3, tol=1e-8, copies=False)
+    with only_read_rows(model, dict(model.named_parameters()), lambda: loss(model, images, texts)) as varied:
+        assert whole.size - Hessian(lambda: loss(model, images, texts), varied).size == left_out * table.embedding_dim
+    rows = batch_rows(model, images, texts, HessianStudy(k=3, tol=1e-8), model_name="m", condition="batch=0", loss=loss)
+    found = {row.metric: row.value for row in rows}
+    for end in ("largest", "smallest", "by_magnitude"):
+        values = [found[f"{end}_{i}"] for i in (1, 2, 3)]
+        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), getattr(wanted, end), rtol=1e-9, atol=0)
+    assert not table._forward_hooks
 
 
 def test_classification_loss():
@@ -299,7 +337,7 @@ def test_out_of_memory_says_what_fits():
 
     def loss(model, images, texts):
         if len(images) > 3:
-            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+            torch.empty(2**60)
         return contrastive_loss(model, images, texts)
 
     with pytest.raises(OutOfMemory, match=r"batch of 12 does not fit.*--batch-size 3"):
@@ -308,15 +346,18 @@ def test_out_of_memory_says_what_fits():
 
 def test_power_iteration_is_the_usual_one():
     """Well separated, it converges to its own test; its products are what Lanczos saves."""
-    loss, x = quadratic([100.0, -60, 35, 20, 12, *bulk(300)])
-    comparison = park_kim.compare(Hessian(loss, [x]))
-    torch.testing.assert_close(
-        comparison.protocol.values, torch.tensor([100.0, -60, 35, 20, 12], dtype=torch.float64), rtol=5e-3, atol=0
-    )
-    assert comparison.lanczos.converged.by_magnitude.all()
-    assert (comparison.protocol.residuals > 1e-3).any()
-    assert comparison.missed == 0
-    assert comparison.products_ratio < 0.5
+    eigenvalues = torch.tensor([100.0, -60, 35, 20, 12], dtype=torch.float64)
+    loss, x = quadratic([*eigenvalues.tolist(), *bulk(300)])
+    hessian = Hessian(loss, [x])
+    told = []
+    usual = park_kim.power_iteration(hessian, progress=told.append)
+    torch.testing.assert_close(usual.values, eigenvalues, rtol=5e-3, atol=0)
+    assert (usual.residuals > 1e-3).any()
+    assert usual.products == len(told) == told[-1]
+    lanczos = extreme_eigenvalues(hessian, 5, which="magnitude", copies=False)
+    torch.testing.assert_close(lanczos.by_magnitude, eigenvalues, rtol=1e-6, atol=0)
+    assert lanczos.converged.by_magnitude.all()
+    assert lanczos.products < usual.products / 2
 
 
 def test_weight_decay_shifts_the_spectrum():
@@ -362,6 +403,19 @@ def test_density_has_the_moments_of_the_spectrum():
     assert abs(found.negative_mass - mass) < 0.05
 
 
+def test_density_converges_as_one_over_root_probes():
+    eigenvalues = np.array([20.0, *bulk(80, -1, 2), -6])
+    loss, x = quadratic(eigenvalues.tolist())
+    hessian = Hessian(loss, [x])
+    estimates = {
+        probes: [density(hessian, probes, 10, seed * 100).mean(np.abs) for seed in range(20)] for probes in (2, 18)
+    }
+    truth = np.abs(eigenvalues).mean()
+    errors = {probes: np.sqrt(np.mean([(e.value - truth) ** 2 for e in each])) for probes, each in estimates.items()}
+    assert 1.7 < errors[2] / errors[18] < 5.3  # 3, give or take the noise of 20 repetitions
+    assert 0.6 < np.mean([e.standard_error for e in estimates[18]]) / errors[18] < 1.6
+
+
 def test_a_density_of_every_step_is_exact():
     loss, x = quadratic([3.0, 1.0, -2.0])
     found = density(Hessian(loss, [x]), probes=1, steps=9)
@@ -404,7 +458,7 @@ def test_the_command_writes_rows_and_resumes(saved, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command.run(arguments(whole, *asked))
     run, rows = read_rows(whole)
-    assert run["analysis"]["protocol"] == "lanczos"
+    assert run["analysis"]["which"] == "both"
     values = [row for row in rows if row.condition.startswith("batch=")]
     assert len(values) == 2 * 3
     assert all(row.extra["residual"] <= 1e-3 and row.extra["products"] > 0 and row.extra["converged"] for row in values)
@@ -427,9 +481,166 @@ def test_the_landscape_command(saved, tmp_path, tiny_clip):
     assert list(rows) == ["x=-1.0", "x=0.0", "x=1.0"]
 
 
+def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
+    out = tmp_path / "both.jsonl"
+    asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --which magnitude"
+    command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim", "--weight-decay", "0"))
+    found = {(row.condition, row.metric): row for row in read_rows(out)[1]}
+    model, preprocess, tokenizer = tiny_clip
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    hessian = Hessian(lambda: contrastive_loss(model, *batch), tower_parameters(model, "image"))
+    usual = park_kim.power_iteration(hessian, 1)
+    given = [found["batch=0,tower=image,protocol=park-kim", "by_magnitude_1"]]
+    assert usual.values.tolist() == pytest.approx([row.value for row in given], rel=1e-5)
+    wanted = [found["batch=0,tower=image", "by_magnitude_1"]]
+    true = torch.tensor([row.value for row in wanted], dtype=torch.float64)
+    said = {metric.removeprefix("power_iteration_"): row.value for (_, metric), row in found.items()}
+    assert said["products_over_lanczos"] == usual.products / max(row.extra["found_after"] for row in wanted)
+    assert said["error"] == pytest.approx((usual.values / true - 1).abs().max().item(), rel=1e-2)
+    assert said["missed"] == np.mean([min(abs(usual.values / x - 1)) > 0.01 for x in true])
+    assert said["residual"] == pytest.approx(usual.residuals.max().item(), rel=1e-2)
+
+
+def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
+    out = tmp_path / "park_kim.jsonl"
+    asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --protocol park-kim"
+    command.run(arguments(out, *asked.split()))
+    rows = {row.metric: row for row in read_rows(out)[1] if "batch=" in row.condition}
+    model, preprocess, tokenizer = tiny_clip
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    parameters = tower_parameters(model, "image")
+
+    def loss():
+        return contrastive_loss(model, *batch) + 0.05 / 2 * sum(p.pow(2).sum() for p in parameters.values())
+
+    true = extreme_eigenvalues(Hessian(loss, parameters), 1, which="magnitude", copies=False).by_magnitude
+    assert rows["by_magnitude_1"].value == pytest.approx(true.item(), rel=1e-2)
+    assert set(rows) == {"by_magnitude_1"}
+
+
+class Rank:
+    """In place of accelerate's state: one of two processes, which here run one after the other."""
+
+    num_processes = 2
+
+    def __init__(self, number: int):
+        self.process_index, self.is_main_process = number, number == 0
+
+    def wait_for_everyone(self):
+        pass
+
+
+def test_two_processes_write_what_one_does(saved, tmp_path, monkeypatch):
+    asked = f"hessian --model {saved} --batches 2 --batch-size 3 --k 1 --towers image".split()
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    command.run(arguments(one, *asked))
+    for number in (1, 0):  # the first collects
+        monkeypatch.setattr("accelerate.PartialState", lambda number=number, **_: Rank(number))
+        command.run(arguments(two, *asked))
+    assert read_rows(two)[1] == read_rows(one)[1]
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["one.jsonl", "two.jsonl"]
+
+
+def test_two_models_in_one_file_are_compared_on_the_same_batches(saved, tiny_config, tmp_path):
+    torch.manual_seed(5)
+    ssmclip.save_model(create_clip(tiny_config), tiny_config, tmp_path / "other")
+    out = tmp_path / "rows.jsonl"
+    for model in (saved, str(tmp_path / "other")):
+        asked = f"hessian --model {model} --batches 2 --batch-size 3 --k 2 --towers image"
+        command.run(arguments(out, *asked.split()))
+    rows = read_rows(out)[1]
+    tops = {
+        model: [
+            np.mean([abs(row.value) for row in rows if (row.model, row.condition) == (model, f"batch={b},tower=image")
+                     and row.metric.startswith("by_magnitude")])
+            for b in (0, 1)
+        ]
+        for model in ("model", "other")
+    }  # fmt: skip
+    found = {(row.model, row.condition, row.metric): row for row in rows}
+    difference = found["model", "tower=image, minus other", "top_magnitude_difference"]
+    gains = np.subtract(tops["model"], tops["other"])
+    assert difference.value == pytest.approx(gains.mean())
+    assert (difference.ci_low, difference.ci_high) == pytest.approx((gains.min(), gains.max()))
+    assert found["other", "tower=image", "negative_share"].n == 2
+
+
+def test_a_run_from_its_beginning_on(tmp_path):
+    config = apply_overrides(
+        load_recipe(Path(__file__).parents[1] / "recipes" / "tiny.py"),
+        ["steps=2", "batch_size=4", "warmup_steps=1", "checkpoint.every=1", "tensorboard=false", "progress=false",
+         "drop_path_rate=0.5", "shuffle_buffer=4", "device=cpu"],
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    asked = f"hessian --model {tmp_path / 'run'} --batches 1 --batch-size 3 --k 1 --towers image --tol 1e-5"
+    out, last = tmp_path / "rows.jsonl", tmp_path / "last.jsonl"
+    command.run(arguments(out, *asked.split(), "--along-training"))
+    command.run(arguments(last, *asked.split()))
+    rows = read_rows(out)[1]
+    largest = {row.condition: row.value for row in rows if row.metric == "largest_1"}
+    assert list(largest) == [f"step={step},batch=0,tower=image" for step in (0, 1, 2)]
+    assert largest["step=2,batch=0,tower=image"] == next(
+        row.value for row in read_rows(last)[1] if row.metric == "largest_1"
+    )
+    model, preprocess, tokenizer = ssmclip.load(tmp_path / "run")
+    seed_everything(config.seed)
+    model = create_clip(load_config(tmp_path / "run")).eval()
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    fresh = hessian_eigenvalues(
+        lambda: contrastive_loss(model, *batch), tower_parameters(model, "image"), k=1, tol=1e-5, copies=False
+    )
+    assert largest["step=0,batch=0,tower=image"] == pytest.approx(fresh.largest.item(), rel=1e-5)
+    (figure,) = EigenvaluesOverTraining.each(rows, {})
+    assert [(e["step"], e["median"]) for e in figure.frame() if e["end"] == "largest"] == list(
+        zip((0, 1, 2), largest.values(), strict=True)
+    )
+    with pytest.raises(ValueError, match="no checkpoints"):
+        command.run(arguments(tmp_path / "none.jsonl", *f"hessian --model {tmp_path}".split(), "--along-training"))
+
+
+def test_a_surface_in_two_directions(saved, tmp_path, tiny_clip):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    asked = f"landscape --model {saved} --batch-size 4 --dimensions 2 --points 3 --seed 3".split()
+    command.run(arguments(whole, *asked))
+    rows = read_rows(whole)[1]
+    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[:6])[:-9])
+    command.run(arguments(cut, *asked))
+    assert read_rows(cut)[1] == rows
+    model, preprocess, tokenizer = tiny_clip
+    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=4, seed=3))
+    first, second = (filter_normalised_direction(dict(model.named_parameters()), seed) for seed in (3, 4))
+    moved = {name: p + 1.0 * first[name] - 1.0 * second[name] for name, p in model.named_parameters()}
+    there = torch.func.functional_call(model, moved, batch)
+    (contour,) = Contour.each(rows, {})
+    x, y, loss = contour.grid()
+    assert x.tolist() == y.tolist() == [-1, 0, 1]
+    assert loss[1, 1] == pytest.approx(contrastive_loss(model, *batch).item(), rel=1e-6)
+    assert loss[0, 2] == pytest.approx(build_loss("clip")(**there).item(), rel=1e-5)  # x = 1, y = -1
+
+
 def test_more_batches_than_data_are_refused(tiny_clip):
-    with pytest.raises(ValueError, match=r"ask for at most|a batch holds at most"):
+    with pytest.raises(ValueError, match=r"1 batches of 1000000 are .* a batch holds at most \d+ of them"):
         next(read_batches("synthetic:digits", *tiny_clip[1:], batches=1, batch_size=10**6))
+    with pytest.raises(ValueError, match=r"10000 batches of 2 .* ask for at most \d+ batches"):
+        next(read_batches("synthetic:digits", *tiny_clip[1:], batches=10**4, batch_size=2))
+
+
+def test_a_bad_clip_is_told():
+    model, batch = tiny_clip_of("vit", "attention"), tiny_batch()
+    tell = dict(model_name="m", condition="batch=0")
+    with pytest.raises(ValueError, match=r"k=100000: a Hessian of .* ask for at most"):
+        batch_rows(model, *batch, HessianStudy(k=100_000), **tell)
+    with pytest.raises(ValueError, match="'largest', 'smallest' or 'magnitude'"):
+        batch_rows(model, *batch, HessianStudy(which="middle"), **tell)
+    with pytest.raises(ValueError, match="wanted one of lanczos, park-kim"):
+        HessianStudy(protocol="power")
+    model.visual = nn.Sequential(model.visual, Cube())
+    with pytest.raises(NotTwiceDifferentiable, match=r"module 'visual.1' \(Cube\)"):
+        batch_rows(model, *batch, HessianStudy(k=1), **tell)
+    with torch.no_grad():
+        model.visual[0].head.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the loss is nan"):
+        batch_rows(model, *batch, HessianStudy(k=1), **tell)
 
 
 def test_summary_counts_negative_values():

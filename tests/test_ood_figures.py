@@ -1,14 +1,18 @@
 """Figures of models beside people show the rows they were given, people in the page's ink."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from matplotlib.colors import same_color
+from PIL import Image
 
+from ssmclip.evaluate.pictures import thumbnail
 from ssmclip.report import FIGURES, drawings, ood_figures, read_store, write_report
 from ssmclip.report.style import INK, styles
 from ssmclip.results import Result, write_rows
 
+SMALL = thumbnail(Image.new("RGB", (96, 96), (250, 20, 20)))
 MODELS = ["A", "b <i>", "humans"]
 KAPPA = {"A": 0.2, "b <i>": 0.3, "humans": 0.4}
 LEVELS = {
@@ -38,7 +42,18 @@ def make_rows() -> list[Result]:
                 for i, level in enumerate(levels)
             ]
             rows.append(Result(model, f"ood/{name}", "", "ood_accuracy", 0.5))
-        rows.append(Result(model, "ood/edge", "", "ood_accuracy", *interval(0.3 + place / 10), 160))
+        small = {} if place else {"stimuli": {"0": SMALL}}
+        rows.append(Result(model, "ood/edge", "", "ood_accuracy", *interval(0.3 + place / 10), 160, small))
+        for name, levels in LEVELS.items() if model != "humans" else ():
+            shown = {"stimuli": dict.fromkeys(levels, SMALL)} if not place and name != "eidolonI" else {}
+            about = {"title": f"CIFAR-10, {name}", "chance": 0.1}
+            task = f"distorted/cifar10/{name}"
+            rows += [
+                Result(model, task, f"level={level}", "top1", *interval(0.3 - i / 20), 99, about | ({} if i else shown))
+                for i, level in enumerate(levels)
+            ]
+            rows.append(Result(model, task, "mean over levels", "top1", *interval(0.2), 99, about))
+            rows.append(Result(model, task, "mean over levels", "top1_retained", 0.7, n=99, extra=about))
         extra = {"per_category": {"cat": 0.1 + place / 10, "dog": None if place else 0.7}}
         rows.append(Result(model, "ood/cue-conflict", "", "shape_bias", 0.4 + place / 10, n=1280, extra=extra))
     return rows
@@ -68,7 +83,7 @@ def test_every_figure_has_these_rows(drawn):
 
 
 def test_accuracy_over_level_has_a_panel_for_each_set_and_a_line_for_each_model(drawn):
-    (one,) = drawn["ood_accuracy_by_level"]
+    one, _ = drawn["ood_accuracy_by_level"]
     assert {(p["model"], p["value"]) for p in one.frame()} == select("accuracy")
     panels = {axes.get_title(loc="left"): axes for axes in one.plot().axes}
     assert set(panels) - {""} == set(LEVELS)
@@ -84,6 +99,33 @@ def test_accuracy_over_level_has_a_panel_for_each_set_and_a_line_for_each_model(
         assert lines["A"].get_color() == styles(MODELS)["A"].colour
         band = panels[name].collections[0].get_paths()[0].vertices[:, 1]
         assert (band.min(), band.max()) == pytest.approx((min(lines["humans"].get_ydata()) - 0.05, 0.8 + 0.04))
+
+
+def test_a_data_set_that_was_distorted_has_a_figure_of_its_own(drawn):
+    _, own = drawn["ood_accuracy_by_level"]
+    assert own.title == "CIFAR-10, distorted: top-1 accuracy over the level of distortion"
+    panels = {axes.get_title(loc="left"): axes for axes in own.plot().axes}
+    for name, levels in LEVELS.items():
+        lines = {line.get_label(): list(line.get_ydata()) for line in panels[name].lines}
+        falling = [0.3 - i / 20 for i in range(len(levels))]
+        assert [lines[model] for model in MODELS[:2]] == [falling, falling]
+        assert [0.1, 0.1] in lines.values()  # guessing
+        assert panels[name].get_ylim()[1] < 0.4  # low accuracies fill the panel
+
+
+def test_example_stimuli_are_at_their_levels(drawn):
+    published, own = drawn["stimuli"]
+    assert [(cell["set"], cell["level"]) for cell in published.frame()] == [("edge", "0")]
+    assert own.title == "CIFAR-10, distorted: one picture at each level"
+    expected = [(name, level) for name in ("contrast", "uniform-noise") for level in LEVELS[name]]
+    assert [(cell["set"], cell["level"]) for cell in own.frame()] == expected
+    shown = [axes for axes in own.plot().axes if axes.images]
+    assert [axes.get_title() for axes in shown] == [level for _, level in expected]
+    assert {axes.texts[0].get_text() for axes in shown if axes.texts} == {"contrast", "uniform-noise"}
+    assert abs(shown[0].images[0].get_array()[5, 5].astype(int) - [250, 20, 20]).max() < 4
+    rows = [replace(row, extra={"stimuli": {"0": "no picture"}}) for row in ROWS if "stimuli" in row.extra]
+    with pytest.raises(ValueError, match="no small JPEG"):
+        ood_figures.Stimuli("", rows, {}).plot()
 
 
 def test_overall_bars_are_the_averages(drawn):
@@ -115,9 +157,10 @@ def test_the_rest_are_their_rows(drawn):
 def test_the_page_shows_them_and_no_table_of_levels(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ROWS, {})
     page = write_report([tmp_path / "rows.jsonl"], tmp_path).read_text()
-    assert len(re.findall("<svg", page)) == 6
+    assert len(re.findall("<svg", page)) == 9
     assert "squared accuracy difference" in page
     assert "level=" not in page
+    assert "top-1 accuracy, share kept of that above guessing" in page
     assert "b <i>" not in page
 
 
@@ -130,6 +173,9 @@ def test_models_without_intervals_and_averages_are_drawn(tmp_path):
     found = drawings(read_store([tmp_path / "rows.jsonl"]))
     assert [type(one).__name__ for one in found] == [
         "AccuracyByLevel",
+        "AccuracyByLevel",
+        "Stimuli",
+        "Stimuli",
         "WithoutLevels",
         "ShapeBias",
         "ConsistencyMatrix",

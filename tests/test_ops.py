@@ -1,6 +1,7 @@
 """The operators over all back ends, against a loop in float64 written here and autograd through it."""
 
 import functools
+import importlib.util
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from ssmclip.ops import (
     selective_scan,
     using,
 )
+from ssmclip.ops.dispatch import choose
 from ssmclip.registry import UnknownName
 
 if os.environ.get("TRITON_INTERPRET") == "1":  # see test_triton.py
@@ -323,6 +325,8 @@ def test_third_derivatives_agree():
 # ---- maps
 
 SQUARES = [(1, 1), (3, 5), (7, 4), (1, 6), (5, 1)]
+# height, width, channels, states
+CHARTS = [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (9, 8, 8, 1), (14, 9, 200, 1)]
 
 
 def sequences_by_hand(x):
@@ -369,9 +373,19 @@ def map_inputs(batch, height, width, dim, states, optional=("D", "delta_bias")):
     return {k: v for k, v in inputs.items() if k in optional or k not in ("D", "delta_bias")}
 
 
-def map_truth(x, delta, A, B, C, D=None, delta_bias=None):
+def low_rank(inputs, rank):
+    """The same maps with a delta of so many numbers for each position, and its matrices."""
+    generator = torch.Generator().manual_seed(2)
+    batch, _, height, width, dim = inputs["delta"].shape
+    delta = torch.randn(batch, 4, height, width, rank, generator=generator, dtype=torch.float64)
+    return inputs | {"delta": delta, "delta_weight": torch.randn(4, dim, rank, generator=generator).double() / rank}
+
+
+def map_truth(x, delta, A, B, C, D=None, delta_bias=None, delta_weight=None):
     """The four sequences and `truth` on each."""
     total = 0
+    if delta_weight is not None:
+        delta = torch.einsum("bkhwr,kdr->bkhwd", delta, delta_weight)
     positions = torch.arange(x.shape[1] * x.shape[2]).view(1, 1, *x.shape[1:3])
     orders = sequences_by_hand(positions)[0, :, 0]
     for k, order in enumerate(orders):
@@ -385,13 +399,11 @@ def map_truth(x, delta, A, B, C, D=None, delta_bias=None):
 
 
 @pytest.mark.parametrize("backend", CROSS)
-@pytest.mark.parametrize(
-    ("height", "width", "dim", "states"), [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (14, 9, 200, 1)]
-)
+@pytest.mark.parametrize(("height", "width", "dim", "states"), CHARTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_map_scan_equals_four_loops(backend, height, width, dim, states, dtype):
-    for optional in (("D", "delta_bias"), ()):
-        inputs = map_inputs(2, height, width, dim, states, optional)
+    given_whole = map_inputs(2, height, width, dim, states)
+    for inputs in (given_whole, map_inputs(2, height, width, dim, states, ()), low_rank(given_whole, 3)):
         exact, given = as_leaves(inputs), as_leaves(inputs, dtype)
         wanted, got = map_truth(**exact), cross_selective_scan(**given, backend=backend)
         upstream = torch.sin(torch.arange(wanted.numel(), dtype=torch.float64)).view(wanted.shape)
@@ -418,6 +430,38 @@ def test_map_scan_has_second_derivatives():
     assert torch.autograd.gradgradcheck(cross_selective_scan, tuple(leaves.values()))
 
 
+def test_map_scan_with_a_projected_step_has_second_derivatives():
+    leaves = as_leaves(low_rank(map_inputs(1, 2, 3, 2, 2), 1))
+
+    def scan(*tensors):
+        *tensors, weight = tensors
+        return cross_selective_scan(*tensors, True, weight)
+
+    assert torch.autograd.gradcheck(scan, tuple(leaves.values()))
+    assert torch.autograd.gradgradcheck(scan, tuple(leaves.values()))
+
+
+def test_a_batch_in_many_parts_is_what_its_elements_are():
+    inputs = low_rank(map_inputs(11, 20, 20, 160, 1), 5)  # 2 MB of delta each in float64: parts of 4
+    leaves = as_leaves(inputs)
+    y = cross_selective_scan(**leaves)
+    grads = dict(zip(leaves, torch.autograd.grad(y.sin().sum(), leaves.values()), strict=True))
+    per_image = ("x", "delta", "B", "C")
+    sums = {k: torch.zeros_like(v) for k, v in inputs.items() if k not in per_image}
+    for i in range(11):
+        one = {k: v[i : i + 1] if k in per_image else v for k, v in inputs.items()}
+        one["delta"] = torch.einsum("bkhwr,kdr->bkhwd", one["delta"], one.pop("delta_weight")).requires_grad_()
+        wanted = cross_selective_scan(**one)
+        assert error(y[i : i + 1], wanted) < 1e-13
+        above = torch.autograd.grad(wanted.sin().sum(), one["delta"])[0]
+        wanted_low_rank = torch.einsum("bkhwd,kdr->bkhwr", above, inputs["delta_weight"])
+        assert error(grads["delta"][i : i + 1], wanted_low_rank) < 1e-12
+        sums["delta_weight"] += torch.einsum("bkhwd,bkhwr->kdr", above, inputs["delta"][i : i + 1])
+        sums["delta_bias"] += above.sum((0, 2, 3))
+    assert error(grads["delta_weight"], sums["delta_weight"]) < 1e-12
+    assert error(grads["delta_bias"], sums["delta_bias"]) < 1e-12
+
+
 def test_map_scan_of_half_precision():
     inputs = map_inputs(1, 6, 6, 16, 1)
     y = cross_selective_scan(**{k: v.bfloat16() for k, v in inputs.items()})
@@ -440,7 +484,7 @@ def in_threads(count, function):
 
 def test_the_number_of_threads_changes_no_bit():
     scan_inputs = random_inputs(2, 2, 300, 200, 8)
-    map_leaves = map_inputs(2, 20, 20, 400, 1)
+    map_leaves = low_rank(map_inputs(2, 20, 20, 400, 1), 4)
 
     def everything():
         leaves, maps = as_leaves(scan_inputs, torch.float32), as_leaves(map_leaves, torch.float32)
@@ -564,6 +608,8 @@ def test_operators_keep_pytorchs_rules():
     leaves = as_leaves(random_inputs(1, 2, 8, 12, 4), torch.float32)
     torch.library.opcheck(torch.ops.ssmclip.selective_scan.default, (*leaves.values(), True, True, True))
     maps = as_leaves(map_inputs(1, 3, 4, 8, 1), torch.float32)
+    torch.library.opcheck(torch.ops.ssmclip.cross_selective_scan.default, (*maps.values(), None, True, True))
+    maps = as_leaves(low_rank(map_inputs(2, 3, 4, 8, 1), 2), torch.float32)
     torch.library.opcheck(torch.ops.ssmclip.cross_selective_scan.default, (*maps.values(), True, True))
 
 
@@ -618,6 +664,38 @@ def test_inputs_that_do_not_fit_are_named(change, message):
     # Not through the shape-checked signature, which tests check and production does not.
     with pytest.raises(ValueError, match=message):
         getattr(selective_scan, "__wrapped__", selective_scan)(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32])
+@pytest.mark.parametrize("backend", ["auto", *SCANS])
+def test_a_type_no_back_end_takes_is_an_error(dtype, backend):
+    maps = {name: x.to(dtype) for name, x in map_inputs(1, 2, 3, 4, 1).items()}
+    lines = {name: x.to(dtype) for name, x in random_inputs(1, 1, 8, 5, 4).items()}
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+        getattr(selective_scan, "__wrapped__", selective_scan)(**lines, backend=backend)
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+        getattr(cross_selective_scan, "__wrapped__", cross_selective_scan)(**maps, backend=backend)
+
+
+@pytest.mark.parametrize("op", BACKENDS)
+def test_a_gpu_without_triton_takes_plain_pytorch(op, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    assert choose(BACKENDS[op], "auto", "cuda") is BACKENDS[op]["chunked"].run
+    with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install triton\).*chunked"):
+        choose(BACKENDS[op], "triton", "cuda")
+    why = {(name, exists): why for operator, name, exists, why in available("cuda") if operator == op}
+    assert why["triton", False] == "triton is not installed (pip install triton)"
+
+
+@pytest.mark.parametrize("backend", CROSS)
+@pytest.mark.parametrize("shape", [(2, 0, 5), (2, 4, 0), (0, 3, 4)])
+def test_a_map_of_nothing_gives_nothing(backend, shape):
+    leaves = as_leaves(map_inputs(*shape, 8, 2), torch.float32)
+    y = cross_selective_scan(**leaves, backend=backend)
+    assert y.shape == (*shape, 8)
+    grads = torch.autograd.grad(y.sum(), leaves.values(), allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
 
 
 def test_merging_the_wrong_size_is_an_error():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssmclip.__main__ import build_parser
-from ssmclip.config import EmaConfig, from_dict, load_recipe, to_dict
+from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
 from ssmclip.models import clip_config
 from ssmclip.results import read_rows
 from ssmclip.train.optimiser import lr_schedule
@@ -40,7 +40,8 @@ def test_yfcc15m_is_the_papers_recipe_field_by_field():
     assert rates[-1] == pytest.approx(1e-5, rel=1e-4)
     assert config.ema == EmaConfig(0.996, "cosine")
     assert (config.precision, config.model.drop_path_rate, config.data.augment.flip) == ("fp16", 0.3, False)
-    assert (config.data.augment.scale, config.data.image_sizes) == ((0.5, 1.0), ((0.0, 224),))
+    assert config.data.image_sizes == ((0.0, 224),)
+    assert config.data.augment == AugmentConfig((0.5, 1.0), False, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.1, 0.2)
 
 
 def test_tiny_learns_from_the_command_line(tmp_path, monkeypatch):

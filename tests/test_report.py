@@ -105,10 +105,19 @@ def landscape(model: str, sign: float) -> list[Result]:
         where = f"batch={batch},tower=whole"
         rows += [
             Result(
-                model, "hessian", where, f"by_magnitude_{i}", sign * (10 - i) * (-1) ** batch, extra={"residual": 1e-4}
+                model,
+                "hessian",
+                where,
+                f"by_magnitude_{i}",
+                sign * (10 - i) * (-1) ** batch,
+                extra={"residual": 1e-4 / i, "products": 30, "found_after": 3 * i},
             )
             for i in range(1, 6)
         ]
+        rows += [
+            Result(model, "hessian", f"{where},protocol=park-kim", f"by_magnitude_{i}", sign * (9.9 - i),
+                   extra={"residual": 0.01 * i, "products": 60}) for i in range(1, 6)
+        ]  # fmt: skip
         spectrum = {"nodes": [[-2.0 * sign, 0.5, 9.0]], "weights": [[0.25, 0.5, 0.25]], "size": 100}
         rows.append(Result(model, "hessian", where, "negative_mass", 0.2, n=1, extra=spectrum))
         rows += [
@@ -214,9 +223,15 @@ def test_every_figure_draws_what_the_rows_say(drawn):
 
 
 def test_landscapes_are_the_rows(drawn):
-    (found,) = drawn["hessian_eigenvalues"]
-    values = [entry["value"] for entry in found.frame() if entry["model"] == "CLIP-A"]
-    assert sorted(values) == sorted(row.value for row in landscape("CLIP-A", 1.0) if "magnitude" in row.metric)
+    for found, usual in zip(drawn["hessian_eigenvalues"], (False, True), strict=True):
+        values = [entry["value"] for entry in found.frame() if entry["model"] == "CLIP-A"]
+        mine = [row for row in landscape("CLIP-A", 1.0) if "magnitude" in row.metric]
+        assert sorted(values) == sorted(row.value for row in mine if ("park-kim" in row.condition) == usual)
+    (protocols,) = drawn["hessian_protocols"]
+    mine = [entry for entry in protocols.frame() if entry["model"] == "CLIP-A"]
+    lanczos, power = ([e for e in mine if (e["protocol"] == "Lanczos") == wanted] for wanted in (True, False))
+    assert [(e["products"], e["residual"]) for e in lanczos] == [(15, 1e-4)] * 6
+    assert [(e["products"], e["residual"]) for e in power] == [(60, 0.05)] * 6
     (density,) = drawn["hessian_density"]
     mine = [entry for entry in density.frame() if entry["model"] == "CLIP-A"]
     x, y = (np.array([entry[key] for entry in mine]) for key in ("eigenvalue", "density"))

@@ -3,11 +3,15 @@
 import hashlib
 import io
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from ssmclip.__main__ import main
 from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS, BadName, find_stimuli, parse_stimulus_name
 from ssmclip.data.stimuli_download import download_stimuli
 
@@ -150,3 +154,34 @@ def test_downloads_that_cannot_be(release, tmp_path):
         tar.addfile(tarfile.TarInfo("silhouette/bird/bird1.png"), io.BytesIO(b""))
     with pytest.raises(ValueError, match="holds 1 stimuli of silhouette's 160"):
         download_stimuli("silhouette", root, url=release)
+
+
+def test_the_command_downloads_from_a_server(release, tmp_path, capsys, caplog):
+    """Over HTTP; a copy that differs from what SHA256SUMS says, a wrong --sha256 and an unknown set are refused."""
+    handler = partial(QuietHandler, directory=str(tmp_path / "release"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{{name}}.tar.gz"
+        words = ["ood", "download", "silhouette", "--url", url, "--out"]
+        assert main([*words, str(tmp_path / "datasets")]) == 0
+        assert "silhouette: 160 stimuli in" in capsys.readouterr().out
+        digest = hashlib.sha256((tmp_path / "release/silhouette.tar.gz").read_bytes()).hexdigest()
+        assert main([*words, str(tmp_path / "again"), "--sha256", digest]) == 0
+        assert main([*words, str(tmp_path / "wrong"), "--sha256", digest[::-1]]) == 1
+        assert f"has the SHA-256 {digest}, and should have {digest[::-1]}" in capsys.readouterr().err
+        (tmp_path / "later").mkdir()
+        (tmp_path / "later/SHA256SUMS").write_text(f"{digest[::-1]}  silhouette.tar.gz\n")
+        assert main([*words, str(tmp_path / "later")]) == 1
+        assert main(["ood", "download", "silhouette,edge", "--url", url, "--out", str(tmp_path / "datasets")]) == 1
+        assert "edge.tar.gz cannot be fetched: HTTP Error 404" in capsys.readouterr().err
+        server.shutdown()
+    assert main(["ood", "download", "edges", "--out", str(tmp_path / "x")]) == 1
+    assert "unknown stimulus set 'edges'" in capsys.readouterr().err
+    assert main(["ood", "download", "all", "--sha256", digest, "--out", str(tmp_path / "x")]) == 1
+    assert "--sha256 is of one archive, and 17 are named" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssmclip import models
@@ -91,6 +93,26 @@ def test_ema_decay_is_the_originals(shared):
     ours = [ema_decay(step, len(truth), 0.996, "cosine") for step in range(len(truth))]
     np.testing.assert_allclose(ours, np.asarray(truth), rtol=1e-12)
     assert ema_decay(17, 100, 0.9, "constant") == 0.9
+
+
+def test_ema_warmup_is_timms():
+    """Ten steps of a changing layer; the first weights, that no step has made, leave no trace."""
+    torch.manual_seed(0)
+    model = nn.BatchNorm1d(3)
+    ours, theirs = Ema(model), ModelEmaV3(model, decay=0.7, use_warmup=True)
+    for step in range(10):
+        with torch.no_grad():
+            model.weight.normal_()
+            model.running_mean.normal_()
+        ours.update(model, ema_decay(step, 10, 0.7, "warmup"))
+        theirs.update(model, step=step + 1)
+        if step == 0:
+            assert torch.equal(ours.model.weight, model.weight)
+        torch.testing.assert_close(ours.model.weight, theirs.module.weight)
+        torch.testing.assert_close(ours.model.running_mean, theirs.module.running_mean)
+    decays = [ema_decay(step, 10, 0.7, "warmup") for step in range(10)]
+    assert decays[:2] == [0, 1 - 2 ** (-2 / 3)]
+    assert decays[5] < decays[6] == decays[9] == 0.7
 
 
 def test_loss_and_gradients_are_the_originals(shared):
@@ -304,6 +326,16 @@ def test_model_with_fixed_positions_refuses_sizes():
         build_model(config, model_config(config))
 
 
+def test_batch_norm_refuses_a_lone_image_whose_last_map_is_one_pixel():
+    overrides = ["batch_size=3", "micro_batch=2", 'changes={"vision_cfg": {"timm_model_name": "vmamba_nano"}}']
+    config = tiny(*overrides, "image_sizes=[[0, 32]]")
+    with pytest.raises(ValueError, match=r"images of 32 pixels .*more than one in a batch and in each micro-batch"):
+        build_model(config, model_config(config))
+    for change in ("micro_batch=3", "image_sizes=[[0, 33]]"):
+        config = tiny(*overrides, change)
+        build_model(config, model_config(config))
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
 def test_watch_finds_the_first_step_that_is_not_finite(loss, norm):
     watch = Watch()
@@ -347,12 +379,72 @@ def test_grad_checkpointing_learns_the_same(tmp_path, eight_pairs):
         assert list(plain.values()) == pytest.approx(list(other.values()), rel=1e-5)
 
 
+def test_a_compiled_model_learns_the_same(tmp_path, eight_pairs, untyped, monkeypatch):
+    """Through the compiler's graphs, and without its code generator, which needs a C++ compiler."""
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend="aot_eager", fullgraph=True))
+    train(tiny("steps=3"), tmp_path / "plain")
+    train(tiny("steps=3", "compile=true"), tmp_path / "compiled")
+    for name in ("loss", "grad_norm"):
+        plain, other = (list(series(tmp_path / x, name).values()) for x in ("plain", "compiled"))
+        assert other == pytest.approx(plain, rel=1e-4)
+    states = [models.load(tmp_path / x).model.state_dict() for x in ("plain", "compiled")]
+    assert states[0].keys() == states[1].keys()
+
+
 def test_bf16_runs_close_to_float32(tmp_path, eight_pairs):
     train(tiny("steps=3"), tmp_path / "plain")
     train(tiny("steps=3", "precision=bf16"), tmp_path / "bf16")
     plain, bf16 = (series(tmp_path / x, "loss") for x in ("plain", "bf16"))
     assert list(bf16.values()) == pytest.approx(list(plain.values()), rel=0.05)
     assert bf16 != plain
+
+
+@pytest.fixture
+def half_precision(monkeypatch):
+    """fp16 with gradient scaling on a CPU, which takes it, though Accelerate doesn't. (scale) -> None."""
+
+    def use(scale):
+        def build(config):
+            accelerator = build_accelerator(config)
+            accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            return accelerator
+
+        monkeypatch.setattr(loop, "build_accelerator", build)
+
+    return use
+
+
+@pytest.mark.parametrize("micro_batch", ["none", "5"])
+def test_fp16_skips_what_overflows_and_runs_close_to_float32(tmp_path, eight_pairs, half_precision, micro_batch):
+    settings = ["steps=8", "checkpoint.every=4", f"micro_batch={micro_batch}", "clip_norm=none"]
+    train(tiny(*settings), tmp_path / "plain")
+    half_precision(2.0**18)
+    out = tmp_path / "fp16"
+    train(tiny(*settings), out)
+    skipped = [int(n) for n in series(out, "steps_skipped").values()]
+    first = skipped[-1]  # the step whose gradient is the first that counts, from 0
+    assert 0 < first < 6
+    assert skipped == [*range(1, first + 1), *[first] * (8 - first)]
+    losses, norms = (list(series(out, name).values()) for name in ("loss", "grad_norm"))
+    assert len(set(losses[: first + 1])) == 1  # nothing is learnt in a skipped step
+    assert np.isinf(norms[:first]).all() or np.isnan(norms[:first]).all()
+    assert norms[first] == pytest.approx(series(tmp_path / "plain", "grad_norm")[1], rel=0.02)
+    assert losses[first] == pytest.approx(series(tmp_path / "plain", "loss")[1], rel=0.01)
+    assert losses[-1] < losses[0]
+
+    shutil.copytree(out, tmp_path / "again")
+    shutil.rmtree(checkpoints(tmp_path / "again")[-1])
+    train(tiny(*settings), tmp_path / "again", resume=True)
+    assert list(series(tmp_path / "again", "loss").values()) == losses
+
+
+def test_fp16_that_always_overflows_stops_the_run(tmp_path, eight_pairs, half_precision, monkeypatch):
+    half_precision(2.0**60)
+    monkeypatch.setattr(loop, "_MOST_SKIPS", 2)
+    with pytest.raises(NonFinite, match=r"step 3: gradients overflowed 2 times in a row; keys of the batch: pair0"):
+        train(tiny("steps=8"), tmp_path)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.results import Result, read_rows
-from ssmclip.train import train
+from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, model_config
 from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.objective import backward, build_loss
@@ -23,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
 SETTINGS = [
     "steps=4",
+    "source=synthetic:digits",
     "batch_size=8",
     "warmup_steps=1",
     "checkpoint.every=2",
@@ -46,10 +49,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def said(folder):
     """What two processes printed while doing everything below."""
+    return run_two(folder)
+
+
+def run_two(folder: Path, *more: str) -> str:
+    """Run `main(folder, *more)` in two processes; what they printed."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *command, str(folder)],
+        [sys.executable, *command, str(folder), *more],
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,8 +86,31 @@ def test_another_number_of_processes_is_refused(folder, said):
         train(_config(), folder / "whole", resume=True)
 
 
-def main(out: Path) -> None:
-    accelerator = build_accelerator(_config())
+def test_two_processes_with_sharded_weights_learn_the_same(folder, said):
+    """FSDP's losses, gradient norms and saved weights beside data-parallel training's, and again after a resume."""
+    assert "resumed: same" in run_two(folder / "fsdp", "fsdp")
+    plain, sharded = (_numbers(folder / name / "whole") for name in (".", "fsdp"))
+    assert len(plain) == 4 * 2
+    assert sharded == pytest.approx(plain, rel=1e-5)
+    files = [checkpoints(folder / name / "whole")[0] / models.weights.WEIGHTS_NAME for name in (".", "fsdp")]
+    plain, sharded = map(models.load_state, files)
+    assert plain.keys() == sharded.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def main(out: Path, kind: str = "") -> None:
+    if kind == "fsdp":
+        loop.build_accelerator = _sharded
+        _resume(out, "validation.every=0", "tasks=[]", "best=")
+    else:
+        _compare(build_accelerator(_config()), out)
+    if os.environ["RANK"] == "0":
+        sys.stdout.write("resumed: same\n")
+    torch.distributed.destroy_process_group()
+
+
+def _compare(accelerator, out: Path) -> None:
     assert accelerator.num_processes == 2
     for kind in ("clip", "siglip"):
         for name, micro_batch in (("whole", None), ("cached", 3)):
@@ -89,8 +120,6 @@ def main(out: Path) -> None:
         _compare_with_original(accelerator.process_index)
         accelerator.print("original: same")
     _resume(out)
-    accelerator.print("resumed: same")
-    torch.distributed.destroy_process_group()
 
 
 def _config(*overrides):
@@ -137,26 +166,41 @@ def _compare_with_original(rank: int) -> None:
         )
 
 
-def _resume(out: Path) -> None:
+def _sharded(config):
+    """Accelerate shards on GPUs only, of itself; its FSDP plugin works on a CPU all the same."""
+    processes = PartialState._shared_state  # from which Accelerate takes the type anew each time it is asked
+    if processes:
+        processes["distributed_type"] = DistributedType.MULTI_CPU
+    accelerator = build_accelerator(config)
+    accelerator.state.distributed_type = processes["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+    return accelerator
+
+
+def _numbers(folder: Path) -> dict:
+    rows = read_rows(folder / "rows.jsonl")[1]
+    return {(r.condition, r.metric): r.value for r in rows if r.metric in ("loss", "grad_norm")}
+
+
+def _resume(out: Path, *overrides: str) -> None:
     def validate(model, preprocess, tokenizer, step):
         return [Result("tiny", "none", "", "one", 1.0)]
 
     whole, resumed = out / "whole", out / "resumed"
-    train(_config(), whole, validate=validate)
+    train(_config(*overrides), whole, validate=validate)
     main = os.environ["RANK"] == "0"
     if main:
         shutil.copytree(whole, resumed)
         shutil.rmtree(checkpoints(resumed)[-1])
     torch.distributed.barrier()
-    train(_config(), resumed, resume=True, validate=validate)
+    train(_config(*overrides), resumed, resume=True, validate=validate)
     if main:
-        runs = []
-        for folder in (whole, resumed):
-            rows = read_rows(folder / "rows.jsonl")[1]
-            runs.append({(r.condition, r.metric): r.value for r in rows if r.metric in ("loss", "grad_norm", "one")})
-        assert len(runs[0]) == 4 * 2 + 2
+        runs = [_numbers(folder) for folder in (whole, resumed)]
+        assert len(runs[0]) == 4 * 2
         assert runs[0] == runs[1], runs
+        validated = [sum(r.metric == "one" for r in read_rows(f / "rows.jsonl")[1]) for f in (whole, resumed)]
+        assert validated == ([0, 0] if overrides else [2, 2])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

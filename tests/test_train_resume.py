@@ -161,7 +161,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, uninterrupted):
     import safetensors.torch
 
     safetensors.torch.save_file(state, file)
-    with pytest.raises(models.CheckpointError, match=r"another model.*missing: text_projection"):
+    with pytest.raises(models.CheckpointError, match=r"another model.*missing: text_projection.*delete .*/run or"):
         train(config(), out, resume=True)
 
 

@@ -44,7 +44,20 @@ class AugmentConfig:
 
     scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
     flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
-    color_jitter: float = 0.0  # strength of random brightness, contrast and saturation
+    # Strength of random brightness, contrast and saturation; or of each of them, and of hue (in turns).
+    color_jitter: float | tuple[float, float, float, float] = 0.0
+    color_jitter_prob: float = 1.0  # share of the images whose colours are jittered; the others below are alike
+    gray_scale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0  # sigma 0.1 to 2 pixels
+    solarize_prob: float = 0.0  # values of 128 and above are inverted
+
+    def __post_init__(self):
+        for name in ("color_jitter_prob", "gray_scale_prob", "gaussian_blur_prob", "solarize_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.augment.{name}={getattr(self, name)}: wanted a share, 0 to 1")
+        strengths = self.color_jitter if isinstance(self.color_jitter, tuple) else (self.color_jitter,)
+        if min(strengths) < 0 or max(strengths[3:], default=0) > 0.5:
+            raise ValueError(f"data.augment.color_jitter={self.color_jitter}: wanted at least 0, of hue at most 0.5")
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,8 @@ class EmaConfig:
     """A moving average of weights and buffers. With one, the average is what is validated and saved for use."""
 
     decay: float | None = None  # per step, such as 0.999; None: no average
-    schedule: Literal["constant", "cosine"] = "constant"  # cosine: from decay at the first step towards 1 at the last
+    # warmup: low at first, so that the random weights are soon forgotten; cosine: from decay towards 1 at the last step
+    schedule: Literal["constant", "warmup", "cosine"] = "constant"
 
 
 @dataclass(frozen=True)
@@ -405,5 +419,5 @@ def image_size(text: str) -> int | tuple[int, int]:
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH")
+        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH, all above 0")
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

@@ -14,6 +14,8 @@ from typing import Any
 HELP = "train two small CLIPs on embedded data, evaluate them, write report.html"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
 TASKS = ("digits", "scenes")
+DISTORTED = ("contrast", "high-pass", "low-pass", "uniform-noise", "eidolonI")  # of digits: 40 seconds
+DISTORTED_IMAGES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +35,18 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.train import train
 
     recipe = apply_overrides(load_recipe(args.recipe), args.set)
-    rows, run_rows = [], []
+    rows, run_rows, trained = [], [], {}
     for name in MODELS:
         config = apply_overrides(recipe, [f"model.name={name}"])
         folder = args.out / name
         train(config, folder, resume=(folder / "config.json").exists(), validate=build_validation(config))
         run_rows.append(folder / "rows.jsonl")
-        model, preprocess, tokenizer = ssmclip.load(folder)
+        model, preprocess, tokenizer = trained[name] = ssmclip.load(folder)
         rows += evaluate(model, preprocess, tokenizer, TASKS, "", model_name=name)
         rows += quick_look(model, preprocess, tokenizer, config.data.source, model_name=name)
     write_rows(args.out / "rows.jsonl", rows, describe_run(recipe.seed, tasks=list(TASKS)))
-    page = write_report([args.out / "rows.jsonl", *run_rows], args.out)
+    write_rows(args.out / "distorted.jsonl", distorted_digits(trained), describe_run(0))
+    page = write_report([args.out / "rows.jsonl", args.out / "distorted.jsonl", *run_rows], args.out)
     for row in rows:
         if row.metric == "top1":
             print(
@@ -51,6 +54,17 @@ def run(args: argparse.Namespace) -> int:
             )
     print(f"report: {page}")
     return 0
+
+
+def distorted_digits(models: dict[str, tuple[Any, Callable, Callable]]) -> list[Any]:
+    """Rows of accuracy over the level of distortion, with examples. models: model, preprocessing, tokenizer of each."""
+    from ssmclip.evaluate import Settings
+    from ssmclip.evaluate.distorted import choose
+    from ssmclip.evaluate.tasks import distorted_evaluations, open_tasks
+
+    settings = Settings(max_images=DISTORTED_IMAGES, examples=1)
+    made = distorted_evaluations(models, open_tasks(["digits"], ""), choose(DISTORTED), settings)
+    return [row for rows in made for row in rows]
 
 
 def build_validation(config: Any) -> Callable | None:

@@ -4,7 +4,8 @@ condition: "image=224", "image=224x448", "text=77", and " attention=plain" where
 metrics: parameters (of the tower) · macs (see `count_macs`; extra: the parts) · long_sequence_ratio (MambaOut's r, of
 towers that attend; extra: threshold, side) · inference_memory_mb, training_memory_mb (peak for a batch) · latency_ms
 (batch of 1; extra: quartiles) · images_per_s, texts_per_s, training_images_per_s, training_texts_per_s · energy_j,
-training_energy_j (of an image or text) · fits (0 where a measurement did not end; extra: why).
+training_energy_j (of an image or text; where the machine does not tell, the extra of the throughput says why) · fits (0
+where a measurement did not end; extra: why).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = ["in_fresh_process", "sweep"]
 log = logging.getLogger(__name__)
 
 TASK = "efficiency"
+COUNT, COUNTED = "count", ("macs", "parameters", "long_sequence_ratio")
 Measure = Callable[[Job], dict[str, Any]]
 
 
@@ -47,8 +49,8 @@ def sweep(
 
     models: label -> name; settings: fields of `Job` besides model, size and training; modes: none to count only;
     run: the file's first line; measure: runs a job, in a fresh process unless given.
-    What `out` already has of a model and size is not measured again. What does not fit the machine's memory, or the
-    model, becomes a row that says why. Raises UnknownName and ValueError before anything is measured.
+    What `out` already has, of counts and of each mode, is not measured again. What does not fit the machine's memory,
+    or the model, becomes a row that says why. Raises UnknownName and ValueError before anything is measured.
     """
     out, settings = Path(out), settings or {}
     sizes = [towers.as_size(size) for size in sizes]
@@ -57,7 +59,7 @@ def sweep(
     if unknown := set(modes) - {"inference", "training"}:
         raise ValueError(f"modes {sorted(unknown)}: inference, training")
     texts = {label: bool(lengths) and towers.reads_text(name) for label, name in models.items()}
-    done = {(row.model, row.condition) for row in read_rows(out)[1]} if out.exists() else set()
+    done = {(row.model, row.condition, _part_of(row)) for row in read_rows(out)[1]} if out.exists() else set()
     jobs = [
         (label, fields)
         for label, name in models.items()
@@ -68,10 +70,19 @@ def sweep(
     ]
     for label, fields in tqdm(jobs, desc="sizes", disable=None):
         job = Job(**fields, **settings)
-        if (label, condition_of(job)) in done:
-            continue
-        append_rows(out, _rows(label, job, modes, measure or in_fresh_process), run)
+        missing = [part for part in (COUNT, *modes) if (label, condition_of(job), part) not in done]
+        for rows in _parts(label, job, missing, measure or in_fresh_process):
+            append_rows(out, rows, run)
     return read_rows(out)[1]
+
+
+def _part_of(row: Result) -> str:
+    """What a row came with: COUNT, or a mode."""
+    if row.metric == "fits":
+        return row.extra.get("mode", COUNT)
+    if row.metric.startswith("training_"):
+        return "training"
+    return COUNT if row.metric in COUNTED else "inference"
 
 
 def condition_of(job: Job) -> str:
@@ -107,26 +118,31 @@ def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _rows(label: str, job: Job, modes: Sequence[str], measure: Measure) -> list[Result]:
+def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iterator[list[Result]]:
+    """The rows of each part, COUNT or a mode, as they come."""
     condition, kind = condition_of(job), "text" if job.length is not None else "image"
 
     def row(metric: str, value: float, n: int | None = None, **extra: Any) -> Result:
         return Result(label, TASK, condition, metric, value, n=n, extra=extra)
 
     try:
-        rows = _counted(job, kind, row)
+        counted = _counted(job, kind, row) if parts else []
     except ValueError as error:  # a size that this model cannot take; the others may
-        log.warning("%s, %s: %s", label, condition, error)
-        return [row("fits", 0.0, why=str(error))]
-    for mode in modes:
-        training = mode == "training"
+        if COUNT in parts:
+            log.warning("%s, %s: %s", label, condition, error)
+            yield [row("fits", 0.0, why=str(error))]
+        return
+    for part in parts:
+        if part == COUNT:
+            yield counted
+            continue
+        training = part == "training"
         found = measure(Job(**{**vars(job), "training": training}))
         if "failed" in found:
-            log.warning("%s, %s, %s: %s", label, condition, mode, found["failed"])
-            rows.append(row("fits", 0.0, mode=mode, why=found["failed"]))
-            continue
-        rows += _measured(job, kind, found, row, training)
-    return rows
+            log.warning("%s, %s, %s: %s", label, condition, part, found["failed"])
+            yield [row("fits", 0.0, mode=part, why=found["failed"])]
+        else:
+            yield _measured(job, kind, found, row, training)
 
 
 def _counted(job: Job, kind: str, row: Callable[..., Result]) -> list[Result]:
@@ -147,6 +163,8 @@ def _measured(job: Job, kind: str, found: dict[str, Any], row: Callable[..., Res
     how = {"batch_size": job.batch_size, "device": job.device, "precision": job.precision, "attention": job.attention}
     memory = "training_memory_mb" if training else "inference_memory_mb"
     rates = {"low": job.batch_size / batch["high"], "high": job.batch_size / batch["low"]}
+    if "no_energy" in found:
+        rates["no_energy"] = found["no_energy"]
     rows = [
         row(memory, found["memory_mb"], what=found["memory_is"], **how),
         row(f"{before}{kind}s_per_s", job.batch_size / batch["median"], batch["n"], **rates, **how),

@@ -19,9 +19,10 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
 
 def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--model",
         "--models",
         required=True,
-        help="with commas: CLIPs or timm models by name, checkpoint folders; LABEL=... names its rows",
+        help="a CLIP or timm model by name, a run or checkpoint folder; several with commas; LABEL=... names its rows",
     )
     parser.add_argument(
         "--sizes", default="224,448,672,896,1024", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
@@ -51,7 +52,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
     rows = sweep(
-        labelled(args.models),
+        labelled(args.model),
         [image_size(text) for text in args.sizes.split(",") if text],
         [_number(text) for text in args.lengths.split(",") if text],
         args.out,

@@ -1,38 +1,40 @@
-"""A model's Hessian spectrum, batch by batch, as rows; and what all batches say together."""
+"""A model's Hessian spectrum, batch by batch, as rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssmclip.analyze import park_kim
-from ssmclip.analyze.batches import contrastive_loss, read_batches, to_model, tower_parameters
+from ssmclip.analyze.batches import contrastive_loss, only_read_rows, read_batches, to_model, tower_parameters
 from ssmclip.analyze.estimate import density, trace
 from ssmclip.analyze.landscape import surface
 from ssmclip.analyze.product import Hessian, OutOfMemory
 from ssmclip.analyze.spectrum import extreme_eigenvalues
+from ssmclip.analyze.summary import TASK, summary_rows
 from ssmclip.results import Result
 
 PROTOCOLS = ("lanczos", "park-kim")
-TASK = "hessian"
 
 
 @dataclass(frozen=True)
 class HessianStudy:
     """How a batch's spectrum is measured.
 
-    protocol: "lanczos" (both ends, to a relative residual of tol) or "park-kim" (see `analyze/park_kim.py`);
-    weight_decay: of an L2 term in the loss; copies: as in `hessian_eigenvalues`; density_probes: of the spectral
-    density and the trace, none of either for 0.
+    protocol: "lanczos" (to a relative residual of tol) or "park-kim" (see `analyze/park_kim.py`);
+    which: what Lanczos has to converge, "both" ends or, in fewer products, "magnitude"; copies: as in
+    `hessian_eigenvalues`; weight_decay: of an L2 term in the loss; density_probes: of the spectral density and the
+    trace, none of either for 0.
     """
 
     protocol: str = "lanczos"
     k: int = 5
+    which: str = "both"
     tol: float = 1e-3
     max_products: int = 200
     copies: bool = False
@@ -61,19 +63,26 @@ def batch_rows(
     """A row for every eigenvalue found on one batch, with its residual and products, and rows of density and trace.
 
     model: in the mode it is to be measured in (evaluation); images (B, 3, H, W), texts (B, context) or whatever `loss`
-    takes. Raises what `Hessian` raises; OutOfMemory says what batch would fit.
+    takes. Embeddings of words that the batch has not are left out: their rows and columns of H are zero.
+    Raises what `Hessian` raises; OutOfMemory says what batch would fit.
     """
     images, texts = to_model(model, images, texts)
     parameters = tower_parameters(model, tower)
 
+    def measured(size: int = len(images)) -> Tensor:
+        return loss(model, images[:size], texts[:size])
+
     def objective(size: int = len(images)) -> Tensor:
-        value = loss(model, images[:size], texts[:size])
+        value = measured(size)
         return value + park_kim.penalty(parameters.values(), study.weight_decay) if study.weight_decay else value
 
+    # An L2 term curves the rows of words that no caption has, too.
+    reduced = nullcontext(parameters) if study.weight_decay else only_read_rows(model, parameters, measured)
     try:
-        hessian = Hessian(objective, parameters)
-        rows = _eigenvalue_rows(hessian, study, model_name, condition, progress)
-        return rows + _estimate_rows(hessian, study, model_name, condition)
+        with reduced as varied:
+            hessian = Hessian(objective, varied)
+            rows = _eigenvalue_rows(hessian, study, model_name, condition, progress)
+            return rows + _estimate_rows(hessian, study, model_name, condition)
     except OutOfMemory as error:
         fits = largest_fitting(lambda size: Hessian(lambda: objective(size), parameters), len(images))
         raise OutOfMemory(
@@ -94,7 +103,7 @@ def _eigenvalue_rows(
         rows.append(Result(model_name, TASK, condition, metric, value, extra=extra))
 
     if study.protocol == "park-kim":
-        found = park_kim.power_iteration(hessian, study.k, seed=study.seed)
+        found = park_kim.power_iteration(hessian, study.k, seed=study.seed, progress=progress)
         for place, (value, residual) in enumerate(zip(found.values.tolist(), found.residuals.tolist(), strict=True), 1):
             add(f"by_magnitude_{place}", value, residual, found.products, residual <= study.tol, -1)
         return rows
@@ -102,6 +111,7 @@ def _eigenvalue_rows(
         hessian,
         study.k,
         study.tol,
+        study.which,
         copies=study.copies,
         max_products=study.max_products,
         seed=study.seed,
@@ -139,42 +149,6 @@ def largest_fitting(attempt: Callable[[int], Callable[[Tensor], Tensor]], size: 
     return 0
 
 
-def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
-    """What the batches say together, for each model and condition ("tower=whole"), with 95 % bootstrap intervals.
-
-    negative_share: of the k eigenvalues of largest magnitude, the paper's measure; top_magnitude: the mean of |lambda|
-    over them; min_over_max: |most negative| / most positive, from Lanczos only; converged_share.
-    """
-    found = []
-    groups: dict[tuple[str, str], dict[str, dict[str, Result]]] = {}
-    for row in rows:
-        if row.task == TASK and "batch=" in row.condition:
-            step, batch, rest = split_condition(row.condition)
-            where = ",".join(filter(None, (step, rest)))
-            groups.setdefault((row.model, where), {}).setdefault(batch, {})[row.metric] = row
-    for (model, where), batches in groups.items():
-        top = [[b[f"by_magnitude_{i}"] for i in range(1, k + 1)] for b in batches.values() if f"by_magnitude_{k}" in b]
-        measures = {
-            "negative_share": [float(np.mean([row.value < 0 for row in rows])) for rows in top],
-            "top_magnitude": [float(np.mean([abs(row.value) for row in rows])) for rows in top],
-            "converged_share": [float(np.mean([row.extra["converged"] for row in rows])) for rows in top],
-            "products": [float(rows[0].extra["products"]) for rows in top],
-            "min_over_max": [
-                -b["smallest_1"].value / b["largest_1"].value
-                for b in batches.values()
-                if "smallest_1" in b and b["largest_1"].value > 0
-            ],
-            "negative_mass": [b["negative_mass"].value for b in batches.values() if "negative_mass" in b],
-            "trace": [b["trace"].value for b in batches.values() if "trace" in b],
-        }
-        for metric, values in measures.items():
-            if values:
-                low, high = bootstrap(values, seed)
-                extra = {"title": "Hessian"} | ({"top": k} if metric == "negative_share" else {})
-                found.append(Result(model, TASK, where, metric, float(np.mean(values)), low, high, len(values), extra))
-    return found
-
-
 def quick_look(
     model: nn.Module,
     preprocess: Callable,
@@ -202,22 +176,6 @@ def quick_look(
     rows += summary_rows(rows, study.k, seed)
     line = surface(model, pairs, model_name=model_name, dimensions=1, points=points, seed=seed)
     return rows + [row for _, measure in line for row in measure()]
-
-
-def split_condition(condition: str) -> tuple[str, str, str]:
-    """("step=10", "batch=3", "tower=image") of "step=10,batch=3,tower=image"; "" for what isn't there."""
-    parts = condition.split(",")
-    step = next((p for p in parts if p.startswith("step=")), "")
-    batch = next((p for p in parts if p.startswith("batch=")), "")
-    return step, batch, ",".join(p for p in parts if p not in (step, batch))
-
-
-def bootstrap(values: Iterable[float], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of the mean over resampled batches."""
-    values = np.asarray(list(values))
-    picked = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[picked].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def settings(study: HessianStudy) -> dict:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
     hessian.set_defaults(analyse=_hessian)
     _shared(hessian, batches=200, batch_size=15)
     hessian.add_argument("--k", type=int, default=5, help="eigenvalues at each end (default: %(default)s)")
-    hessian.add_argument("--protocol", default="lanczos", help="lanczos, or park-kim: the paper's (default: lanczos)")
+    hessian.add_argument("--protocol", default="lanczos", help="lanczos, park-kim (the paper's), or lanczos,park-kim")
+    hessian.add_argument("--which", default="both", help="both ends, or magnitude: fewer products (default: both)")
     hessian.add_argument("--tol", type=float, default=1e-3, help="relative residual to reach (default: %(default)s)")
     hessian.add_argument("--max-products", type=int, default=200, help="per batch; what is unconverged then is marked")
     hessian.add_argument("--copies", action="store_true", help="search for equal eigenvalues too: half as much again")
@@ -37,7 +39,7 @@ def _shared(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> N
     parser.add_argument("--model", required=True, help="a name, a run or checkpoint folder, open_clip:NAME")
     parser.add_argument("--label", help="the model's name in the rows (default: the last part of --model)")
     parser.add_argument("--data", required=True, help="pairs: shards, a csv, tsv or parquet file, synthetic:NAME")
-    parser.add_argument("--out", required=True, type=Path, help="the rows file (JSON lines); one that is there goes on")
+    parser.add_argument("--out", required=True, type=Path, help="the rows file; goes on, with other models too")
     parser.add_argument("--batches", type=int, default=batches, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="pairs (default: %(default)s)")
     parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
@@ -50,24 +52,28 @@ def _hessian(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ssmclip.analyze.batches import TOWERS
-    from ssmclip.analyze.hessian import HessianStudy, batch_rows, settings, summary_rows
+    from ssmclip.analyze.hessian import HessianStudy, batch_rows, settings
     from ssmclip.analyze.park_kim import WEIGHT_DECAY
+    from ssmclip.analyze.summary import USUAL, summary_rows
     from ssmclip.registry import UnknownName
     from ssmclip.results import Result
 
-    decay = args.weight_decay
-    if decay is None:
-        decay = WEIGHT_DECAY if args.protocol == "park-kim" else 0.0
-    study = HessianStudy(
-        protocol=args.protocol,
-        k=args.k,
-        tol=args.tol,
-        max_products=args.max_products,
-        copies=args.copies,
-        weight_decay=decay,
-        density_probes=args.density,
-        seed=args.seed,
-    )
+    studies = [
+        HessianStudy(
+            protocol=protocol,
+            k=args.k,
+            which=args.which,
+            tol=args.tol,
+            max_products=args.max_products,
+            copies=args.copies,
+            weight_decay=(WEIGHT_DECAY if protocol == "park-kim" else 0.0)
+            if args.weight_decay is None
+            else args.weight_decay,
+            density_probes=args.density,
+            seed=args.seed,
+        )
+        for protocol in args.protocol.split(",")
+    ]
     towers = args.towers.split(",")
     for tower in towers:
         if tower not in TOWERS:
@@ -77,10 +83,11 @@ def _hessian(args: argparse.Namespace) -> int:
         for step, folder in _folders(args):
             model, data = _open(args, folder)
             for number, (images, texts) in enumerate(data):
-                for tower in towers:
-                    condition = ",".join(filter(None, [step, f"batch={number}", f"tower={tower}"]))
+                for tower, study in product(towers, studies):
+                    usual = USUAL if study.protocol == "park-kim" else ""
+                    condition = ",".join(filter(None, [step, f"batch={number}", f"tower={tower}", usual]))
 
-                    def measure(model=model, images=images, texts=texts, tower=tower, condition=condition):
+                    def measure(model=model, images=images, texts=texts, tower=tower, study=study, condition=condition):
                         with tqdm(desc=condition, unit="product", leave=False, disable=None) as told:
                             return batch_rows(
                                 model,
@@ -95,8 +102,10 @@ def _hessian(args: argparse.Namespace) -> int:
 
                     yield condition, measure
 
-    total = args.batches * len(towers) * len(_folders(args))
-    return _collect(args, settings(study), units(), total, lambda rows: summary_rows(rows, args.k, args.seed))
+    total = args.batches * len(towers) * len(studies) * len(_folders(args))
+    asked = {**settings(studies[0]), "weight_decay": args.weight_decay}
+    del asked["protocol"]  # each row's condition says it
+    return _collect(args, asked, units(), total, lambda rows: summary_rows(rows, args.k, args.seed))
 
 
 def _landscape(args: argparse.Namespace) -> int:
@@ -174,6 +183,7 @@ def _collect(
 ) -> int:
     """Measure every unit that isn't in the rows file yet, this process's share of them; write the rows as they come.
 
+    What the file has of other models stays, and is compared with in the summary.
     Raises ValueError for a file that was measured otherwise.
     """
     from accelerate import PartialState
@@ -182,30 +192,33 @@ def _collect(
     from ssmclip.results import append_rows, describe_run, read_rows, write_rows
 
     state = PartialState(cpu=args.device == "cpu")
-    rank, world = state.process_index, state.num_processes
+    rank, world, label = state.process_index, state.num_processes, _label(args)
     data = {"data": args.data, "batch_size": args.batch_size, "precision": args.precision, "analysis": args.analysis}
-    asked = {**asked, **data, "model": _label(args)}
+    asked = {**asked, **data}
     described = describe_run(args.seed, args.device, analysis=asked)
     part = args.out if world == 1 else args.out.with_name(f"{args.out.name}.rank{rank}")
     finished: set[str] = set()
+    places: dict[str, int] = {}
     for file in files_of(args.out):
         drop_half_a_line(file)
         run_before, rows = read_rows(file)
         refuse_other_settings(file, run_before, described)
         # The last unit may have been cut short between two of its rows: it is measured again.
-        finished |= {row.condition for row in rows} - {row.condition for row in rows[-1:]}
+        finished |= {row.condition for row in rows if row.model == label} - {row.condition for row in rows[-1:]}
     state.wait_for_everyone()  # before anyone writes
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=total, desc=args.analysis, unit="unit", disable=None if rank == 0 else True) as told:
         for place, (condition, measure) in enumerate(units):
+            places[condition] = place
             if condition not in finished and place % world == rank:
                 append_rows(part, measure(), described)
             told.update()
     state.wait_for_everyone()
     if state.is_main_process:
         rows = [row for file in files_of(args.out) for row in read_rows(file)[1]]
-        kept = {(row.condition, row.metric): row for row in rows if _is_part(row.condition)}
-        rows = list(kept.values())
+        kept = {(row.model, row.condition, row.metric): row for row in rows if _is_part(row.condition)}
+        # In one process' order, whoever measured them; other models' before.
+        rows = sorted(kept.values(), key=lambda row: places.get(row.condition, -1) if row.model == label else -1)
         rows += summarise(rows)
         write_rows(args.out, rows, described)
         for file in files_of(args.out):

@@ -266,7 +266,9 @@ def _selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]
 
 
 def _cross_selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:
-    x, _, A, _, _, D = args[:6]
+    x, _, A, _, _, D, _, delta_weight = args[:8]
+    if delta_weight is not None:
+        counter.add("linear", 4 * x.numel() * delta_weight.shape[2])
     return "scan", 4 * x.numel() * (9 * A.shape[2] + (D is not None))
 
 

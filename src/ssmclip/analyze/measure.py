@@ -61,7 +61,7 @@ def measure(job: Job) -> dict[str, Any]:
 
     memory_mb: peak in 10^6 bytes, weights included: on the CPU weights, optimiser state and the growth of this
     process's resident memory; on a GPU the allocator's. batch, single: seconds of a run of batch_size and of 1 (not for
-    training): median, low and high quartile, count. energy_j: of a batch, where the machine tells.
+    training): median, low and high quartile, count. energy_j: of a batch; no_energy: why the machine does not tell.
     """
     torch.manual_seed(job.seed)
     try:
@@ -98,7 +98,7 @@ def _measure(job: Job) -> dict[str, Any]:
     }
     if not job.training:
         single = inputs[:1].clone()
-        answer["single"] = _timed(lambda: run(single), job)["batch"]
+        answer["single"] = answer["batch"] if len(inputs) == 1 else _timed(lambda: run(single), job)["batch"]
     return answer
 
 
@@ -183,27 +183,44 @@ def _limit_memory(limit: int | None) -> None:
 
 
 def _timed(run: Callable[[], None], job: Job) -> dict[str, Any]:
-    """{"batch": {median, low, high, n}, and energy_j where it can be read} of one run; the first run is not counted."""
+    """{"batch": {median, low, high, n}, and energy_j or no_energy} of one run; the first run is not counted."""
     run()
-    times, start, energy = [], time.perf_counter(), _energy()
+    times, start, energy = [], time.perf_counter(), _energy(job.device)
     while len(times) < 3 or (time.perf_counter() - start < job.seconds and len(times) < 100):
         before = time.perf_counter()
         run()
         times.append(time.perf_counter() - before)
-    after = _energy()
+    after = _energy(job.device)
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
     found: dict[str, Any] = {"batch": {"median": median, "low": low, "high": high, "n": len(times)}}
     if energy is not None and after is not None and after > energy:  # the counter starts again at its maximum
         found["energy_j"] = (after - energy) / 1e6 / len(times)
+    else:
+        found["no_energy"] = f"no counter in {POWER}" if job.device == "cpu" else "NVML does not tell, or no pynvml"
     return found
 
 
-def _energy() -> float | None:
-    """Microjoules all packages have used, None where the machine does not tell."""
+def _energy(device: str) -> float | None:
+    """Microjoules all packages, or the card, have used; None where the machine does not tell."""
+    if device != "cpu":
+        return _energy_of_card(device)
     counters = [p / "energy_uj" for p in POWER.glob("*-rapl:*") if p.name.count(":") == 1]
     try:
         return sum(float(counter.read_text()) for counter in counters) or None
     except OSError:
+        return None
+
+
+def _energy_of_card(device: str) -> float | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return 1e3 * pynvml.nvmlDeviceGetTotalEnergyConsumption(card)  # it says millijoules
+    except pynvml.NVMLError:
         return None
 
 

@@ -7,14 +7,14 @@ defaults, and its stopping test, which is no residual: what it returns is seldom
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssmclip.analyze.product import Hessian
-from ssmclip.analyze.spectrum import Spectrum, check_k, extreme_eigenvalues
+from ssmclip.analyze.spectrum import check_k
 
 SAMPLES, BATCH_SIZE, TOP = 3000, 15, 5
 WEIGHT_DECAY = 0.05  # of the authors' vision transformers
@@ -31,11 +31,17 @@ class PowerIteration:
 
 
 def power_iteration(
-    hessian: Hessian, k: int = TOP, tol: float = 1e-3, max_iterations: int = 100, seed: int = 0
+    hessian: Hessian,
+    k: int = TOP,
+    tol: float = 1e-3,
+    max_iterations: int = 100,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
 ) -> PowerIteration:
     """The k eigenvalues of largest magnitude, one after the other, each until its quotient changes by less than tol.
 
-    Returned is the quotient before the last, as PyHessian does. Raises ValueError for k < 1 or above n.
+    Returned is the quotient before the last, as PyHessian does. progress(products) is called after every product.
+    Raises ValueError for k < 1 or above n.
     """
     check_k(k, hessian.size)
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +57,8 @@ def power_iteration(
                 v = v - _dot(v, u) * u
             v = _unit(v)
             product = hessian(v)
+            if progress:
+                progress(hessian.products - before)
             quotient = _dot(product, v)
             residual = float(torch.linalg.vector_norm(product - quotient * v, dtype=torch.float64))
             v = _unit(product)
@@ -74,32 +82,6 @@ def penalty(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
     has no second derivative at a bias of zero, where every model starts.
     """
     return 0.5 * weight_decay * sum(p.square().sum() for p in parameters)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The protocol and Lanczos on one Hessian. errors: of the protocol's values, relative to the true eigenvalue at
-    the same place of the list; missed: true top-k eigenvalues that none of its values is within 1 % of."""
-
-    protocol: PowerIteration
-    lanczos: Spectrum
-    errors: Tensor
-    missed: int
-
-    @property
-    def products_ratio(self) -> float:
-        """Lanczos' products until the top k were converged, over the protocol's."""
-        return self.lanczos.products / self.protocol.products
-
-
-def compare(hessian: Hessian, k: int = TOP, tol: float = 1e-3, seed: int = 0) -> Comparison:
-    """Run both for the k eigenvalues of largest magnitude."""
-    protocol = power_iteration(hessian, k, seed=seed)
-    lanczos = extreme_eigenvalues(hessian, k, tol, which="magnitude", copies=False, seed=seed)
-    true = lanczos.by_magnitude
-    near = (protocol.values[:, None] - true).abs() <= 0.01 * true.abs()
-    errors = (protocol.values - true).abs() / true.abs()
-    return Comparison(protocol, lanczos, errors, int((~near.any(dim=0)).sum()))
 
 
 def _unit(v: Tensor) -> Tensor:

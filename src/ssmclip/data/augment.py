@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
+from torchvision.transforms.v2 import functional as tv
 
 CROP_ATTEMPTS = 10
 NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mirror, the colours
+NUM_SHARE_DRAWS = 6  # whether the colours are jittered, hue, grey, whether it is blurred, how much, solarised
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,11 @@ class TrainTransform:
 
     scale: range of the crop's share of the area; ratio: range of its width / height.
     flip: mirror half of the pictures; off by default, as captions say "on the left".
-    color_jitter: strength of random brightness, contrast and saturation; 0 is none.
+    color_jitter: strength of random brightness, contrast and saturation, or of each and of hue (in turns of the colour
+    circle, at most 0.5), applied in this order; 0 is none.
+    color_jitter_prob, gray_scale_prob, gaussian_blur_prob, solarize_prob: shares of the pictures whose colours are
+    jittered, which lose their colours, are blurred (sigma 0.1 to 2 pixels), have values from 128 on inverted: SimCLR's
+    and BYOL's augmentations (arXiv:2002.05709, appendix A; arXiv:2006.07733, appendix B), in this order.
     """
 
     image_size: int
@@ -31,7 +37,11 @@ class TrainTransform:
     scale: tuple[float, float] = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = False
-    color_jitter: float = 0.0
+    color_jitter: float | tuple[float, float, float, float] = 0.0
+    color_jitter_prob: float = 1.0
+    gray_scale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    solarize_prob: float = 0.0
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
@@ -50,10 +60,24 @@ class TrainTransform:
         out = interpolate(crop[None], size=size, mode="bicubic", antialias=True)[0]
         if self.flip and draws[-4] < 0.5:
             out = out.flip(-1)
-        if self.color_jitter:
-            for adjust, draw in zip((adjust_brightness, adjust_contrast, adjust_saturation), draws[-3:], strict=True):
-                out = adjust(out, 1 + self.color_jitter * (2 * draw - 1))
-        return out
+        # Drawn apart and by every picture of a stream or none, so that what comes before is as it is without them.
+        more = torch.rand(NUM_SHARE_DRAWS, generator=generator, dtype=torch.float64).tolist() if self._shares else []
+        if self.color_jitter and (not more or more[0] < self.color_jitter_prob):
+            out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]])
+        return self._treat(out, *more[2:]) if more else out
+
+    @property
+    def _shares(self) -> bool:
+        """Whether some pictures are treated otherwise than others, or hue is jittered."""
+        shares = self.gray_scale_prob + self.gaussian_blur_prob + self.solarize_prob
+        return bool(shares or self.color_jitter_prob < 1 or isinstance(self.color_jitter, tuple))
+
+    def _treat(self, out: torch.Tensor, gray: float, blur: float, sigma: float, solarize: float) -> torch.Tensor:
+        if gray < self.gray_scale_prob:
+            out = tv.rgb_to_grayscale(out, num_output_channels=3)
+        if blur < self.gaussian_blur_prob:
+            out = gaussian_blur(out, _between(sigma, 0.1, 2.0))
+        return tv.solarize(out, 128) if solarize < self.solarize_prob else out
 
     def normalise(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         """uint8 pictures (3, H, W) as one float batch (B, 3, H, W): once per batch is cheaper than once per picture."""
@@ -67,11 +91,28 @@ def train_transform(
     std: Sequence[float],
     *,
     scale: tuple[float, float] = (0.5, 1.0),
-    flip: bool = False,
-    color_jitter: float = 0.0,
+    **augment: Any,
 ) -> TrainTransform:
-    """The transform for `open_pairs`. mean, std: per channel, of values in [0, 1]."""
-    return TrainTransform(image_size, tuple(mean), tuple(std), scale=tuple(scale), flip=flip, color_jitter=color_jitter)
+    """The transform for `open_pairs`. mean, std: per channel, of values in [0, 1]; augment: TrainTransform's fields."""
+    return TrainTransform(image_size, tuple(mean), tuple(std), scale=tuple(scale), **augment)
+
+
+def jitter_colors(image: torch.Tensor, strength: float | Sequence[float], draws: Sequence[float]) -> torch.Tensor:
+    """uint8 (3, H, W) with brightness, contrast, saturation (and hue, where its strength is given) changed at random.
+
+    draws: uniform in [0, 1), one for each.
+    """
+    strengths = [strength] * 3 if isinstance(strength, float | int) else strength
+    adjusts = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    for adjust, middle, s, draw in zip(adjusts, (1, 1, 1, 0), strengths, draws, strict=False):
+        image = adjust(image, middle + s * (2 * draw - 1))
+    return image
+
+
+def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
+    """uint8 (3, H, W) blurred with a Gaussian of `sigma` pixels, cut off at three of them or where the image ends."""
+    radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
+    return tv.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
 
 
 def crop_box(

@@ -103,7 +103,8 @@ def _write(pixels: np.ndarray, target: Path) -> None:
     partial.replace(target)
 
 
-def _seed(seed: int, *names: str) -> int:
+def picture_seed(seed: int, *names: str) -> int:
+    """A picture's own seed, by its name: the same whatever else there is, and at every level."""
     return zlib.crc32("/".join([str(seed), *names]).encode())
 
 
@@ -138,7 +139,7 @@ def folder_jobs(
         png = name.with_name(f"{name.name}.png" if stem in shared else f"{name.stem}.png")
         for distortion, label in chosen:
             target = out / distortion / label / png
-            jobs.append(Job(path, target, distortion, label, _seed(seed, distortion, name.as_posix())))
+            jobs.append(Job(path, target, distortion, label, picture_seed(seed, distortion, name.as_posix())))
     return jobs
 
 
@@ -190,7 +191,7 @@ def rebuild_jobs(
             code = STIMULUS_SETS[name].code
             file = f"{number:04}_{code}_dnn_{condition}_{category}_{count}_{stem}.png"
             target = Path(out) / name / "dnn" / "session-1" / file
-            jobs.append(Job(source, target, name, condition, _seed(seed, name, stem)))
+            jobs.append(Job(source, target, name, condition, picture_seed(seed, name, stem)))
     return Recipe(sorted(jobs, key=lambda job: job.source), missing)
 
 

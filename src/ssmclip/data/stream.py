@@ -28,7 +28,7 @@ State = dict[str, Any]
 Row = tuple[str, list[Any], list[str]]  # key, an image's views, its captions
 
 
-class NoUsableSamples(RuntimeError):
+class NoUsableSamples(ValueError):
     """A whole pass gave nothing to train on."""
 
 

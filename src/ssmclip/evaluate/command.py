@@ -10,6 +10,7 @@ from pathlib import Path
 from ssmclip.config import image_size, labelled
 
 OOD = "ood"
+DISTORTED = "distorted:"
 
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, with commas: digits,cifar10,flickr8k; table1: CLIP-Mamba's 26; found: all that are under "
-        "--data; folder:PATH: class folders of your own; `ssmclip datasets` lists them. ood: see --humans",
+        "--data; folder:PATH: class folders of your own; `ssmclip datasets` lists them. ood: see --humans; "
+        "distorted:cifar10: accuracy over the level of each distortion, see --distortions",
     )
     parser.add_argument(
         "--data",
@@ -51,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
     parser.add_argument("--humans", nargs="+", type=Path, help="of the task ood: people's trials, parquet or csv files")
     parser.add_argument(
+        "--distortions", help="of distorted:NAME, with commas (default: those of the 12 whose tables are given)"
+    )
+    parser.add_argument("--amplitude", type=Path, help="power-equalisation's table of mean amplitudes, .npy")
+    parser.add_argument("--gamma", type=Path, help="false-colour's table of the screen's light, .npy")
+    parser.add_argument(
         "--ood-prompts", default="imagenet", help="of the task ood: imagenet or categories (default: %(default)s)"
     )
 
@@ -58,20 +65,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import ssmclip
     from ssmclip.data.prompts import read_prompts
+    from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import LEVEL
     from ssmclip.evaluate.ood_command import decide_and_score, open_ood
     from ssmclip.evaluate.paired import paired_rows
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.ranks import launched
-    from ssmclip.evaluate.tasks import evaluations, open_tasks, task_names
+    from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
     from ssmclip.results import describe_run, write_rows
 
     models = labelled(args.model)
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    prompts = PROTOCOLS[args.protocol].prompts(read_prompts(args.prompts) if args.prompts else None)
     asked = [task for task in args.tasks.split(",") if task]
-    tasks = task_names(",".join(task for task in asked if task != OOD), args.data) if asked != [OOD] else []
-    opened = open_tasks(tasks, args.data, PROTOCOLS[args.protocol].prompts(prompts)) if tasks else []
+    distorted = [task.removeprefix(DISTORTED) for task in asked if task.startswith(DISTORTED)]
+    plain = [task for task in asked if task != OOD and not task.startswith(DISTORTED)]
+    opened, to_distort = (
+        open_tasks(task_names(",".join(names), args.data), args.data, prompts) if names else []
+        for names in (plain, distorted)
+    )
+    names = args.distortions.split(",") if args.distortions else None
+    how = choose(names, args.amplitude, args.gamma, args.seed) if distorted else None
     require_writable(args.out)  # before the hours, not after
     ood = open_ood(args) if OOD in asked else None
     rank, device = launched(args.device)
@@ -82,17 +96,24 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size, args.workers, args.seed, args.max_images, args.examples, kept, args.truncate or None
     )
     rows = []
+
+    def keep(made) -> None:  # after every data set: a later one's failure costs nothing
+        rows.extend(made)
+        if rank == 0:
+            write_rows(args.out, rows, described)
+
     for label, name in models.items() if opened else ():
         loaded = ssmclip.load(name, device=device, image_size=args.image_size)
         for made in evaluations(loaded, opened, settings, label, args.protocol, args.image_size):
-            rows += made
-            if rank == 0:
-                write_rows(args.out, rows, described)  # after every data set: a later one's failure costs nothing
-    rows += paired_rows(rows, seed=args.seed)
+            keep(made)
+    keep(paired_rows(rows, seed=args.seed))
+    if to_distort:
+        loaded = {k: ssmclip.load(name, device=device, image_size=args.image_size) for k, name in models.items()}
+        for made in distorted_evaluations(loaded, to_distort, how, settings, args.protocol, args.image_size):
+            keep(made)
     if ood and rank == 0:
-        rows += decide_and_score(models, *ood, args)
+        keep(decide_and_score(models, *ood, args))
     if rank == 0:
-        write_rows(args.out, rows, described)
         shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
         sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0

@@ -9,10 +9,8 @@ all categories: so a CLIP is asked about these 207 alone, and probabilities are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from tqdm import tqdm
 
 from ssmclip.data.images import open_image
 from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
+from ssmclip.evaluate import cache
 from ssmclip.evaluate.embed import UNREADABLE, Clip, Settings, embed_texts, inference, subset
 from ssmclip.evaluate.zeroshot import class_embeddings
 
@@ -92,8 +91,8 @@ class Decider:
 def imagenet_decider(model: nn.Module, preprocess: Callable[[Any], Tensor], name: str) -> Decider:
     """Of a model that gives the 1,000 logits of ImageNet-1k, in their usual order."""
     columns = tuple(IMAGENET[category] for category in CATEGORIES)
-    mark = _fingerprint(model.state_dict(), "imagenet-1k", repr(preprocess))
-    return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, mark)
+    made_of = {"model": cache.model_hash(model), "preprocess": cache.preprocess_hash(preprocess)}
+    return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, cache.key(made_of))
 
 
 def timm_decider(name: str, *, device: str = "cpu", label: str | None = None) -> Decider:
@@ -117,13 +116,11 @@ def clip_decider(
     *,
     prompts: str = "imagenet",
     templates: Sequence[str] | None = None,
-    cache: str | Path | None = None,
 ) -> Decider:
-    """Of a CLIP by zero-shot. Logits are 100 times the cosine.
+    """Of a CLIP by zero-shot. Logits are 100 times the cosine. The prompts' embeddings are kept in `settings.cache`.
 
     prompts: "imagenet", OpenAI's names of the 207 ImageNet classes that belong to a category, or "categories", the 16
     names themselves; templates: with {} for the name, left out OpenAI's 80, so 16,560 or 1,280 prompts.
-    cache: a folder that keeps the classes' embeddings, found again by the text tower's weights, tokens and prompts.
     Raises ValueError for other prompts.
     """
     if prompts not in PROMPTS:
@@ -136,14 +133,14 @@ def clip_decider(
         columns = tuple(tuple(SCORED.index(i) for i in IMAGENET[category]) for category in CATEGORIES)
     else:
         names, columns = list(CATEGORIES), tuple((i,) for i in range(len(CATEGORIES)))
-    classes = _class_embeddings(clip, names, templates, settings, cache).to(clip.device).T
+    classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), names, templates).to(clip.device).T
 
     def logits(images: Tensor) -> Tensor:
         features = clip.model.encode_image(images)
         return LOGIT_SCALE * nn.functional.normalize(features.float(), dim=-1) @ classes
 
-    mark = _fingerprint(clip.model.state_dict(), *names, *templates, repr(clip.preprocess))
-    return Decider(clip.name, clip.model, clip.preprocess, logits, columns, len(names), mark)
+    made_of = clip.hashes | {"prompts": cache.texts_hash([*names, *templates])}
+    return Decider(clip.name, clip.model, clip.preprocess, logits, columns, len(names), cache.key(made_of))
 
 
 def category_probabilities(logits: Float[Tensor, "n k"], columns: Sequence[Sequence[int]]) -> Float[Tensor, "n c"]:
@@ -277,35 +274,6 @@ def _collate(items: list[tuple[int, Tensor | None, str]]):
     read = [item for item in items if item[1] is not None]
     images = torch.stack([item[1] for item in read]) if read else torch.empty(0)
     return images, [item[0] for item in read], [why for _, tensor, why in items if tensor is None]
-
-
-def _class_embeddings(clip: Clip, names, templates, settings: Settings, cache: str | Path | None) -> Tensor:
-    def made() -> Tensor:
-        return class_embeddings(lambda texts: embed_texts(clip, texts, settings), names, templates)
-
-    if cache is None:
-        return made()
-    # The image tower has no part in it, and the tokens of the names stand for the tokenizer.
-    text = {key: value for key, value in clip.model.state_dict().items() if not key.startswith("visual.")}
-    file = Path(cache) / f"{_fingerprint(text, clip.tokenizer(list(names)).tolist(), *names, *templates)}.pt"
-    if file.is_file():
-        return torch.load(file, weights_only=True)
-    classes = made()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    torch.save(classes, partial)
-    partial.replace(file)
-    return classes
-
-
-def _fingerprint(state: dict[str, Tensor], *words: Any) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for name, value in state.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    # A function's repr has its address in it, another one in every process.
-    digest.update(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(list(map(str, words)))).encode())
-    return digest.hexdigest()
 
 
 def _open_decisions(path: Path) -> tuple[pa.Table, dict[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.config import image_size, labelled
-from ssmclip.evaluate.command import line, require_writable
+from ssmclip.evaluate.command import default_cache, line, require_writable
 from ssmclip.results import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="imagenet",
         help="of a CLIP: imagenet, 207 classes with 80 templates, or categories, 16 (default: %(default)s)",
     )
+    decide.add_argument("--cache", default=str(default_cache()), help="where embedded prompts are kept; none: nowhere")
     decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
     decide.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
@@ -52,19 +53,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
     )
     decide.add_argument("--max-images", type=int, help="a random subset of the stimuli")
+    decide.add_argument("--seed", type=int, default=0, help="of the subset (default: %(default)s)")
+    says = "the published stimuli by the names of their data sets, with checksums"
+    download = commands.add_parser("download", help=says, description=says)
+    download.add_argument("sets", help="data sets, with commas: edge,contrast; or all")
+    download.add_argument("--out", required=True, type=Path, help="gets a folder for each, and SHA256SUMS")
+    download.add_argument("--sha256", help="of the archive, where one set is named (default: what SHA256SUMS says)")
+    download.add_argument("--url", help="of another place, with {name} for the set's name (default: the release)")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"score": _score, "decide": _decide}[args.ood_command](args)
+    return {"score": _score, "decide": _decide, "download": _download}[args.ood_command](args)
+
+
+def _download(args: argparse.Namespace) -> int:
+    from ssmclip.data.stimuli import STIMULUS_SETS
+    from ssmclip.data.stimuli_download import RELEASE, SUMS, download_stimuli
+
+    names = list(STIMULUS_SETS) if args.sets == "all" else args.sets.split(",")
+    for name in names:
+        STIMULUS_SETS[name]  # an unknown one raises, before the first is fetched
+    if args.sha256 and len(names) > 1:
+        raise ValueError(f"--sha256 is of one archive, and {len(names)} are named; list theirs in {args.out / SUMS}")
+    for name in names:
+        found = download_stimuli(name, args.out, sha256=args.sha256, url=args.url or RELEASE)
+        sys.stdout.write(f"{name}: {len(found):,} stimuli in {args.out}\n")
+    return 0
 
 
 def _decide(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.decide import open_stimuli
-    from ssmclip.evaluate.embed import Settings
 
     require_writable(args.out)
     stimuli = open_stimuli(args.data, args.sets.split(",") if args.sets else None)
-    settings = Settings(args.batch_size, args.workers, max_images=args.max_images)
+    settings = _settings(args)
     for label, name in labelled(args.model).items():
         made = decide_model(
             label, name, stimuli, args.out, settings, args.prompts, device=args.device, image_size=args.image_size
@@ -86,16 +108,44 @@ def open_ood(args: argparse.Namespace) -> tuple[Any, Any]:
 def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Namespace) -> list[Result]:
     """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
     from ssmclip.data.trials import read_trials
-    from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import score_decisions
 
     decisions = args.out.with_suffix(".decisions.parquet")
-    settings = Settings(args.batch_size, args.workers, args.seed, args.max_images)
+    settings = _settings(args)
     for label, name in models.items():
         decide_model(
             label, name, stimuli, decisions, settings, args.ood_prompts, device=args.device, image_size=args.image_size
         )
-    return score_decisions(humans, read_trials(decisions), resamples=RESAMPLES, seed=args.seed)
+    rows = score_decisions(humans, read_trials(decisions), resamples=RESAMPLES, seed=args.seed)
+    return with_stimuli(rows, stimuli, args.seed) if args.examples else rows
+
+
+def with_stimuli(rows: list[Result], stimuli, seed: int) -> list[Result]:
+    """The rows; the first of each data set with a stimulus of each of its conditions, small, for the report."""
+    from ssmclip.data.images import open_image
+    from ssmclip.data.stimuli import STIMULUS_SETS
+    from ssmclip.evaluate.pictures import draw, thumbnail
+
+    said, shown = set(), []
+    for row in rows:
+        name = row.task.removeprefix("ood/")
+        of_set = [stimulus for stimulus in stimuli if stimulus.dataset == name]
+        if of_set and name not in said:
+            said.add(name)
+            order = [of_set[place] for place in draw(len(of_set), len(of_set), seed)]
+            first = {stimulus.condition: stimulus for stimulus in reversed(order)}
+            known = [label for label in STIMULUS_SETS[name].conditions if label in first]
+            small = {label: thumbnail(open_image(first[label].path)) for label in known}
+            row = replace(row, extra=row.extra | {"stimuli": small})
+        shown.append(row)
+    return shown
+
+
+def _settings(args: argparse.Namespace):
+    from ssmclip.evaluate.embed import Settings
+
+    cache = None if args.cache == "none" else Path(args.cache)
+    return Settings(args.batch_size, args.workers, args.seed, args.max_images, cache=cache)
 
 
 def decide_model(
@@ -109,10 +159,7 @@ def decide_model(
     device: str,
     image_size: int | tuple[int, int] | None,
 ) -> int:
-    """Load a model by its name on the command line and let it decide; returns how many decisions were added.
-
-    The embeddings of a CLIP's prompts are kept in the folder `zero_shot` beside `out`.
-    """
+    """Load a model by its name on the command line and let it decide; returns how many decisions were added."""
     import ssmclip
     from ssmclip.evaluate.decide import clip_decider, decide, timm_decider
     from ssmclip.evaluate.embed import Clip
@@ -121,7 +168,7 @@ def decide_model(
         decider = timm_decider(name.removeprefix(TIMM), device=device, label=label.removeprefix(TIMM))
     else:
         clip = Clip(*ssmclip.load(name, device=device, image_size=image_size), label)
-        decider = clip_decider(clip, settings, prompts=prompts, cache=out.parent / "zero_shot")
+        decider = clip_decider(clip, settings, prompts=prompts)
     return decide(decider, stimuli, out, settings)
 
 

@@ -76,7 +76,7 @@ def recall_rows(
         for k in KS
     }
     recalls["mean_recall"] = (partial(_mean_recall, [recall for recall, _ in recalls.values()]), len(images))
-    chances = _chances(counts)
+    chances = guessing(counts)
     rows = []
     for metric, (recall, n) in recalls.items():
         low, high = bootstrap_interval(lambda w, r=recall: r(weights=w), len(images), seed=seed)
@@ -91,7 +91,7 @@ def _mean_recall(recalls: list[Callable[..., Tensor]], weights: Tensor | None = 
     return torch.stack([recall(weights=weights) for recall in recalls]).mean(dim=0)
 
 
-def _chances(captions_per_image: list[int]) -> dict[str, float]:
+def guessing(captions_per_image: list[int]) -> dict[str, float]:
     """What guessing gives: k of all m captions, c of them right, and k of all n images, one of them right."""
     n, m = len(captions_per_image), sum(captions_per_image)
     to_text = {k: sum(1 - comb(m - c, k) / comb(m, k) for c in captions_per_image) / n for k in KS if k <= m}

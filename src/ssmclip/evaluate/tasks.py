@@ -11,11 +11,12 @@ from torch import nn
 
 from ssmclip.data.prompts import Prompts
 from ssmclip.data.sources import list_cards, load_card, open_dataset
+from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
-from ssmclip.published import TABLE1
+from ssmclip.paper_tables import TABLE1
 from ssmclip.registry import UnknownName
 from ssmclip.results import Result
 
@@ -73,6 +74,25 @@ def evaluations(
     for name, card, dataset in opened:
         rows = KINDS[card.kind](clips[card.kind], dataset, card, name, settings)
         yield rows if protocol == OWN else [replace(row, extra=row.extra | {"protocol": protocol}) for row in rows]
+
+
+def distorted_evaluations(
+    loaded: dict[str, tuple[nn.Module, Callable, Callable]],
+    opened: Sequence[tuple[str, Any, Any]],
+    how: Manipulations,
+    settings: Settings,
+    protocol: str = OWN,
+    image_size: int | None = None,
+) -> Iterator[list[Result]]:
+    """The rows of one distortion of one data set after another. loaded: a model's name -> model, preprocessing,
+    tokenizer."""
+    prepare = PROTOCOLS[protocol].preprocess
+    for _, card, dataset in opened:
+        clips = [
+            Clip(model, prepare(model, preprocess, card.kind, image_size), tokenizer, name)
+            for name, (model, preprocess, tokenizer) in loaded.items()
+        ]
+        yield from distorted_rows(clips, dataset, card, how, settings)
 
 
 def training_validation(

@@ -90,24 +90,21 @@ class SS2D(nn.Module):
 
     def scan(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         """delta, B and C of each direction from the map itself, then the scan. Positions stay in map order."""
-        b, h, w, _ = x.shape
         x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
         dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
             [self.dt_rank, self.d_state, self.d_state], -1
         )
-        delta = torch.bmm(
-            rearrange(dt, "b k h w r -> k (b h w) r"), rearrange(self.dt_projs_weight, "k d r -> k r d").to(dt.dtype)
-        )
         A = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
         return ops.cross_selective_scan(
             x,
-            rearrange(delta, "k (b h w) d -> b k h w d", b=b, h=h, w=w),
+            dt,
             rearrange(A, "(k d) n -> k d n", k=4),
             B,
             C,
             rearrange(self.Ds, "(k d) -> k d", k=4),
             self.dt_projs_bias,
             delta_softplus=True,
+            delta_weight=self.dt_projs_weight,
         )
 
 
@@ -321,9 +318,13 @@ class VMamba(nn.Module):
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)]
         self.apply(_init_linear)
 
+    def _embed(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
+        # Convolutions keep the memory order of what they get: with this one copy, all maps are channels last in memory.
+        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
         """The normalised last map, channels last."""
-        x = self.patch_embed(x)
+        x = self._embed(x)
         for stage in self.layers:
             x = stage(x)
         return self.classifier.norm(x)
@@ -347,7 +348,7 @@ class VMamba(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
         take, last = feature_take_indices(len(self.layers), indices)
-        x = self.patch_embed(x)
+        x = self._embed(x)
         maps = []
         for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
             x = stage.forward_blocks(x)

@@ -50,13 +50,20 @@ class Efficiency(Drawing):
         return {name: exponent(points) for name, points in self._lines().items() if len(points) > 1}
 
     def crossings(self) -> list[dict[str, Any]]:
-        """Where the lines of two models meet: their names, and x; None where they do not in the range measured."""
+        """Where the lines of two models meet: their names, and x; None where they do not in the range measured, and
+
+        then `lower`: which of the two is lower throughout (None where they share no size).
+        """
         lines = {name: points for name, points in self._lines().items() if len(points) > 1}
         image = self.rows[0].condition.startswith("image")
-        return [
-            {"first": a, "second": b, "x": None if (at := crossing(lines[a], lines[b])) is None else _x(at, image)}
-            for a, b in combinations(lines, 2)
-        ]
+        found = []
+        for a, b in combinations(lines, 2):
+            at = crossing(lines[a], lines[b])
+            first, second = dict(lines[a]), dict(lines[b])
+            gap = next((second[x] - first[x] for x in first if x in second), 0.0) if at is None else 0.0
+            x, lower = None if at is None else _x(at, image), None if gap == 0 else a if gap > 0 else b
+            found.append({"first": a, "second": b, "x": x, "lower": lower})
+        return found
 
     def _lines(self) -> dict[str, list[Point]]:
         lines: dict[str, list[Point]] = {}
@@ -68,7 +75,8 @@ class Efficiency(Drawing):
         frame, growth = self.frame(), self.growth()
         image = self.rows[0].condition.startswith("image")
         what = "pixels" if image else "tokens"
-        crossed = [c for c in self.crossings() if c["x"] is not None]
+        crossings = self.crossings()
+        crossed = [c for c in crossings if c["x"] is not None]
         picture, axes = canvas(3.0)
         for name, points in self._lines().items():
             model = next(point["model"] for point in frame if point["line"] == name)
@@ -81,12 +89,52 @@ class Efficiency(Drawing):
             axes.axvline(c["x"], color="0.6", linewidth=0.8, linestyle=":")
             axes.annotate(f" {c['x']:.0f}", (c["x"], 0.02), xycoords=("data", "axes fraction"), size=8)
         axes.set(xscale="log", yscale="log")
-        axes.set_xlabel("side of the image, pixels" if image else "tokens")
+        # Of two models or three a reader asks about each pair.
+        apart = [c for c in crossings if c["lower"]] if len(growth) < 4 else []
+        said = [f"{c['lower']} lower throughout, {_other(c)} higher" for c in apart]
+        axes.set_xlabel("\n".join(["side of the image, pixels" if image else "tokens", *said]))
         places = sorted({point["x"] for point in frame})
         axes.set_xticks(places, [f"{x:.0f}" for x in places])
         axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_ylabel(metric_name(self.rows[0].metric))
         legend(axes, len(models_of(frame)))
+        return picture
+
+
+CLIMP_PIXELS = 896  # where CLIMP (Shabtay et al. 2025) says VMamba-B takes a fifth of the memory of ViT-B/16
+
+
+@figure("memory", needs=["inference_memory_mb", "training_memory_mb"])
+class Memory(Drawing):
+    """The peak memory of models side by side at one size of image: CLIMP's, or else the largest measured."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        for metric in cls.needs:
+            found = [r for r in rows if r.metric == metric and r.task == "efficiency" and r.condition[:5] == "image"]
+            sides = {row.condition: _point(row)["x"] for row in found if CONDITION.fullmatch(row.condition)}
+            side = CLIMP_PIXELS if CLIMP_PIXELS in sides.values() else max(sides.values(), default=None)
+            there = [row for row in found if sides.get(row.condition) == side]
+            if len(there) > 1:
+                yield cls(f"{metric_name(metric)}, images of {side:.0f} pixels", there, looks)
+
+    def frame(self):
+        """value: MB; times: over the least of all."""
+        least = min(row.value for row in self.rows)
+        return [{**_point(row), "times": row.value / least} for row in self.rows]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(0.4 * len(frame) + 0.4)
+        for place, entry in enumerate(frame):
+            look = self.styles[entry["model"]]
+            axes.barh(place, entry["value"], 0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
+            note = f"{entry['value']:,.0f}" + (f" ({entry['times']:.1f}x)" if entry["times"] > 1 else "")
+            axes.annotate(f" {note}", (entry["value"], place), va="center", size=8)
+        axes.set_yticks(range(len(frame)), [entry["line"] for entry in frame])
+        axes.invert_yaxis()
+        axes.set_xmargin(0.25)
+        axes.set_xlabel(metric_name(self.rows[0].metric))
         return picture
 
 
@@ -115,6 +163,10 @@ def crossing(first: Sequence[Point], second: Sequence[Point]) -> int | float | N
         if gap0 == 0 or gap0 * gap1 < 0:
             return math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1)) if gap0 else math.exp(x0)
     return None
+
+
+def _other(pair: dict[str, Any]) -> str:
+    return pair["second"] if pair["lower"] == pair["first"] else pair["first"]
 
 
 def _point(row) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class AccuracyPerParameter(Drawing):
             x, y = point["parameters"], point["average"] / 100
             axes.plot([x], [y], marker, color=colour, markeredgecolor=look.colour if look else INK, markersize=6)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        plain_numbers(axes.xaxis)
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("million parameters of the image tower")
         axes.margins(x=0.1, y=0.15)
@@ -395,6 +395,12 @@ def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool
 def legend(axes: Axes, models: int) -> None:
     """Above the axes, where it hides no point."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
+
+
+def plain_numbers(axis) -> None:
+    """For axes that aren't linear: their own labels are formulas, which are not drawn (a name may look like one)."""
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def scale(axis, metric: str) -> None:

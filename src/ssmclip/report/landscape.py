@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import matplotlib.ticker as ticker
 import numpy as np
 
-from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of
+from ssmclip.analyze.summary import USUAL
+from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
 from ssmclip.results import Result
 
@@ -24,8 +26,14 @@ def measured(rows: Iterable[Result], end: str) -> list[Result]:
     return [row for row in rows if row.task == "hessian" and (m := PLACE.fullmatch(row.metric)) and m[1] == end]
 
 
-def tower_of(row: Result) -> str:
-    return next((part.removeprefix("tower=") for part in row.condition.split(",") if part.startswith("tower=")), "")
+def where_of(row: Result) -> str:
+    """What was differentiated by, and how it was measured where that is not Lanczos, in words.
+
+    >>> where_of(Result("m", "hessian", "step=4,batch=0,tower=image,protocol=park-kim", "by_magnitude_1", 2.0))
+    'image, usual power iteration'
+    """
+    given = dict(part.split("=", 1) for part in row.condition.split(",") if "=" in part)
+    return given.get("tower", "whole") + (", usual power iteration" if "protocol" in given else "")
 
 
 def bandwidth(values: np.ndarray) -> float:
@@ -35,7 +43,7 @@ def bandwidth(values: np.ndarray) -> float:
     return float(0.9 * spread * len(values) ** -0.2)
 
 
-def kernel_density(values: Sequence[float], at: np.ndarray) -> np.ndarray:
+def kernel_density(values: Sequence[float] | np.ndarray, at: np.ndarray) -> np.ndarray:
     """Gaussian kernel density estimate of the values, at these points."""
     values = np.asarray(values, float)
     width = bandwidth(values)
@@ -49,9 +57,9 @@ class Eigenvalues(Drawing):
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
-        for tower in dict.fromkeys(map(tower_of, mine)):
-            of_tower = [row for row in mine if tower_of(row) == tower]
-            yield cls(f"Hessian: the largest eigenvalues of every batch, {tower or 'whole'}", of_tower, looks)
+        for where in dict.fromkeys(map(where_of, mine)):
+            there = [row for row in mine if where_of(row) == where]
+            yield cls(f"Hessian: the largest eigenvalues of every batch, {where}", there, looks)
 
     def frame(self):
         return [{"model": row.model, "value": row.value, "converged": row.extra.get("converged")} for row in self.rows]
@@ -60,22 +68,29 @@ class Eigenvalues(Drawing):
         frame = self.frame()
         models = models_of(frame)
         picture, axes = canvas(2.8)
-        values = np.array([entry["value"] for entry in frame])
-        low, high = values.min(), values.max()
+        of = {model: np.array([entry["value"] for entry in frame if entry["model"] == model]) for model in models}
+        sizes = [np.median(abs(values)) for values in of.values()]
+        forth, back = (lambda x: x), (lambda x: x)
+        if max(sizes) > 5 * min(sizes) > 0:  # on a linear axis the smaller would be a spike
+            width = min(sizes) / 3
+            forth, back = (lambda x: np.arcsinh(x / width)), (lambda x: width * np.sinh(x))
+            axes.set_xscale("asinh", linear_width=width)
+            axes.xaxis.set_major_locator(ticker.AsinhLocator(width, numticks=8))
+            plain_numbers(axes.xaxis)
+        of = {model: forth(values) for model, values in of.items()}
+        low, high = min(map(min, of.values())), max(map(max, of.values()))
         margin = 0.08 * (high - low) or 1.0
-        at = np.linspace(low - margin, high + margin, POINTS)
-        axes.axvspan(low - margin, 0, color="#888888", alpha=0.12, linewidth=0)
-        for model in models:
-            mine = [entry["value"] for entry in frame if entry["model"] == model]
+        at, edges = (np.linspace(low - margin, high + margin, points) for points in (POINTS, 47))
+        axes.axvspan(back(low - margin), 0, color="#888888", alpha=0.12, linewidth=0)
+        for model, values in of.items():
             look = self.styles[model]
-            negative = np.mean(np.array(mine) < 0)
-            axes.hist(mine, bins=np.linspace(low, high or 1.0, 41) if high > low else 5, density=True, alpha=0.3,
-                      color=look.colour, hatch=look.hatch)  # fmt: skip
-            label = f"{model}: {100 * negative:.1f} % negative of {len(mine)}"
-            axes.plot(at, kernel_density(mine, at), look.dash, color=look.colour, label=label)
-        axes.set_xlim(low - margin, high + margin)
+            shares, _ = np.histogram(values, edges, density=True)
+            axes.stairs(shares, back(edges), fill=True, alpha=0.3, color=look.colour, hatch=look.hatch)
+            label = f"{model}: {100 * np.mean(values < 0):.1f} % negative of {len(values)}"
+            axes.plot(back(at), kernel_density(values, at), look.dash, color=look.colour, label=label)
+        axes.set_xlim(back(low - margin), back(high + margin))
         axes.set_xlabel("eigenvalue of the Hessian (shaded: negative)")
-        axes.set_ylabel("density")
+        axes.set_ylabel("density on this axis")
         legend(axes, 1)  # a line for each: its share is said there
         return picture
 
@@ -87,9 +102,9 @@ class SpectralDensity(Drawing):
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in rows if row.task == "hessian" and "nodes" in row.extra and step_of(row) is None]
-        for tower in dict.fromkeys(map(tower_of, mine)):
-            of_tower = [row for row in mine if tower_of(row) == tower]
-            yield cls(f"Hessian: density of all eigenvalues, {tower or 'whole'}", of_tower, looks)
+        for where in dict.fromkeys(map(where_of, mine)):
+            there = [row for row in mine if where_of(row) == where]
+            yield cls(f"Hessian: density of all eigenvalues, {where}", there, looks)
 
     def frame(self):
         probes: dict[str, list[tuple[list[float], list[float]]]] = {}
@@ -118,9 +133,56 @@ class SpectralDensity(Drawing):
             x, y = [e["eigenvalue"] for e in mine], [max(e["density"], 1e-12 * top) for e in mine]
             axes.semilogy(x, y, look.dash, color=look.colour, label=model)
         axes.set_ylim(1e-9 * top, 2 * top)
+        plain_numbers(axes.yaxis)
         axes.set_xlabel("eigenvalue of the Hessian")
         axes.set_ylabel("density")
         legend(axes, len(models_of(frame)))
+        return picture
+
+
+@figure("hessian_protocols", needs=["by_magnitude_1"])
+class Protocols(Drawing):
+    """What the usual power iteration and Lanczos spend on the eigenvalues of largest magnitude of the same batches, and
+    how far from eigenvalues the worst of what they return is."""
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
+        usual = {(row.model, row.condition.replace(f",{USUAL}", "")) for row in mine if USUAL in row.condition}
+        both = [row for row in mine if (row.model, row.condition.replace(f",{USUAL}", "")) in usual]
+        if any(USUAL not in row.condition for row in both):
+            yield cls("Hessian: the usual power iteration and Lanczos on the same batches", both, looks)
+
+    def frame(self):
+        batches: dict[tuple[str, str], list[Result]] = {}
+        for row in self.rows:
+            batches.setdefault((row.model, row.condition), []).append(row)
+        return [
+            {
+                "model": model,
+                "protocol": "usual power iteration" if USUAL in condition else "Lanczos",
+                "products": max(row.extra.get("found_after", row.extra["products"]) for row in rows),
+                "residual": max(row.extra["residual"] for row in rows),
+            }
+            for (model, condition), rows in batches.items()
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        picture, axes = canvas(2.8)
+        for model in models_of(frame):
+            look = self.styles[model]
+            for protocol, marker in (("Lanczos", "o"), ("usual power iteration", "x")):
+                mine = [e for e in frame if (e["model"], e["protocol"]) == (model, protocol)]
+                x, y = [e["products"] for e in mine], [max(e["residual"], 1e-10) for e in mine]
+                axes.plot(x, y, marker, color=look.colour, label=f"{model}, {protocol}", fillstyle="none")
+        axes.axhline(1e-3, linewidth=0.8, color="#888888")
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("Hessian-vector products (grey: a residual of 1e-3)")
+        axes.set_ylabel("largest relative residual")
+        legend(axes, 1)
         return picture
 
 
@@ -136,9 +198,9 @@ class EigenvaluesOverTraining(Drawing):
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in rows if row.metric in cls.needs and row.task == "hessian" and step_of(row) is not None]
-        for tower in dict.fromkeys(map(tower_of, mine)):
-            of_tower = [row for row in mine if tower_of(row) == tower]
-            yield cls(f"Hessian: the extreme eigenvalues over training, {tower or 'whole'}", of_tower, looks)
+        for where in dict.fromkeys(map(where_of, mine)):
+            there = [row for row in mine if where_of(row) == where]
+            yield cls(f"Hessian: the extreme eigenvalues over training, {where}", there, looks)
 
     def frame(self):
         groups: dict[tuple[str, str, int], list[float]] = {}
@@ -160,6 +222,7 @@ class EigenvaluesOverTraining(Drawing):
                 if mine:
                     axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=look.marker, label=label)
         axes.set_yscale("symlog", linthresh=1.0)
+        plain_numbers(axes.yaxis)
         axes.axhline(0, linewidth=0.8, color="#888888")
         axes.set_xlabel("steps")
         axes.set_ylabel("most positive and most negative")
@@ -253,6 +316,7 @@ class Relief(Surface):
         axes = picture.add_subplot(place, projection="3d")
         axes.plot_surface(*np.meshgrid(x, y), loss, cmap="plasma", linewidth=0, rstride=1, cstride=1)
         axes.view_init(elev=25, azim=-60)
+        axes.locator_params(nbins=4)
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         axes.set_zlabel("loss")

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.image import pil_to_array
 
+from ssmclip.report.examples import picture as thumbnail
 from ssmclip.report.figures import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
 from ssmclip.report.store import final, level_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing
@@ -20,6 +22,7 @@ from ssmclip.results import Result
 HUMANS = "humans"
 SET = "ood/"  # begins the task of a data set
 AVERAGE = "ood"
+DISTORTED = "distorted/"  # begins the task of a distortion of a data set: distorted/DATA SET/DISTORTION
 MEASURES = {  # and which way is better
     "ood_accuracy": "more is better",
     "accuracy_difference": "less is better",
@@ -38,44 +41,112 @@ def _humans_first(rows: Sequence[Result]) -> list[Result]:
 
 
 def _set(row: Result) -> str:
-    return row.task.removeprefix(SET)
+    """The data set of stimuli, or the distortion."""
+    return row.task.rpartition("/")[2]
+
+
+def _family(row: Result) -> str | None:
+    """The data set that was distorted, None for rows of another kind."""
+    return row.task.rpartition("/")[0] if row.task.startswith(DISTORTED) else None
+
+
+def _families(rows: Sequence[Result]) -> list[str]:
+    return [family for family in dict.fromkeys(map(_family, rows)) if family]
+
+
+def _family_title(row: Result) -> str:
+    return f"{row.extra.get('title', row.task).rpartition(', ')[0]}, distorted"
 
 
 def _point(row: Result, **more: Any) -> dict[str, Any]:
     return {"model": row.model, "value": row.value, "ci_low": row.ci_low, "ci_high": row.ci_high, **more}
 
 
-@figure("ood_accuracy_by_level", needs=["accuracy"])
+@figure("ood_accuracy_by_level", needs=["accuracy", "top1", "image_to_text_recall@10"])
 class AccuracyByLevel(Drawing):
-    """Accuracy over the level of distortion, a panel for each data set."""
+    """Accuracy over the level of distortion, a panel for each data set of stimuli, or for each distortion of a data
+    set; dotted, what guessing gives."""
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.task.startswith(SET) and level_of(row)]
-        yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(mine), looks)
+        mine = [row for row in rows if row.metric in cls.needs and level_of(row)]
+        published = [row for row in mine if row.task.startswith(SET)]
+        yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(published), looks)
+        for family in _families(mine):
+            of_these = [row for row in mine if _family(row) == family]
+            what = f"{metric_name(of_these[0].metric)} over the level of distortion"
+            yield cls(f"{_family_title(of_these[0])}: {what}", of_these, looks)
 
     def frame(self):
-        return [_point(row, set=_set(row), level=level_of(row)) for row in self.rows]
+        return [
+            _point(row, set=_set(row), level=level_of(row), metric=row.metric, chance=row.extra.get("chance"))
+            for row in self.rows
+        ]
 
     def plot(self):
         frame = self.frame()
         sets = list(dict.fromkeys(point["set"] for point in frame))
+        highest = max(max(point["value"], point["ci_high"] or 0) for point in frame)
+        top = 1.0 if highest > 0.5 else 1.05 * highest  # small recalls would lie on the floor
         picture, panels = grid(math.ceil(len(sets) / COLUMNS), COLUMNS, 1.55)
         for axes, name in zip(panels, sets, strict=False):
-            levels = list(dict.fromkeys(point["level"] for point in frame if point["set"] == name))
+            here = [point for point in frame if point["set"] == name]
+            levels = list(dict.fromkeys(point["level"] for point in here))
             for model in models_of(frame):
-                mine = [point for point in frame if point["set"] == name and point["model"] == model]
-                curve(axes, mine, levels, _look(self.styles, model))
+                curve(axes, [point for point in here if point["model"] == model], levels, _look(self.styles, model))
+            if here[0]["chance"]:
+                axes.axhline(here[0]["chance"], color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(name, loc="left")
             labels = [short_level(level) for level in levels]
             axes.set_xticks(range(len(levels)), labels, size=7, rotation=90 if len("".join(labels)) > 18 else 0)
-            axes.set_ylim(-0.03, 1.03)
-            scale(axes.yaxis, "accuracy")
+            axes.set_ylim(-0.03 * top, 1.03 * top)
+            scale(axes.yaxis, here[0]["metric"])
         for axes in panels[len(sets) :]:
             axes.set_axis_off()
         handles, labels = panels[0].get_legend_handles_labels()
         picture.legend(handles, labels, loc="outside upper left", ncols=2 if max(map(len, labels)) < 24 else 1)
         return picture
+
+
+@figure("stimuli", needs=["accuracy", "ood_accuracy", "top1", "image_to_text_recall@10"])
+class Stimuli(Drawing):
+    """What was tested: a picture at each level of each distortion, or a stimulus of each condition of each data set."""
+
+    section = "details"
+    wide = True
+
+    @classmethod
+    def each(cls, rows, looks):
+        mine = [row for row in rows if row.metric in cls.needs and row.extra.get("stimuli")]
+        published = [row for row in mine if row.task.startswith(SET)]
+        yield cls("Out of distribution: a stimulus of each condition", published, looks)
+        for family in _families(mine):
+            of_these = [row for row in mine if _family(row) == family]
+            yield cls(f"{_family_title(of_these[0])}: one picture at each level", of_these, looks)
+
+    def frame(self):
+        return [
+            {"set": _set(row), "level": level, "picture": encoded}
+            for row in self.rows
+            for level, encoded in row.extra["stimuli"].items()
+        ]
+
+    def plot(self):
+        frame = self.frame()
+        sets = list(dict.fromkeys(cell["set"] for cell in frame))
+        columns = max(sum(cell["set"] == name for cell in frame) for name in sets)
+        with drawing():
+            size = (1.1 + 0.85 * columns, 0.3 + 1.05 * len(sets))
+            fig = Figure(figsize=size, layout="constrained")
+            table = fig.subplots(len(sets), columns, squeeze=False)
+        for axes in table.flat:
+            axes.set_axis_off()
+        for line, name in zip(table, sets, strict=True):
+            for axes, cell in zip(line, [cell for cell in frame if cell["set"] == name], strict=False):
+                axes.imshow(pil_to_array(thumbnail(cell["picture"])))
+                axes.set_title(short_level(cell["level"]), size=8)
+            line[0].text(-0.12, 0.5, name, transform=line[0].transAxes, ha="right", va="center", size=8)
+        return fig
 
 
 def curve(axes, points: Sequence[dict[str, Any]], levels: Sequence[str], look: Style) -> None:

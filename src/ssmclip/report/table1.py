@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from ssmclip.published import TABLE1
+from ssmclip.paper_tables import TABLE1
 from ssmclip.report.store import final
 from ssmclip.report.words import headline
 from ssmclip.results import Result

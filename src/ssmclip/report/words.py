@@ -34,6 +34,7 @@ FRACTIONS = {  # written as percentages
     "negative_share": "negative among the eigenvalues of largest magnitude",
     "converged_share": "eigenvalues that are converged",
     "negative_mass": "negative part of all eigenvalues' magnitude",
+    "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
 }
 NAMES = FRACTIONS | {
     "images_per_s": "images per second",
@@ -43,6 +44,10 @@ NAMES = FRACTIONS | {
     "top_magnitude": "mean magnitude of the largest eigenvalues",
     "products": "Hessian-vector products a batch",
     "min_over_max": "most negative over most positive eigenvalue",
+    "power_iteration_products": "Hessian-vector products of the usual power iteration a batch",
+    "power_iteration_products_over_lanczos": "products of the usual power iteration over those of Lanczos",
+    "power_iteration_residual": "largest relative residual of the usual power iteration",
+    "power_iteration_error": "largest relative error of the usual power iteration",
     "trace": "trace of the Hessian",
     "texts_per_s": "texts per second",
     "training_images_per_s": "images per second in training",
@@ -56,6 +61,7 @@ NAMES = FRACTIONS | {
     "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
 DIFFERENCE = "_difference"
+RETAINED = "_retained"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
 RECALL = re.compile(r"(\w+)_recall@(\d+)")
 
@@ -67,6 +73,8 @@ def metric_name(metric: str) -> str:
     """
     if metric not in NAMES and metric.endswith(DIFFERENCE):
         return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
+    if metric.endswith(RETAINED):
+        return f"{metric_name(metric.removesuffix(RETAINED))}, share kept of that above guessing"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return NAMES.get(metric, metric.replace("_", " "))
@@ -78,7 +86,7 @@ def is_fraction(metric: str) -> bool:
     >>> is_fraction("top1_difference"), is_fraction("accuracy_difference")  # a squared one
     (True, False)
     """
-    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE)
+    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE).removesuffix(RETAINED)
     return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,24 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
     return {**made, "model_cfg": _merge(made["model_cfg"], changes)}
 
 
-def build_model(config: TrainConfig, architecture: dict[str, Any]) -> nn.Module:
+def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
     """The model in training mode, after a look that it takes every image size of the schedule. Raises ValueError."""
     model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
     if config.model.freeze_text:
         freeze_text_tower(model)
+    batch = config.batch_size // world_size
+    micro_batch = min(config.loss.micro_batch or batch, batch)
+    alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
+    probe = copy.deepcopy(model).train() if alone else model.eval()
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
-                model.eval().encode_image(torch.zeros(1, 3, size, size))
+                probe.encode_image(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
                 f"{config.model.name} can't take images of {size} pixels among data.image_sizes="
-                f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),)"
+                f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
+                "one with batch norm, larger images or more than one in a batch and in each micro-batch"
             ) from error
     return model.train()
 
@@ -78,7 +84,14 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
     """
     source = config.model.text_weights
     if checkpoint:
-        models.weights.load_into(model, models.load_state(checkpoint / models.weights.WEIGHTS_NAME), checkpoint)
+        state = models.load_state(checkpoint / models.weights.WEIGHTS_NAME)
+        try:
+            models.weights.load_into(model, state, checkpoint)
+        except models.CheckpointError as error:
+            raise models.CheckpointError(
+                f"{error}. If an older version of this package began the run, delete {checkpoint.parents[1]} or choose "
+                "another --out"
+            ) from error
     elif source:
         if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
             raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
@@ -91,14 +104,11 @@ def open_stream(
 ) -> PairLoader:
     """This process's stream of batches at an image size, from `cursor` on (None: from the start)."""
     preprocess = architecture["preprocess_cfg"]
-    augment = config.data.augment
     transform = train_transform(
         size,
         preprocess.get("mean", OPENAI_DATASET_MEAN),
         preprocess.get("std", OPENAI_DATASET_STD),
-        scale=augment.scale,
-        flip=augment.flip,
-        color_jitter=augment.color_jitter,
+        **dataclasses.asdict(config.data.augment),
     )
     return open_pairs(
         config.data.source,

@@ -33,7 +33,13 @@ class Ema:
 
 
 def ema_decay(step: int, steps: int, start: float, schedule: str) -> float:
-    """The decay at `step` (from 0): constant, or from `start` to 1 along half a cosine as mamba-clip's."""
+    """The decay at `step` (from 0) of a run of `steps`, on one of EmaConfig's schedules.
+
+    constant: `start`. warmup: 1 - (1 + step)^(-2/3) until that reaches `start`, as timm's ModelEmaV3; the first step's
+    weights are taken whole. cosine: from `start` to 1 along half a cosine, as mamba-clip's.
+    """
     if schedule == "constant":
         return start
+    if schedule == "warmup":
+        return min(start, 1 - (1 + step) ** (-2 / 3))
     return 1 + 0.5 * (start - 1) * (1 + math.cos(math.pi * step / steps))

@@ -102,7 +102,7 @@ class _Run:
         architecture = model_config(config)
         if accelerator.is_main_process:
             write_text(out / "open_clip_config.json", json.dumps(architecture, indent=2) + "\n")
-        model = build_model(config, architecture)
+        model = build_model(config, architecture, accelerator.num_processes)
         load_start(model, config, checkpoint)
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
@@ -185,13 +185,12 @@ class _Run:
         set_lr(self.optimiser, lr)
         loss = backward(accelerator, self.model, self.loss, images, texts, config.loss.micro_batch)
         norm = self._grad_norm()
-        self.optimiser.step()
+        skipped = self._update()
         self.optimiser.zero_grad(set_to_none=True)
         bare = accelerator.unwrap_model(self.model)
         clamp_logit_scale(bare, config.loss.max_logit_scale)
         if self.ema:
             self.ema.update(bare, ema_decay(self.step, config.steps, config.ema.decay, config.ema.schedule))
-        skipped = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
         self.skips += skipped
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         self.step += 1
@@ -200,7 +199,15 @@ class _Run:
             raise NonFinite(
                 f"step {self.step}: gradients overflowed {_MOST_SKIPS} times in a row; keys of the batch: {keys}"
             )
-        return Measured(self.step, loss, norm, batch.keys, bool(skipped))
+        return Measured(self.step, loss, norm, batch.keys, skipped)
+
+    def _update(self) -> bool:
+        """AdamW's step; true when the gradient scaler left it out."""
+        scaler = self.accelerator.scaler
+        before = scaler.get_scale() if scaler is not None else 0.0
+        self.optimiser.step()
+        # By the scale: Accelerate goes by whether AdamW was called, and a fused one always is.
+        return scaler is not None and scaler.get_scale() < before
 
     def _grad_norm(self) -> torch.Tensor:
         """The gradient's norm over all parameters, before it is clipped if it is."""

@@ -86,26 +86,28 @@ def _backward_fake(dy, x, weight, bias):
     return _new(x).transpose(1, 2), weight.new_empty(weight.shape), x.new_empty((0,) if bias is None else bias.shape)
 
 
-def _remember(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+def register_derivatives(name: str, library: torch.library.Library) -> None:
+    """Autograd for the operator `name` and its gradient `name`_backward, which take what those above take."""
+
+    def remember(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    def gradient(ctx, dy):
+        inputs = ctx.saved_tensors
+        if dy is None:
+            return None, None, None
+        grads = getattr(torch.ops.ssmclip, f"{name}_backward")(dy, *inputs)
+        return tuple(None if x is None else g for x, g in zip(inputs, grads, strict=True))
+
+    def gradient_of_gradient(ctx, *grads_of_grads):
+        """The derivative of what `plain` gives as the gradient; in its turn differentiable."""
+        dy, *inputs = ctx.saved_tensors
+        return tuple(second_gradient(lambda *own: (plain.causal_conv1d(*own),), [dy], inputs, grads_of_grads, ctx))
+
+    register = torch.library.register_autograd
+    register(f"ssmclip::{name}", gradient, setup_context=remember, lib=library)
+    register(f"ssmclip::{name}_backward", gradient_of_gradient, setup_context=remember, lib=library)
 
 
-def _gradient(ctx, dy):
-    inputs = ctx.saved_tensors
-    if dy is None:
-        return None, None, None
-    grads = torch.ops.ssmclip.causal_conv1d_backward(dy, *inputs)
-    return tuple(None if x is None else g for x, g in zip(inputs, grads, strict=True))
-
-
-def _second_gradient(ctx, *grads_of_grads):
-    """The derivative of what `plain` gives as the gradient; in its turn differentiable."""
-    dy, *inputs = ctx.saved_tensors
-    return tuple(second_gradient(lambda *own: (plain.causal_conv1d(*own),), [dy], inputs, grads_of_grads, ctx))
-
-
-torch.library.register_autograd("ssmclip::causal_conv1d", _gradient, setup_context=_remember, lib=_library)
-torch.library.register_autograd(
-    "ssmclip::causal_conv1d_backward", _second_gradient, setup_context=_remember, lib=_library
-)
+register_derivatives("causal_conv1d", _library)

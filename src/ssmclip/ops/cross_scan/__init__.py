@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from ssmclip.ops.cross_scan import cpu, plain
+from ssmclip.ops.cross_scan import cpu, plain, triton
 from ssmclip.ops.cross_scan.plain import cross_merge, cross_scan
 from ssmclip.ops.dispatch import Backend, choose
 from ssmclip.ops.selective_scan import check_tensor
@@ -17,6 +17,7 @@ __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan"]
 
 
 BACKENDS = {
+    "triton": Backend(triton.cross_selective_scan, devices=("cuda",), needs="triton"),
     "cpu": Backend(cpu.cross_selective_scan, devices=("cpu",), needs="numba"),
     "chunked": Backend(plain.composed("chunked")),
     "reference": Backend(plain.composed("reference")),
@@ -25,34 +26,42 @@ BACKENDS = {
 
 def cross_selective_scan(
     x: Float[Tensor, "B H W D"],
-    delta: Float[Tensor, "B 4 H W D"],
+    delta: Float[Tensor, "B 4 H W D"] | Float[Tensor, "B 4 H W R"],
     A: Float[Tensor, "4 D N"],
     B: Float[Tensor, "B 4 H W N"],
     C: Float[Tensor, "B 4 H W N"],
     D: Float[Tensor, "4 D"] | None = None,
     delta_bias: Float[Tensor, "4 D"] | None = None,
     delta_softplus: bool = True,
+    delta_weight: Float[Tensor, "4 D R"] | None = None,
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "B H W D"]:
     """Four selective scans over a map, one per direction, and their sum: cross_merge(selective_scan(cross_scan(x))).
 
     Everything is in map order, channels last: delta[:, k, i, j] is what direction k uses at row i, column j. Any
-    strides; the last dimension is copied where it is not contiguous. State and result types, derivatives and errors
+    strides; the last dimension is copied where it is not contiguous. With delta_weight, delta has R numbers for each
+    position, and its product with the direction's matrix is what the scan uses: the back end `cpu` then keeps no
+    tensor of four maps, neither forward nor for the gradient. State and result types, derivatives and errors
     are those of `selective_scan`.
     """
-    _check(x, delta, A, B, C, D, delta_bias)
-    return choose(BACKENDS, backend, x.device.type)(x, delta, A, B, C, D, delta_bias, delta_softplus)
+    _check(x, delta, A, B, C, D, delta_bias, delta_weight)
+    run = choose(BACKENDS, backend, x.device.type)
+    return run(x, delta, A, B, C, D, delta_bias, delta_softplus, delta_weight)
 
 
-def _check(x, delta, A, B, C, D, delta_bias) -> None:
+def _check(x, delta, A, B, C, D, delta_bias, delta_weight) -> None:
     if x.ndim != 4 or A.ndim != 3:
         raise ValueError(
             f"x must be (batch, height, width, dim) and A (4, dim, state), got {tuple(x.shape)}, {tuple(A.shape)}"
         )
     batch, height, width, dim = x.shape
     state = A.shape[2]
-    check_tensor("delta", delta, (batch, 4, height, width, dim), x)
+    numbers = dim
+    if delta_weight is not None:
+        numbers = delta.shape[-1]
+        check_tensor("delta_weight", delta_weight, (4, dim, numbers), x)
+    check_tensor("delta", delta, (batch, 4, height, width, numbers), x)
     check_tensor("A", A, (4, dim, state), x)
     check_tensor("B", B, (batch, 4, height, width, state), x)
     check_tensor("C", C, (batch, 4, height, width, state), x)

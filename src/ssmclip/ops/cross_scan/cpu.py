@@ -1,9 +1,13 @@
 """The four scans in one pass over the map, on the CPU: no sequence is built, the sum is taken as the rows are read.
 
-The kernels are those of the selective scan; a direction is a group that shares x and y with the others.
+The kernels are those of the selective scan; a direction is a group that shares x and y with the others. With a
+`delta_weight`, delta is four times the map and is never there as a whole: it is made for some batch elements at a time,
+in memory that is used again, and made again for the gradient.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +17,29 @@ from ssmclip.ops.cross_scan import plain
 from ssmclip.ops.selective_scan.cpu import second_gradient
 from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
 
+DELTA_BYTES = 4 * 2**20  # of delta at a time: the cache of a core or two
 CHANNELS = 8  # rows of the map are read as whole registers; other numbers of channels are padded
 
-_INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
+_INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
 _library.define(f"cross_selective_scan({_INPUTS}, bool delta_softplus, bool save) -> (Tensor y, Tensor saved)")
 _library.define(
     f"cross_selective_scan_backward(Tensor dy, {_INPUTS}, Tensor saved, bool delta_softplus) -> "
-    "(Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dbias)"
+    "(Tensor dx, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dbias, Tensor dweight)"
 )
 
 
-def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
+def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None):
     """See `ssmclip.ops.cross_selective_scan`."""
     state = torch.promote_types(x.dtype, torch.float32)
-    inputs = [t if t is None or t.dtype == state else t.to(state) for t in (x, delta, A, B, C, D, delta_bias)]
+    inputs = [
+        t if t is None or t.dtype == state else t.to(state) for t in (x, delta, A, B, C, D, delta_bias, delta_weight)
+    ]
     dim = x.shape[-1]
     if missing := -dim % CHANNELS:
-        pads = [(0, missing), (0, missing), (0, 0, 0, missing), None, None, (0, missing), (0, missing)]
+        last, before_last = (0, missing), (0, 0, 0, missing)
+        of_delta = last if delta_weight is None else None
+        pads = [last, of_delta, before_last, None, None, last, last, before_last]
         inputs = [t if t is None or p is None else F.pad(t, p) for t, p in zip(inputs, pads, strict=True)]
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, _ = torch.ops.ssmclip.cross_selective_scan(*inputs, delta_softplus, save)
@@ -41,6 +50,40 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
 def _problem(x: Tensor, A: Tensor, delta_softplus: bool) -> Problem:
     batch, height, width, dim = x.shape
     return Problem(batch, 4, dim, height * width, A.shape[2], delta_softplus, (height, width))
+
+
+def _parts(x: Tensor, delta_weight: Tensor | None, at_least: int) -> Iterator[tuple[int, int]]:
+    """First and end of the batch elements whose delta is there at the same time: all where it is given."""
+    batch, height, width, dim = x.shape
+    each = 4 * height * width * dim * x.element_size()
+    step = batch if delta_weight is None or each == 0 else max(at_least, DELTA_BYTES // each)
+    return ((first, min(first + step, batch)) for first in range(0, batch, max(step, 1)))
+
+
+def _memory(x: Tensor, dim: int, parts: list[tuple[int, int]]) -> Tensor:
+    """For the longest of the parts: (4, batch * height * width, dim)."""
+    most = max((end - first for first, end in parts), default=0)
+    return x.new_empty(4, most * x.shape[1] * x.shape[2], dim)
+
+
+def _rank_first(weight: Tensor | None) -> Tensor | None:
+    """(4, dim, rank) as (4, rank, dim): products that are as narrow as the rank are several times as fast that way."""
+    return None if weight is None else weight.transpose(1, 2).contiguous()
+
+
+def _project(delta: Tensor, weight: Tensor | None, memory: Tensor | None) -> Tensor:
+    """(batch, 4, height, width, rank) times (4, rank, dim): (batch, 4, height, width, dim), in the memory given."""
+    if weight is None:
+        return delta
+    for low_rank, matrix, rows in zip(delta.unbind(1), weight, memory, strict=True):
+        low_rank = low_rank.reshape(-1, weight.shape[1])
+        torch.mm(low_rank, matrix, out=rows[: len(low_rank)])
+    return _as_map(memory, delta)
+
+
+def _as_map(memory: Tensor, delta: Tensor) -> Tensor:
+    batch, _, height, width, _ = delta.shape
+    return memory[:, : batch * height * width].unflatten(1, (batch, height, width)).transpose(0, 1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -99,58 +142,92 @@ def _new_outputs(x, A, save):
 
 
 @torch.library.impl(_library, "cross_selective_scan", "CPU")
-def _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, save):
+def _forward(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, save):
     y, saved = _new_outputs(x, A, save)
-    tensors = {**_inputs(x, delta, A, B, C, D, delta_bias), "Y": _shared(y)}
-    if save:
-        tensors["SAVED"] = _saved(saved, x.shape[-1])
-    launch("forward", _problem(x, A, delta_softplus), tensors)
+    x = _rows(x)
+    parts = list(_parts(x, delta_weight, torch.get_num_threads()))
+    memory, weight = None, _rank_first(delta_weight)
+    if weight is not None:
+        memory = _memory(x, x.shape[-1], parts)
+    for first, end in parts:
+        own = slice(first, end)
+        step = _project(delta[own], weight, memory)
+        tensors = {**_inputs(x[own], step, A, B[own], C[own], D, delta_bias), "Y": _shared(y[own])}
+        if save:
+            tensors["SAVED"] = _saved(saved[own], x.shape[-1])
+        launch("forward", _problem(x[own], A, delta_softplus), tensors)
     return y, saved
 
 
 @torch.library.register_fake("ssmclip::cross_selective_scan", lib=_library)
-def _forward_fake(x, delta, A, B, C, D, delta_bias, delta_softplus, save):
+def _forward_fake(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, save):
     return _new_outputs(x, A, save)
 
 
-def _new_gradients(*inputs):
-    like = inputs[0]
-    return tuple(like.new_empty((0,) if x is None else x.shape) for x in inputs)
+def _new_gradients(x, delta, *rest):
+    *rest, weight = (x.new_empty((0,) if t is None else t.shape) for t in rest)
+    if weight.ndim == 1:
+        ddelta = x.new_empty(delta.shape)
+    else:  # in the order in which the products write them
+        ddelta = x.new_empty(delta.transpose(0, 1).shape).transpose(0, 1)
+        weight = weight.new_empty(weight.transpose(1, 2).shape).transpose(1, 2)
+    return x.new_empty(x.shape), ddelta, *rest, weight
 
 
 @torch.library.impl(_library, "cross_selective_scan_backward", "CPU")
-def _backward(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
-    problem = _problem(x, A, delta_softplus)
+def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_softplus):
     if saved.numel() == 0:
-        saved = _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, True)[1]
-    dx, ddelta, dA, dB, dC, dD, dbias = _new_gradients(x, delta, A, B, C, D, delta_bias)
+        saved = _forward(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, True)[1]
+    dx, ddelta, dA, dB, dC, dD, dbias, dweight = _new_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
+    dweight.zero_()
+    x, dy = _rows(x), _rows(dy)
+    # How the batch is cut decides the order of sums: not by the number of threads.
+    parts = list(_parts(x, delta_weight, 4))
+    memory, memory_back, weight = None, None, _rank_first(delta_weight)
+    if weight is not None:
+        memory, memory_back = (_memory(x, x.shape[-1], parts) for _ in range(2))
     make = torch.zeros if x.numel() == 0 else torch.empty
     # One sum per batch element or slice, added up afterwards in a fixed order.
-    each_a = make(problem.batch, *A.shape, dtype=x.dtype)
-    each_d, each_bias = make(2, problem.batch, 4, problem.width, dtype=x.dtype)
-    each_b, each_c = make(2, problem.slices, *B.shape, dtype=x.dtype)
-    tensors = _inputs(x, delta, A, B, C, D, delta_bias)
-    tensors |= {"SAVED": _saved(saved, x.shape[-1]), "DY": _shared(_rows(dy)), "DU": _shared(dx)}
-    tensors["DDELTA"] = _directed(ddelta)
-    for name, t in {"DB": each_b, "DC": each_c}.items():
-        s, b, g, _, position, n = t.stride()
-        tensors[name] = t, (b, g, s, position, n)
-    for name, t in {"DA": each_a, "DD": each_d, "DBIAS": each_bias}.items():
-        tensors[name] = t, (t.stride(0), t.stride(1), t.stride(2), 0, 1)
-    launch("backward", problem, tensors)
+    each_a = make(len(x), *A.shape, dtype=x.dtype)
+    each_d, each_bias = make(2, len(x), 4, x.shape[-1], dtype=x.dtype)
+    for first, end in parts:
+        own = slice(first, end)
+        problem = _problem(x[own], A, delta_softplus)
+        each_b, each_c = make(2, problem.slices, *B[own].shape, dtype=x.dtype)
+        step = _project(delta[own], weight, memory)
+        dstep = ddelta[own] if weight is None else _as_map(memory_back, delta[own])
+        tensors = _inputs(x[own], step, A, B[own], C[own], D, delta_bias)
+        tensors |= {"SAVED": _saved(saved[own], x.shape[-1]), "DY": _shared(dy[own]), "DU": _shared(dx[own])}
+        tensors["DDELTA"] = _directed(dstep)
+        for name, t in {"DB": each_b, "DC": each_c}.items():
+            s, b, g, _, position, n = t.stride()
+            tensors[name] = t, (b, g, s, position, n)
+        for name, t in {"DA": each_a[own], "DD": each_d[own], "DBIAS": each_bias[own]}.items():
+            tensors[name] = t, (t.stride(0), t.stride(1), t.stride(2), 0, 1)
+        launch("backward", problem, tensors)
+        torch.sum(each_b, 0, out=dB[own])
+        torch.sum(each_c, 0, out=dC[own])
+        if weight is not None:
+            _project_back(dstep, delta[own], weight, ddelta[own], dweight.transpose(1, 2))
     torch.sum(each_a, 0, out=dA)
-    torch.sum(each_b, 0, out=dB)
-    torch.sum(each_c, 0, out=dC)
     if D is not None:
         torch.sum(each_d, 0, out=dD)
     if delta_bias is not None:
         torch.sum(each_bias, 0, out=dbias)
-    return dx, ddelta, dA, dB, dC, dD, dbias
+    return dx, ddelta, dA, dB, dC, dD, dbias, dweight
+
+
+def _project_back(dstep, delta, weight, ddelta, dweight) -> None:
+    """The gradient of `_project`: written to ddelta, added to dweight."""
+    for k, matrix in enumerate(weight):
+        above, low_rank = dstep[:, k].flatten(0, 2), delta[:, k].reshape(-1, weight.shape[1])
+        torch.mm(above, matrix.T, out=ddelta[:, k].flatten(0, 2))
+        dweight[k].addmm_(low_rank.T, above)
 
 
 @torch.library.register_fake("ssmclip::cross_selective_scan_backward", lib=_library)
-def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
-    return _new_gradients(x, delta, A, B, C, D, delta_bias)
+def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_softplus):
+    return _new_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
 
 
 def _remember(ctx, inputs, output):
@@ -164,7 +241,7 @@ def _remember(ctx, inputs, output):
 def _gradient(ctx, dy, _):
     *inputs, saved = ctx.saved_tensors
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     grads = torch.ops.ssmclip.cross_selective_scan_backward(dy, *inputs, saved, ctx.delta_softplus)
     return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
 
@@ -181,7 +258,8 @@ def _second_gradient(ctx, *grads_of_grads):
     scan = plain.composed("chunked")
 
     def run(*inputs):
-        return (scan(*inputs, ctx.delta_softplus),)
+        *inputs, delta_weight = inputs
+        return (scan(*inputs, ctx.delta_softplus, delta_weight),)
 
     return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
 

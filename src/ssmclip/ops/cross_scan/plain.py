@@ -36,7 +36,8 @@ def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[T
         raise ValueError(f"sequences of length {y.shape[-1]} do not fill a map of {height} x {width}")
     rows = y[:, 0] + y[:, 2].flip(-1)
     columns = y[:, 1] + y[:, 3].flip(-1)
-    return rearrange(rows, "b c (h w) -> b c h w", h=height) + rearrange(columns, "b c (w h) -> b c h w", h=height)
+    sides = {"h": height, "w": width}
+    return rearrange(rows, "b c (h w) -> b c h w", **sides) + rearrange(columns, "b c (w h) -> b c h w", **sides)
 
 
 def sequences(maps: Float[Tensor, "B 4 H W C"]) -> Float[Tensor, "B 4 C L"]:
@@ -46,13 +47,22 @@ def sequences(maps: Float[Tensor, "B 4 H W C"]) -> Float[Tensor, "B 4 C L"]:
     return torch.stack([rows[:, 0], columns[:, 0], rows[:, 1].flip(-1), columns[:, 1].flip(-1)], dim=1)
 
 
+def project(delta: Float[Tensor, "B 4 H W R"], weight: Float[Tensor, "4 D R"]) -> Float[Tensor, "B 4 H W D"]:
+    """A matrix for each direction."""
+    b, _, h, w, _ = delta.shape
+    delta = torch.bmm(rearrange(delta, "b k h w r -> k (b h w) r"), rearrange(weight, "k d r -> k r d"))
+    return rearrange(delta, "k (b h w) d -> b k h w d", b=b, h=h, w=w)
+
+
 def composed(backend: str) -> Callable[..., Tensor]:
     """`cross_selective_scan` over this back end of `selective_scan`."""
     return partial(_cross_selective_scan, SCANS[backend].run)
 
 
-def _cross_selective_scan(scan, x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True):
+def _cross_selective_scan(scan, x, delta, A, B, C, D=None, delta_bias=None, delta_softplus=True, delta_weight=None):
     height, width = x.shape[1:3]
+    if delta_weight is not None:
+        delta = project(delta, delta_weight.to(delta.dtype))
     y = scan(
         rearrange(cross_scan(rearrange(x, "b h w d -> b d h w")), "b k d l -> b (k d) l"),
         rearrange(sequences(delta), "b k d l -> b (k d) l"),

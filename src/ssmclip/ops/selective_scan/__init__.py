@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from ssmclip.ops.dispatch import Backend, choose
 from ssmclip.ops.selective_scan import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "selective_scan"]
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 BACKENDS = {
@@ -77,14 +80,17 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
 
 
 def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], u: Tensor) -> None:
-    """Raises ValueError unless the tensor has this shape, is real floating point and lies where u lies."""
+    """Raises ValueError unless the tensor has this shape, one of `TYPES` (as u) and lies where u lies."""
     if tensor is None:
         return
     if tensor.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape} to go with the first input {tuple(u.shape)}, got {tuple(tensor.shape)}"
         )
-    if not (tensor.is_floating_point() and u.is_floating_point()):
-        raise ValueError(f"{name} and the first input must be real floating point, got {tensor.dtype} and {u.dtype}")
+    if tensor.dtype not in TYPES or u.dtype not in TYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
+        raise ValueError(
+            f"{name} and the first input must be real floating point ({known}), got {tensor.dtype} and {u.dtype}"
+        )
     if tensor.device != u.device:
         raise ValueError(f"{name} is on {tensor.device}, the first input on {u.device}: move one of them")

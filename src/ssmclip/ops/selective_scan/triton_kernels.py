@@ -6,6 +6,9 @@ what lies between again, in registers.
 
 Pointers carry capital names, constants of the compilation too; `x_of_batch` is the distance in elements between two
 batch elements of x. Tiles are [channel, position, state].
+
+A map is scanned along four directions without being laid out four times: a direction is a group, and `place` says where
+on the map a position of its sequence lies.
 """
 
 from __future__ import annotations
@@ -85,6 +88,30 @@ def steps_of(raw, inside, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr):
 
 
 @kernel
+def place(t, direction, length, rows, columns, MAP: tl.constexpr):
+    """Where position t of a sequence lies in memory: at t, or on a map of so many rows and columns.
+
+    Directions as in `ssmclip.ops.cross_scan`: row by row, column by column, and both backwards.
+    """
+    if MAP:
+        t = tl.where(direction < 2, t, length - 1 - t)
+        t = tl.where(direction % 2 == 0, t, t % rows * columns + t // rows)
+    return t
+
+
+@kernel
+def read(X, row, column, inside, of_row, of_column, TYPE: tl.constexpr):
+    """A tile of x, 0 outside."""
+    x = tl.load(X + row[:, None] * of_row + column[None, :] * of_column, mask=inside, other=0.0)
+    return x.to(TYPE)
+
+
+@kernel
+def write(X, tile, row, column, inside, of_row, of_column):
+    tl.store(X + row[:, None] * of_row + column[None, :] * of_column, tile.to(X.dtype.element_ty), mask=inside)
+
+
+@kernel
 def forward(
     U,
     DELTA,
@@ -102,26 +129,33 @@ def forward(
     length,
     states,
     blocks,
+    rows,
+    columns,
     u_of_batch,
+    u_of_group,
     u_of_channel,
     u_of_position,
     delta_of_batch,
+    delta_of_group,
     delta_of_channel,
     delta_of_position,
     b_of_batch,
     b_of_group,
-    b_of_state,
     b_of_position,
+    b_of_state,
     c_of_batch,
     c_of_group,
-    c_of_state,
     c_of_position,
+    c_of_state,
     z_of_batch,
+    z_of_group,
     z_of_channel,
     z_of_position,
     y_of_batch,
+    y_of_group,
     y_of_channel,
     y_of_position,
+    MAP: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     TYPE: tl.constexpr,
     TERMS: tl.constexpr,
@@ -140,6 +174,13 @@ def forward(
     entry = channel[:, None] * states + n[None, :]
     chunks = tl.cdiv(length, STEPS)
 
+    U += batch * u_of_batch + group * u_of_group
+    DELTA += batch * delta_of_batch + group * delta_of_group
+    B += batch * b_of_batch + group * b_of_group
+    C += batch * c_of_batch + group * c_of_group
+    Y += batch * y_of_batch + group * y_of_group
+    if Z is not None:
+        Z += batch * z_of_batch + group * z_of_group
     rate = tl.load(A + entry, mask=of_state, other=0.0).to(TYPE)
     bias = parameter(BIAS, channel, of_channel, TYPE)
     state = tl.zeros([CHANNELS, STATES], TYPE)
@@ -147,14 +188,11 @@ def forward(
         t = chunk * STEPS + tl.arange(0, STEPS)
         inside = of_channel[:, None] & (t < length)[None, :]
         shared = (t < length)[:, None] & (n < states)[None, :]
-        u_at = batch * u_of_batch + channel[:, None] * u_of_channel + t[None, :] * u_of_position
-        delta_at = batch * delta_of_batch + channel[:, None] * delta_of_channel + t[None, :] * delta_of_position
-        b_at = batch * b_of_batch + group * b_of_group + t[:, None] * b_of_position + n[None, :] * b_of_state
-        c_at = batch * c_of_batch + group * c_of_group + t[:, None] * c_of_position + n[None, :] * c_of_state
-        u = tl.load(U + u_at, mask=inside, other=0.0).to(TYPE)
-        raw = tl.load(DELTA + delta_at, mask=inside, other=0.0).to(TYPE)
-        b = tl.load(B + b_at, mask=shared, other=0.0).to(TYPE)
-        c = tl.load(C + c_at, mask=shared, other=0.0).to(TYPE)
+        p = place(t, group, length, rows, columns, MAP)
+        u = read(U, within, p, inside, u_of_channel, u_of_position, TYPE)
+        raw = read(DELTA, within, p, inside, delta_of_channel, delta_of_position, TYPE)
+        b = read(B, p, n, shared, b_of_position, b_of_state, TYPE)
+        c = read(C, p, n, shared, c_of_position, c_of_state, TYPE)
         if SAVED is not None:
             tl.store(SAVED + (batch * chunks + chunk) * groups * width * states + entry, state, mask=of_state)
 
@@ -169,11 +207,9 @@ def forward(
         if D is not None:
             y += parameter(D, channel, of_channel, TYPE)[:, None] * u
         if Z is not None:
-            z_at = batch * z_of_batch + channel[:, None] * z_of_channel + t[None, :] * z_of_position
-            z = tl.load(Z + z_at, mask=inside, other=0.0).to(TYPE)
+            z = read(Z, within, p, inside, z_of_channel, z_of_position, TYPE)
             y *= z * sigmoid(z)
-        y_at = batch * y_of_batch + channel[:, None] * y_of_channel + t[None, :] * y_of_position
-        tl.store(Y + y_at, y.to(Y.dtype.element_ty), mask=inside)
+        write(Y, y, within, p, inside, y_of_channel, y_of_position)
     if LAST is not None:
         tl.store(LAST + batch * groups * width * states + entry, state, mask=of_state)
 
@@ -205,35 +241,45 @@ def backward(
     states,
     blocks,
     batches,
+    rows,
+    columns,
     dy_of_batch,
+    dy_of_group,
     dy_of_channel,
     dy_of_position,
     u_of_batch,
+    u_of_group,
     u_of_channel,
     u_of_position,
     delta_of_batch,
+    delta_of_group,
     delta_of_channel,
     delta_of_position,
     b_of_batch,
     b_of_group,
-    b_of_state,
     b_of_position,
+    b_of_state,
     c_of_batch,
     c_of_group,
-    c_of_state,
     c_of_position,
+    c_of_state,
     z_of_batch,
+    z_of_group,
     z_of_channel,
     z_of_position,
     du_of_batch,
+    du_of_group,
     du_of_channel,
     du_of_position,
     ddelta_of_batch,
+    ddelta_of_group,
     ddelta_of_channel,
     ddelta_of_position,
     dz_of_batch,
+    dz_of_group,
     dz_of_channel,
     dz_of_position,
+    MAP: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     TYPE: tl.constexpr,
     TERMS: tl.constexpr,
@@ -259,6 +305,16 @@ def backward(
     channels = groups * width
     chunks = tl.cdiv(length, STEPS)
 
+    DY += batch * dy_of_batch + group * dy_of_group
+    U += batch * u_of_batch + group * u_of_group
+    DELTA += batch * delta_of_batch + group * delta_of_group
+    B += batch * b_of_batch + group * b_of_group
+    C += batch * c_of_batch + group * c_of_group
+    DU += batch * du_of_batch + group * du_of_group
+    DDELTA += batch * ddelta_of_batch + group * ddelta_of_group
+    if Z is not None:
+        Z += batch * z_of_batch + group * z_of_group
+        DZ += batch * dz_of_batch + group * dz_of_group
     rate = tl.load(A + entry, mask=of_state, other=0.0).to(TYPE)
     skip = parameter(D, channel, of_channel, TYPE)[:, None]
     bias = parameter(BIAS, channel, of_channel, TYPE)
@@ -273,16 +329,12 @@ def backward(
         t = chunk * STEPS + tl.arange(0, STEPS)
         inside = of_channel[:, None] & (t < length)[None, :]
         shared = (t < length)[:, None] & (n < states)[None, :]
-        u_at = batch * u_of_batch + channel[:, None] * u_of_channel + t[None, :] * u_of_position
-        dy_at = batch * dy_of_batch + channel[:, None] * dy_of_channel + t[None, :] * dy_of_position
-        delta_at = batch * delta_of_batch + channel[:, None] * delta_of_channel + t[None, :] * delta_of_position
-        b_at = batch * b_of_batch + group * b_of_group + t[:, None] * b_of_position + n[None, :] * b_of_state
-        c_at = batch * c_of_batch + group * c_of_group + t[:, None] * c_of_position + n[None, :] * c_of_state
-        u = tl.load(U + u_at, mask=inside, other=0.0).to(TYPE)
-        dy = tl.load(DY + dy_at, mask=inside, other=0.0).to(TYPE)
-        raw = tl.load(DELTA + delta_at, mask=inside, other=0.0).to(TYPE) + bias[:, None]
-        b = tl.load(B + b_at, mask=shared, other=0.0).to(TYPE)[None, :, :]
-        c = tl.load(C + c_at, mask=shared, other=0.0).to(TYPE)[None, :, :]
+        p = place(t, group, length, rows, columns, MAP)
+        u = read(U, within, p, inside, u_of_channel, u_of_position, TYPE)
+        dy = read(DY, within, p, inside, dy_of_channel, dy_of_position, TYPE)
+        raw = read(DELTA, within, p, inside, delta_of_channel, delta_of_position, TYPE) + bias[:, None]
+        b = read(B, p, n, shared, b_of_position, b_of_state, TYPE)[None, :, :]
+        c = read(C, p, n, shared, c_of_position, c_of_state, TYPE)[None, :, :]
         state = tl.load(SAVED + (batch * chunks + chunk) * channels * states + entry, mask=of_state, other=0.0)
 
         # The states again: what is left of the one before each position, and the one at it.
@@ -295,13 +347,11 @@ def backward(
         h = kept + drive
 
         if Z is not None:
-            z_at = batch * z_of_batch + channel[:, None] * z_of_channel + t[None, :] * z_of_position
-            z = tl.load(Z + z_at, mask=inside, other=0.0).to(TYPE)
+            z = read(Z, within, p, inside, z_of_channel, z_of_position, TYPE)
             y = tl.sum(h * c, axis=2) + skip * u
             gate = sigmoid(z)
-            dz_at = batch * dz_of_batch + channel[:, None] * dz_of_channel + t[None, :] * dz_of_position
             dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-            tl.store(DZ + dz_at, dz.to(DZ.dtype.element_ty), mask=inside)
+            write(DZ, dz, within, p, inside, dz_of_channel, dz_of_position)
             dy = dy * z * gate
 
         # decay[t] g[t] is what reaches the state before t: a scan from the end of (decay, decay C dy).
@@ -320,11 +370,9 @@ def backward(
         dskip += tl.sum(dy * u, axis=1)
         dbias += tl.sum(dstep, axis=1)
         drate += tl.sum(g * kept * step[:, :, None], axis=1)
-        du_at = batch * du_of_batch + channel[:, None] * du_of_channel + t[None, :] * du_of_position
-        ddelta_at = batch * ddelta_of_batch + channel[:, None] * ddelta_of_channel + t[None, :] * ddelta_of_position
-        tl.store(DU + du_at, du.to(DU.dtype.element_ty), mask=inside)
-        tl.store(DDELTA + ddelta_at, dstep.to(DDELTA.dtype.element_ty), mask=inside)
-        row = ((block * batches + batch) * groups + group) * length + t
+        write(DU, du, within, p, inside, du_of_channel, du_of_position)
+        write(DDELTA, dstep, within, p, inside, ddelta_of_channel, ddelta_of_position)
+        row = ((block * batches + batch) * groups + group) * length + p
         shared_at = row[:, None] * states + n[None, :]
         tl.store(DB + shared_at, tl.sum(g * (step * u)[:, :, None], axis=0), mask=shared)
         tl.store(DC + shared_at, tl.sum(h * dy[:, :, None], axis=0), mask=shared)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ssmclip.ops.dispatch import Backend, choose
 from ssmclip.ops.selective_scan import check_tensor
-from ssmclip.ops.ssd import chunked, cpu, reference
+from ssmclip.ops.ssd import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "ssd"]
 
 
 BACKENDS = {
+    "triton": Backend(triton.ssd, devices=("cuda",), needs="triton"),
     "cpu": Backend(cpu.ssd, devices=("cpu",), needs="numba"),
     "chunked": Backend(chunked.ssd),
     "reference": Backend(reference.ssd),
@@ -44,8 +45,8 @@ def ssd(
     initial_states: h before the first position, zero when left out. The state is float32 whatever the input (float64
     for float64), y has x's type. return_final_states: return (y, h after the last position), h in the state's type.
 
-    Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` back end are
-    computed by `chunked`.
+    Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` and `triton` back
+    ends are computed by `chunked`.
 
     Raises ValueError for shapes, types and devices that do not fit together, UnknownName for an unknown back end.
     """

@@ -43,26 +43,29 @@ def around(
     dt_softplus=False,
     dt_limit=(0.0, math.inf),
     return_final_states=False,
+    widen=True,
 ):
     """`ssmclip.ops.ssd` from its core: scan(x, step, A, B, C, initial states or None, whether to return the last state)
 
-    -> (y, last state), all in the state's type, steps as they act.
+    -> (y, last state), all in the state's type, steps as they act. widen: False gives it x, B and C as they came.
     """
-    state = torch.promote_types(x.dtype, torch.float32)
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states)
-    u, step, A, B, C, D, z, dt_bias, initial = (t if t is None else t.to(state) for t in inputs)
+    dtype, state = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    rest = (dt, A, D, z, dt_bias, initial_states)
+    step, A, D, z, dt_bias, initial = (t if t is None else t.to(state) for t in rest)
+    if widen:
+        x, B, C = (t.to(state) for t in (x, B, C))
     if dt_bias is not None:
         step = step + dt_bias
     if dt_softplus:
         step = F.softplus(step)
     if tuple(dt_limit) != (0.0, math.inf) or not dt_softplus:
         step = step.clamp(*dt_limit)
-    y, last = scan(u, step, A, B, C, initial, return_final_states)
+    y, last = scan(x, step, A, B, C, initial, return_final_states)
     if D is not None:
-        y = torch.addcmul(y, u, D[:, None])
+        y = torch.addcmul(y, x.to(state), D[:, None])
     if z is not None:
         y = y * F.silu(z)
-    y = y.to(x.dtype)
+    y = y.to(dtype)
     return (y, last) if return_final_states else y
 
 

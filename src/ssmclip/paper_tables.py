@@ -32,4 +32,4 @@ def _read(name: str) -> Table:
     return Table(content["source"], tuple(content["columns"]), tuple(content["titles"]), rows)
 
 
-TABLE1 = _read("published.json")
+TABLE1 = _read("paper_tables.json")

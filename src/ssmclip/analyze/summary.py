@@ -1,0 +1,129 @@
+"""What all batches say together: each model, two models on the same batches, two protocols on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+
+from ssmclip.results import Result
+
+TASK = "hessian"
+USUAL = "protocol=park-kim"  # in the condition of what the usual power iteration returned
+Batches = dict[str, dict[str, Result]]  # batch -> metric -> row
+
+
+def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
+    """For each model and condition ("tower=image"), means over the batches with 95 % bootstrap intervals.
+
+    negative_share: of the k eigenvalues of largest magnitude, the paper's measure; top_magnitude: the mean of |lambda|
+    over them; min_over_max: |most negative| / most positive, if Lanczos converged both on every batch; converged_share;
+    products.
+    "X_difference" of "tower=image, minus SECOND": the same of two models, batch by batch.
+    power_iteration_*: see `beside`, where both protocols were run on the same batches.
+    """
+    groups: dict[str, dict[str, Batches]] = {}  # where -> model
+    for row in rows:
+        if row.task == TASK and "batch=" in row.condition:
+            step, batch, rest = split_condition(row.condition)
+            where = ",".join(filter(None, (step, rest)))
+            groups.setdefault(where, {}).setdefault(row.model, {}).setdefault(batch, {})[row.metric] = row
+    found = []
+    for where, models in groups.items():
+        measured = {model: measures(batches, k) for model, batches in models.items()}
+        for model, each in measured.items():
+            found += [_mean(model, where, metric, values, k, seed) for metric, values in each.items()]
+        for (first, mine), (second, other) in combinations(measured.items(), 2):
+            there = f"{where}, minus {second}"
+            for metric in ("negative_share", "top_magnitude", "min_over_max"):
+                gains = _minus(mine.get(metric, {}), other.get(metric, {}))
+                found += [_mean(first, there, f"{metric}_difference", gains, k, seed)] if gains else []
+        for model, batches in models.items():
+            usual = groups.get(f"{where},{USUAL}", {}).get(model, {})
+            for metric, values in beside(batches, usual, k).items():
+                found.append(_mean(model, where, f"power_iteration_{metric}", values, k, seed))
+    return found
+
+
+def measures(batches: Batches, k: int) -> dict[str, dict[str, float]]:
+    """metric -> batch -> value, of those metrics that some batch has."""
+    found: dict[str, dict[str, float]] = {}
+
+    def add(metric: str, batch: str, value: float) -> None:
+        found.setdefault(metric, {})[batch] = value
+
+    for batch, b in batches.items():
+        if top := top_of(b, k):
+            add("negative_share", batch, float(np.mean([row.value < 0 for row in top])))
+            add("top_magnitude", batch, float(np.mean([abs(row.value) for row in top])))
+            add("converged_share", batch, float(np.mean([row.extra["converged"] for row in top])))
+            add("products", batch, float(top[0].extra["products"]))
+        ends = [b[f"{end}_1"] for end in ("smallest", "largest") if f"{end}_1" in b]
+        if len(ends) == 2 and ends[1].value > 0 and all(row.extra["converged"] for row in ends):
+            add("min_over_max", batch, -b["smallest_1"].value / b["largest_1"].value)
+        for metric in ("negative_mass", "trace"):
+            if metric in b:
+                add(metric, batch, b[metric].value)
+    # A most negative eigenvalue that is small converges last: a mean over those that did would be too large.
+    if len(found.get("min_over_max", {})) < len(batches):
+        found.pop("min_over_max", None)
+    return found
+
+
+def top_of(batch: Mapping[str, Result], k: int) -> list[Result]:
+    """The rows of a batch's k eigenvalues of largest magnitude; none where it has fewer."""
+    return [batch[f"by_magnitude_{i}"] for i in range(1, k + 1)] if f"by_magnitude_{k}" in batch else []
+
+
+def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[str, float]]:
+    """What the usual power iteration returns beside converged eigenvalues, on the batches that have both.
+
+    products, residual (the largest of the k), error (the largest, relative to the eigenvalue at the same place), missed
+    (the share of the k eigenvalues that none of its values is within 1 % of), and products_over_lanczos: how many times
+    what Lanczos takes until the k of largest magnitude are converged.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for batch in batches:
+        true, given = top_of(batches[batch], k), top_of(usual.get(batch, {}), k)
+        if not (true and given and all(row.extra.get("found_after") for row in true)):
+            continue
+        values, wanted = (np.array([row.value for row in rows]) for rows in (given, true))
+        apart = np.abs(values[:, None] - wanted) / np.abs(wanted)
+        products = given[0].extra["products"]
+        each = {
+            "products": products,
+            "products_over_lanczos": products / max(row.extra["found_after"] for row in true),
+            "residual": max(row.extra["residual"] for row in given),
+            "error": apart.diagonal().max(),
+            "missed": (apart.min(axis=0) > 0.01).mean(),
+        }
+        for metric, value in each.items():
+            found.setdefault(metric, {})[batch] = float(value)
+    return found
+
+
+def _minus(mine: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {batch: mine[batch] - other[batch] for batch in mine if batch in other}
+
+
+def _mean(model: str, where: str, metric: str, values: Mapping[str, float], k: int, seed: int) -> Result:
+    low, high = bootstrap(values.values(), seed)
+    extra = {"title": "Hessian"} | ({"top": k} if metric == "negative_share" else {})
+    return Result(model, TASK, where, metric, float(np.mean([*values.values()])), low, high, len(values), extra)
+
+
+def split_condition(condition: str) -> tuple[str, str, str]:
+    """("step=10", "batch=3", "tower=image") of "step=10,batch=3,tower=image"; "" for what isn't there."""
+    parts = condition.split(",")
+    step = next((p for p in parts if p.startswith("step=")), "")
+    batch = next((p for p in parts if p.startswith("batch=")), "")
+    return step, batch, ",".join(p for p in parts if p not in (step, batch))
+
+
+def bootstrap(values: Iterable[float], seed: int, draws: int = 2000) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of the mean over resampled batches."""
+    values = np.asarray(list(values))
+    picked = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
+    low, high = np.quantile(values[picked].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)

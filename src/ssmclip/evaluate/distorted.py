@@ -1,0 +1,211 @@
+"""Accuracy over the level of distortion on any data set: the 12 manipulations of Geirhos et al. 2021, own classes.
+
+n images · l levels
+
+Pictures are distorted as the published stimuli were, at 224 x 224 (sigmas and reaches are in those pixels), and then go
+through each model's own preprocessing. Every model sees the same pictures, so models are compared image by image.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ssmclip.data.distort_folder import SIDE, crop, picture_seed
+from ssmclip.data.distortions import DISTORTIONS, Table, distort, load_table
+from ssmclip.evaluate import paired
+from ssmclip.evaluate.cache import texts_hash
+from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
+from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks
+from ssmclip.evaluate.ood import LEVEL, kept
+from ssmclip.evaluate.pictures import draw, thumbnail
+from ssmclip.evaluate.retrieval import guessing
+from ssmclip.evaluate.zeroshot import class_embeddings, coverage
+from ssmclip.results import Result
+
+log = logging.getLogger(__name__)
+
+TASK = "distorted/"  # begins the task of a row; DATA SET/DISTORTION follows
+MEAN = "mean over levels"
+METRIC = {"classification": "top1", "retrieval": "image_to_text_recall@10"}
+RECALL_AT = 10
+REMEMBERED = 2000  # distorted pictures kept for the next model, 300 MB
+
+
+@dataclass(frozen=True)
+class Manipulations:
+    """Which of DISTORTIONS, each at its published levels; tables: "amplitude" and "gamma", checked, where given."""
+
+    names: tuple[str, ...]
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    seed: int = 0
+
+
+def choose(names: Sequence[str] | None, amplitude: Table = None, gamma: Table = None, seed: int = 0) -> Manipulations:
+    """The named ones, or all whose tables are given (which are left out is logged).
+
+    Raises UnknownName, and ValueError for a named one without its table and for tables that don't fit.
+    """
+    given = {"amplitude": amplitude, "gamma": gamma}
+    lacking = [name for name, one in DISTORTIONS.items() if any(given[kind] is None for kind in one.tables)]
+    if names is None:
+        names = [name for name in DISTORTIONS if name not in lacking]
+        for name in lacking:
+            log.warning("%s is left out: it needs --%s FILE.npy", name, " and --".join(DISTORTIONS[name].tables))
+    tables = {kind: load_table(kind, given[kind], name) for name in names for kind in DISTORTIONS[name].tables}
+    return Manipulations(tuple(names), tables, seed)
+
+
+class Distorted(Dataset):
+    """`dataset` with its pictures distorted: `ds[i]` as there. Pictures are remembered, for the next model."""
+
+    def __init__(self, dataset: Any, name: str, label: str, how: Manipulations):
+        self.dataset, self.name, self.label, self.how = dataset, name, label, how
+        self.tables = {kind: how.tables[kind] for kind in DISTORTIONS[name].tables}
+        # Embeddings are found again by files, keys and labels: the keys say what was done to the pictures.
+        mark = f"{name} {label} {SIDE} {how.seed} {texts_hash(table.tobytes().hex() for table in self.tables.values())}"
+        self.keys = [f"{key} {mark}" for key in dataset.keys]
+        self.files = dataset.files
+        self.labels = getattr(dataset, "labels", None)
+        self._remembered: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int) -> Image.Image | tuple[Image.Image, int]:
+        if place not in self._remembered:
+            item = self.dataset[place]
+            picture = self._distorted(item[0] if isinstance(item, tuple) else item, self.dataset.keys[place])
+            if len(self._remembered) >= REMEMBERED:
+                return picture if self.labels is None else (picture, self.labels[place])
+            self._remembered[place] = picture
+        picture = self._remembered[place]
+        return picture if self.labels is None else (picture, self.labels[place])
+
+    def _distorted(self, picture: Image.Image, key: str) -> Image.Image:
+        picture = picture.convert("RGB")
+        if picture.size != (SIDE, SIDE):
+            picture = crop(picture, SIDE)
+        seed = picture_seed(self.how.seed, self.name, str(key))
+        return Image.fromarray(distort(np.array(picture), self.name, self.label, seed=seed, **self.tables))
+
+
+def distorted_rows(
+    clips: Sequence[Clip], dataset: Any, card: Any, how: Manipulations, settings: Settings
+) -> Iterator[list[Result]]:
+    """The rows of one distortion after another: each model's at each level, their mean, and models compared.
+
+    At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
+    levels that count in `ood.EXCLUDED`'s sense, and `..._retained`: of what the model has above guessing at the level
+    that does not distort, the share it keeps. Intervals resample images. "mean over levels, minus OTHER": differences,
+    over the same images.
+    """
+    metric = METRIC[card.kind]
+    judges = [_judge(clip, dataset, card, settings) for clip in clips]
+    with tqdm(total=sum(len(DISTORTIONS[name].levels) for name in how.names), unit="level", disable=None) as bar:
+        for name in how.names:
+            task, labels = f"{TASK}{card.name}/{name}", list(DISTORTIONS[name].levels)
+            levels, right, shown = [], {clip.name: [] for clip in clips}, {}
+            for place, label in enumerate(labels):
+                bar.set_description(f"{name} {label}")
+                pictures = Distorted(dataset, name, label, how)
+                for clip, judge in zip(clips, judges, strict=True):
+                    images = embed_images(clip, pictures, settings)
+                    hits, chance = judge(images)
+                    right[clip.name].append(hits)
+                    extra = {"title": f"{card.title}, {name}", "chance": chance, "counted": place in kept(name)}
+                    levels.append(_level_row(clip.name, task, label, metric, hits, images, dataset, settings, extra))
+                if settings.examples:
+                    example = subset(len(dataset), settings)
+                    item = pictures[example[draw(len(example), 1, settings.seed)[0]]]
+                    shown[label] = thumbnail(item[0] if isinstance(item, tuple) else item)
+                bar.update()
+            about = {"title": f"{card.title}, {name}", **coverage(images, card, dataset)}
+            scores = {model: torch.stack(hits).double() for model, hits in right.items()}
+            rows = levels + paired.paired_rows(levels, seed=settings.seed)
+            rows += _mean_rows(task, metric, scores, kept(name), chance or 0.0, settings.seed, about)
+            if shown:
+                rows[0].extra["stimuli"] = shown
+            yield rows
+
+
+def _level_row(model, task, label, metric, hits, images: ImageEmbeddings, dataset, settings, extra) -> Result:
+    low, high = bootstrap_interval(lambda w: w @ hits.double() / w.sum(-1), len(hits), seed=settings.seed)
+    extra = extra | paired.marked(hits, [dataset.keys[i] for i in images.index.tolist()])
+    return Result(model, task, f"{LEVEL}{label}", metric, hits.double().mean().item(), low, high, len(hits), extra)
+
+
+def _mean_rows(
+    task: str, metric: str, scores: dict[str, Tensor], counted, chance: float, seed: int, about
+) -> list[Result]:
+    """scores: model -> (l, n), 1 where right. The first level does not distort."""
+    n = next(iter(scores.values())).shape[1]
+
+    def mean(model: str) -> Callable[[Tensor], Tensor]:
+        of_image = scores[model][counted].mean(dim=0)
+        return lambda weights: weights @ of_image / weights.sum(-1)
+
+    def retained(model: str) -> Callable[[Tensor], Tensor]:
+        of_image, undistorted = scores[model][counted].mean(dim=0), scores[model][0]
+        return lambda weights: (weights @ (of_image - chance)) / (weights @ (undistorted - chance))
+
+    def row(model, condition, name, statistic, extra) -> list[Result]:
+        value = statistic(torch.ones(1, n, dtype=torch.float64))[0]
+        if not value.isfinite():
+            return []  # no better than guessing without distortion
+        low, high = bootstrap_interval(lambda w: _finite(statistic(w)), n, seed=seed)
+        return [Result(model, task, condition, name, value.item(), low, high, n, extra)]
+
+    rows = []
+    for name, of in ((metric, mean), (f"{metric}_retained", retained)):
+        for model in scores:
+            rows += row(model, MEAN, name, of(model), about)
+        for a, b in combinations(scores, 2):
+            rows += row(a, f"{MEAN}, minus {b}", f"{name}_difference", _minus(of(a), of(b)), about)
+    return rows
+
+
+def _minus(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda weights: a(weights) - b(weights)
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.masked_fill(~values.isfinite(), torch.nan)  # which the interval leaves out
+
+
+Judge = Callable[[ImageEmbeddings], "tuple[Tensor, float | None]"]
+
+
+def _judge(clip: Clip, dataset: Any, card: Any, settings: Settings) -> Judge:
+    """A function of embedded images: which are right, (n,), and what guessing gives. Texts are embedded here, once."""
+    if card.kind == "classification":
+        names, templates = dataset.classnames, dataset.templates
+        classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), names, templates)
+
+        def named(images: ImageEmbeddings) -> tuple[Bool[Tensor, " n"], float | None]:
+            return (images.features @ classes.T).argmax(dim=1) == images.labels, 1 / len(classes)
+
+        return named
+    places = subset(len(dataset), settings)
+    flat = [caption for place in places for caption in dataset.captions[place]]
+    owner = torch.tensor([place for place in places for _ in dataset.captions[place]])
+    texts = embed_texts(clip, flat, settings)
+
+    def captioned(images: ImageEmbeddings) -> tuple[Bool[Tensor, " n"], float | None]:
+        mine = torch.isin(owner, images.index)
+        hits = first_relevant_ranks(images.features, texts[mine], images.index, owner[mine]) < RECALL_AT
+        counts = [len(dataset.captions[place]) for place in images.index.tolist()]
+        return hits, guessing(counts).get(METRIC["retrieval"])
+
+    return captioned
