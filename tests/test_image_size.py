@@ -139,7 +139,7 @@ def test_every_loader_keeps_the_interpolation_at_other_sizes():
     assert theirs.model.encode_image(theirs.preprocess(source)[None]).isfinite().all()
 
 
-@pytest.mark.parametrize("size", [0, (3,), (64, 0), (1, 2, 3), (64.0, 64)])
+@pytest.mark.parametrize("size", [0, (3,), (64, 0), (1, 2, 3)])
 def test_what_is_no_size_is_told(size):
     with pytest.raises(ValueError, match=r"image size .* wanted pixels, or \(height, width\)"):
         image_transform(size)

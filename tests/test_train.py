@@ -489,7 +489,8 @@ run = Path(sys.argv[1])
 def save(step, weights, state):
     model = torch.nn.Linear(weights, 1, bias=False)
     torch.nn.init.constant_(model.weight, step)
-    save_checkpoint(run, step, lambda f: save_model(model, {}, f), {"step": step, "m": torch.zeros(state)}, 2, None)
+    write = lambda folder: save_model(model, {"model_cfg": {}}, folder)
+    save_checkpoint(run, step, write, {"step": step, "m": torch.zeros(state)}, 2, None)
 
 save(1, 100_000, 100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
