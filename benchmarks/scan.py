@@ -13,7 +13,7 @@ softplus it expects done before.
 
 `speedup_possible` is the best peer's time over the bound of `benchmarks/roofline.py` for the operations and bytes of
 this design: about where its speedup ends on this machine. `large_pages` rows are CPU time with new memory for the
-results in small pages, in large ones as the operators ask for, and kept by the allocator. `peak_memory_ratio` is the
+results in small pages, and in large ones as the operators ask for. `peak_memory_ratio` is the
 growth of a process of its own over inputs and outputs.
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from tqdm import tqdm
 
 from roofline import scan_inputs, scan_work
 from ssmclip.ops import selective_scan
+from ssmclip.ops.memory import NEVER_KEPT
 from ssmclip.results import Result, append_rows, describe_run, read_rows, write_rows
 
 OURS = "ssmclip"
@@ -289,19 +289,17 @@ for _ in range(10):
     del y, gradients
 print(statistics.median(times[1:]))
 """
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 def measure_pages(shape: Shape) -> list[Result]:
-    """CPU time of forward and backward, one thread, with new memory in small and in large pages, and kept."""
+    """CPU time of forward and backward, one thread, with new memory in small and in large pages."""
     rows = []
-    for pages, large, environment in (("small", False, {}), ("large", True, {}), ("kept", True, KEEP_MEMORY)):
+    for pages, large in (("small", False), ("large", True)):
         code = PAGES.format(folder=str(Path(__file__).parent), large=large, **vars(shape))
         run = [sys.executable, "-c", code]
-        output = subprocess.run(run, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
-        extra = {"threads": 1, **environment}
+        output = subprocess.run(run, capture_output=True, text=True, check=True).stdout
         condition = f"{shape.condition(True)},pages={pages}"
-        rows.append(Result(OURS, "large_pages", condition, "cpu_ms", 1e3 * float(output), n=9, extra=extra))
+        rows.append(Result(OURS, "large_pages", condition, "cpu_ms", 1e3 * float(output), n=9, extra={"threads": 1}))
     return rows
 
 
@@ -320,8 +318,8 @@ def measurements(
         if shape.batch == 8 and shape.length > 100 and Path("/proc/self/clear_refs").exists():
             key = "scan", shape.condition(True), "peak_memory_ratio"
             steps.append((key, partial(measure_memory, shape)))
-        if shape.batch == 1 and shape.length >= 784:
-            key = "large_pages", f"{shape.condition(True)},pages=kept", "cpu_ms"
+        if 4 * shape.batch * shape.dim * shape.length >= NEVER_KEPT:
+            key = "large_pages", f"{shape.condition(True)},pages=large", "cpu_ms"
             steps.append((key, partial(measure_pages, shape)))
     return steps
 
