@@ -4,17 +4,17 @@
                                                           (delete the file to begin anew); --quick: one minute
 
 One process, the same inputs for all, turns of one run to warm up and one that counts (below a second), medians; `n` of
-a row says over how many runs. A peer runs once where a run takes more than 10 s, or more than ten times the best peer's:
-its row says so. A peer is left out where it would need more memory than is free, or where its own smaller shapes
-foretell more than 20 s and ten times the best peer's time; its row says why. Rows of the task "scan_kernel" are ours on channels that are neighbours in memory
-already, where the kernel transposes nothing. Peers run their own code: `mamba_selective_scan` of transformers is what
-its Mamba layers call for a whole sequence when mamba_ssm is absent; mambapy's is `MambaBlock.selective_scan` with the
-softplus it expects done before.
+a row says over how many runs. A peer runs once where a run takes more than 10 s, or more than ten times the best
+peer's: its row says so. A peer is left out where it would need more memory than is free, or where its own smaller
+shapes foretell more than 20 s and ten times the best peer's time; its row says why. Rows of the task "scan_kernel" are
+ours on channels that are neighbours in memory already, where the kernel transposes nothing. Peers run their own code:
+`mamba_selective_scan` of transformers is what its Mamba layers call for a whole sequence when mamba_ssm is absent;
+mambapy's is `MambaBlock.selective_scan` with the softplus it expects done before.
 
 `speedup_possible` is the best peer's time over the bound of `benchmarks/roofline.py` for the operations and bytes of
 this design: about where its speedup ends on this machine. `large_pages` rows are CPU time with new memory for the
-results in small pages, and in large ones as the operators ask for. `peak_memory_ratio` is the
-growth of a process of its own over inputs and outputs.
+results in small pages, and in large ones as the operators ask for. `peak_memory_ratio` is the growth of a process of
+its own over inputs and outputs.
 """
 
 from __future__ import annotations
