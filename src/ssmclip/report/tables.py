@@ -55,8 +55,14 @@ def speeds(rows: Sequence[Result]) -> list[Result]:
 
 
 def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """(model, title of the data set, what a reader must know), for data that were not measured whole."""
-    return [(row.model, title_of(row.task, rows), note) for row in final(rows) for note in caveats(row)]
+    """(model, title of the data set, what a reader must know) of data that were not measured whole, each said once.
+
+    >>> part = {"partial": {"used": 100, "of": 360}}
+    >>> notes([Result("A", "digits", "", metric, 0.9, extra=part) for metric in ("top1", "top5")])
+    [('A', 'digits', 'partial: 100 of 360 images')]
+    """
+    said = ((row.model, title_of(row.task, rows), note) for row in final(rows) for note in caveats(row))
+    return list(dict.fromkeys(said))
 
 
 def table(rows: Sequence[Result]) -> str:
