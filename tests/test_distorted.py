@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binom
 from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
@@ -98,8 +99,11 @@ def test_every_level_is_what_one_picture_after_another_gives(scenes):
             ]
             mean = found[model, task, "mean over levels", "top1"]
             assert mean.value == pytest.approx(np.mean(hits[counted[name]]))
-            kept = found[model, task, "mean over levels", "top1_retained"].value
-            assert kept == pytest.approx((np.mean(hits[counted[name]]) - 1 / 16) / (np.mean(hits[0]) - 1 / 16))
+            kept = found.get((model, task, "mean over levels", "top1_retained"))
+            assert (kept is not None) == (binom.ppf(0.025, 10, np.mean(hits[0])) / 10 > 1 / 16)
+            if kept is not None:  # clearly better than guessing, undistorted
+                wanted = (np.mean(hits[counted[name]]) - 1 / 16) / (np.mean(hits[0]) - 1 / 16)
+                assert kept.value == pytest.approx(wanted)
         gain = np.mean(np.array(right["A"][counted[name]], float) - right["B"][counted[name]], axis=0)
         paired = found["A", task, "mean over levels, minus B", "top1_difference"]
         assert paired.value == pytest.approx(gain.mean())

@@ -108,8 +108,8 @@ def distorted_rows(
 
     At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
     levels that count in `ood.EXCLUDED`'s sense, and `..._retained`: of what the model has above guessing at the level
-    that does not distort, the share it keeps. Intervals resample images. "mean over levels, minus OTHER": differences,
-    over the same images.
+    that does not distort, the share it keeps, for models that are clearly above it there (by the interval). Intervals
+    resample images. "mean over levels, minus OTHER": differences, over the same images.
     """
     metric = METRIC[card.kind]
     judges = [_judge(clip, dataset, card, settings) for clip in clips]
@@ -160,19 +160,24 @@ def _mean_rows(
         of_image, undistorted = scores[model][counted].mean(dim=0), scores[model][0]
         return lambda weights: (weights @ (of_image - chance)) / (weights @ (undistorted - chance))
 
-    def row(model, condition, name, statistic, extra) -> list[Result]:
-        value = statistic(torch.ones(1, n, dtype=torch.float64))[0]
-        if not value.isfinite():
-            return []  # no better than guessing without distortion
+    def row(model, condition, name, statistic, extra) -> Result:
+        value = statistic(torch.ones(1, n, dtype=torch.float64))[0].item()
         low, high = bootstrap_interval(lambda w: _finite(statistic(w)), n, seed=seed)
-        return [Result(model, task, condition, name, value.item(), low, high, n, extra)]
+        return Result(model, task, condition, name, value, low, high, n, extra)
+
+    def sees(model: str) -> bool:
+        return bootstrap_interval(lambda w: w @ scores[model][0] / w.sum(-1), n, seed=seed)[0] > chance
 
     rows = []
-    for name, of in ((metric, mean), (f"{metric}_retained", retained)):
-        for model in scores:
-            rows += row(model, MEAN, name, of(model), about)
-        for a, b in combinations(scores, 2):
-            rows += row(a, f"{MEAN}, minus {b}", f"{name}_difference", _minus(of(a), of(b)), about)
+    for name, of, models in (
+        (metric, mean, list(scores)),
+        (f"{metric}_retained", retained, [model for model in scores if sees(model)]),
+    ):
+        rows += [row(model, MEAN, name, of(model), about) for model in models]
+        rows += [
+            row(a, f"{MEAN}, minus {b}", f"{name}_difference", _minus(of(a), of(b)), about)
+            for a, b in combinations(models, 2)
+        ]
     return rows
 
 
