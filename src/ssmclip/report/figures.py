@@ -46,15 +46,15 @@ class Drawing:
     @classmethod
     def each(cls, rows: Sequence[Result], looks: dict[str, Style]) -> Iterator[Drawing]:
         """The figures of this kind that these rows give."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of figure has its own
 
     def frame(self) -> list[dict[str, Any]]:
         """The numbers shown, a dict for each."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of figure has its own
 
     def plot(self) -> Figure:
         """A matplotlib figure of `.frame()`."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of figure has its own
 
 
 def figure(name: str, *, needs: Sequence[str]):
@@ -118,7 +118,7 @@ class Bars(Drawing):
     """A bar with its interval for each model in each group, and a mark where guessing would be."""
 
     def group(self, row: Result) -> str:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of figure has its own
 
     def frame(self):
         return [
