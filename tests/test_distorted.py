@@ -214,3 +214,12 @@ def test_the_quickstart_distorts_digits(tiny_clip, monkeypatch):
     for quarter, seen in enumerate(turned):  # JPEG costs a few levels
         assert np.abs(np.rot90(turned[0], quarter) - seen).mean() < 4
     assert np.abs(turned[0] - turned[1]).mean() > 10
+
+
+def test_each_picture_has_the_noise_of_its_own_key(scenes):
+    pictures = distorted.Distorted(scenes, "uniform-noise", "0.35", choose(["uniform-noise"]))
+    for place in (0, 1):
+        source = np.asarray(center_crop(resize(scenes[place][0], 256), 224))
+        seed = picture_seed(0, "uniform-noise", str(scenes.keys[place]))
+        wanted = ssmclip.distort(source, "uniform-noise", "0.35", seed=seed)
+        np.testing.assert_array_equal(np.asarray(pictures[place][0]), wanted)
