@@ -4,13 +4,14 @@ import importlib.util
 import math
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ssmclip.ops import selective_scan
-from ssmclip.ops.memory import LARGE_PAGE, PAGE, want_large_pages
+from ssmclip.ops.memory import LARGE_PAGE, NEVER_KEPT, PAGE, keep_freed_memory, want_large_pages
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -76,7 +77,18 @@ def test_a_benchmark_knows_what_its_rows_tell(scan):
 def test_new_memory_comes_in_large_pages():
     x = torch.empty(32 * LARGE_PAGE // 4)  # more than an allocator keeps for later
     want_large_pages(x)
+    assert page_faults(lambda: x.fill_(1)) < x.nbytes / PAGE / 4
+
+
+def page_faults(run) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    x.fill_(1)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < x.nbytes / PAGE / 4
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept_for_the_next_tensor():
+    if not keep_freed_memory():
+        pytest.skip("this C library has no mallopt")
+    new = partial(torch.ones, NEVER_KEPT // 2)  # twice as many bytes as are kept without asking
+    new()
+    assert page_faults(new) < 10

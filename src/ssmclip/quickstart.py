@@ -30,10 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.analyze.hessian import quick_look
     from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.evaluate import evaluate
+    from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.report import write_report
     from ssmclip.results import describe_run, write_rows
     from ssmclip.train import train
 
+    keep_freed_memory()
     recipe = apply_overrides(load_recipe(args.recipe), args.set)
     rows, run_rows, trained = [], [], {}
     for name in MODELS:

@@ -73,8 +73,10 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.ranks import launched
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
+    from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.results import describe_run, write_rows
 
+    keep_freed_memory()
     models = labelled(args.model)
     prompts = PROTOCOLS[args.protocol].prompts(read_prompts(args.prompts) if args.prompts else None)
     asked = [task for task in args.tasks.split(",") if task]

@@ -1,4 +1,4 @@
-"""New memory for results, in large pages where Linux grants them.
+"""New memory for results: in large pages where Linux grants them, and not given back in between where glibc rules it.
 
 A page is cleared when it is first touched, which costs more than writing it. glibc keeps freed memory for the next
 tensor, but from 32 MiB on it gives it back and asks anew each time: there pages of 2 MiB instead of 4 KiB take a third
@@ -15,17 +15,20 @@ from torch import Tensor
 PAGE, LARGE_PAGE = 4096, 2**21
 NEVER_KEPT = 2**25  # bytes; DEFAULT_MMAP_THRESHOLD_MAX of glibc on 64 bits
 _ADVISE_LARGE_PAGES = 14  # MADV_HUGEPAGE
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+_KEPT_UP_TO = 2**30  # bytes of one tensor
 
 
-def _system_call():
-    if sys.platform != "linux":
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    return madvise
+def _system_call(name: str, *arguments: type):
+    """The C library's function, or None where it has none of that name."""
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = arguments
+    return function
 
 
-_madvise = _system_call()
+_madvise = _system_call("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mallopt = _system_call("mallopt", ctypes.c_int, ctypes.c_int)
 
 
 def want_large_pages(x: Tensor) -> None:
@@ -35,3 +38,14 @@ def want_large_pages(x: Tensor) -> None:
         return
     start = -(-storage.data_ptr() // PAGE) * PAGE
     _madvise(start, storage.data_ptr() + storage.nbytes() - start, _ADVISE_LARGE_PAGES)
+
+
+def keep_freed_memory() -> bool:
+    """From now on this process keeps what it frees, for the next tensor; False where the C library has no such choice.
+
+    For commands that take the same step again and again, never for a library in someone else's process: resident memory
+    stays at its highest. Tensors above 1 GiB are still given back.
+    """
+    if _mallopt is None:
+        return False
+    return bool(_mallopt(_TRIM_THRESHOLD, 2**31 - 1) and _mallopt(_MMAP_THRESHOLD, _KEPT_UP_TO))

@@ -29,8 +29,10 @@ def run(args: argparse.Namespace, validation: Callable[[Any], Any] | None = None
     above training, so the caller hands it down.
     """
     from ssmclip.config import apply_overrides, load_recipe
+    from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.train import train
 
+    keep_freed_memory()
     config = apply_overrides(load_recipe(args.recipe), args.set)
     wants = config.validation.every > 0 and config.validation.tasks
     validate = validation(config) if validation is not None and wants else None
