@@ -2,21 +2,26 @@
 
     python benchmarks/encoders.py --out results/encoders.jsonl    ten minutes on two idle cores; --quick: one;
                                                                   --only names the encoders, "training" the step
+    OMP_NUM_THREADS=1 python benchmarks/encoders.py --only training --out results/training_step.jsonl    three minutes
 
 One process, random weights, the same images for all, turns taken, medians. `time_ratio` is the time of an encoder over
 that of the control of its size in `CONTROLS`, the median over turns taken one right after the other; `cpu_time_ratio`
 is the same of the processor's time in all threads, which a busy machine disturbs less. The training step is that of
 recipes/flickr8k.py (images, gradient, AdamW, moving average; no reading of pictures), and its `speed_ratio` the images
-a second over CLIP-ViT-Nano's. How time grows with the size of images: `ssmclip analyze efficiency --sizes`.
+a second over CLIP-ViT-Nano's: in a fresh process that keeps the memory it frees, as `ssmclip train` does, and in one
+left alone, which gives it back. How time grows with the size of images: `ssmclip analyze efficiency --sizes`.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import ssmclip.models  # noqa: F401  registers ours with timm
+from ssmclip.ops.memory import keep_freed_memory
 from ssmclip.results import Result, append_rows, describe_run, write_rows
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.ema import Ema
@@ -108,7 +114,16 @@ def measure_forward(names: Iterable[str], batch: int, repetitions: int) -> Itera
 
 
 def measure_training(repetitions: int) -> Iterator[Result]:
-    """Rows of the training step of the two Nano CLIPs."""
+    """Rows of the training step of the two Nano CLIPs, memory kept and given back."""
+    for keep in (True, False):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            yield from fresh.submit(training_rows, repetitions, keep).result()
+
+
+def training_rows(repetitions: int, keep: bool) -> list[Result]:
+    """In a process that is this measurement's alone: what it keeps, it keeps for good."""
+    kept = keep and keep_freed_memory()
+    torch.manual_seed(0)
     recipe = Path(__file__).resolve().parents[1] / "recipes" / "flickr8k.py"
     config = runpy.run_path(str(recipe))["flickr8k"]()
     batch, captions, pixels = config.batch_size, config.data.captions_per_image, config.image_size(0)
@@ -119,15 +134,18 @@ def measure_training(repetitions: int) -> Iterator[Result]:
     texts[:, words // 2 :] = 0
     runs = {name: training_step(replace(config.model, name=name), config, images, texts) for name in TRAINED}
     times = take_turns(runs, repetitions, "training")
-    condition = f"pixels={pixels},batch={batch},pass=training"
-    threads = {"threads": torch.get_num_threads()}
+    condition = f"pixels={pixels},batch={batch},pass=training,memory={'kept' if kept else 'given back'}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of both models; Linux counts in KiB
+    extra = {"threads": torch.get_num_threads(), "peak_gib": peak}
+    rows = []
     for name, each in times.items():
-        yield speed(name, "training_step", condition, batch, each, threads)
+        rows.append(speed(name, "training_step", condition, batch, each, extra))
         if control := TRAINED[name]:
             clock, processor = (1 / ratio for ratio in ratios(each, times[control]))
-            extra = {**threads, "over": control}
-            yield Result(name, "training_step", condition, "speed_ratio", clock, n=len(each), extra=extra)
-            yield Result(name, "training_step", condition, "cpu_speed_ratio", processor, n=len(each), extra=extra)
+            over = {**extra, "over": control}
+            rows.append(Result(name, "training_step", condition, "speed_ratio", clock, n=len(each), extra=over))
+            rows.append(Result(name, "training_step", condition, "cpu_speed_ratio", processor, n=len(each), extra=over))
+    return rows
 
 
 def training_step(model_of, config, images, texts) -> Callable[[], None]:
@@ -163,7 +181,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     def keep(rows: Iterator[Result]) -> None:
         for row in rows:
             append_rows(args.out, [row])
-            tqdm.write(f"{row.condition:32} {row.model:30} {row.metric:15} {row.value:.4g} {row.extra.get('over', '')}")
+            tqdm.write(f"{row.condition:52} {row.model:30} {row.metric:15} {row.value:.4g} {row.extra.get('over', '')}")
 
     if "training" in names:
         keep(measure_training(repetitions))
