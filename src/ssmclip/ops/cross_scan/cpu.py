@@ -230,41 +230,43 @@ def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, de
     return _new_gradients(x, delta, A, B, C, D, delta_bias, delta_weight)
 
 
-def _remember(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _ = inputs
-    saved = output[1]
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, saved)
+def register_derivatives(name: str, library: torch.library.Library) -> None:
+    """Autograd for the operator `name` and its gradient `name`_backward, which take what those above take, or the same
+    without `delta_weight`.
+    """
+
+    def remember(ctx, inputs, output):
+        *tensors, ctx.delta_softplus, _ = inputs
+        saved = output[1]
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, saved)
+
+    def gradient(ctx, dy, _):
+        *inputs, saved = ctx.saved_tensors
+        if dy is None:
+            return (None,) * (len(inputs) + 2)
+        grads = getattr(torch.ops.ssmclip, f"{name}_backward")(dy, *inputs, saved, ctx.delta_softplus)
+        return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
+
+    def remember_gradient(ctx, inputs, output):
+        *tensors, ctx.delta_softplus = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    def gradient_of_gradient(ctx, *grads_of_grads):
+        """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
+        dy, *inputs, _ = ctx.saved_tensors
+        chunked = plain.composed("chunked")
+
+        def scan(x, delta, A, B, C, D, delta_bias, delta_weight=None):
+            return (chunked(x, delta, A, B, C, D, delta_bias, ctx.delta_softplus, delta_weight),)
+
+        return *second_gradient(scan, [dy], inputs, grads_of_grads, ctx), None, None
+
+    register = torch.library.register_autograd
+    register(f"ssmclip::{name}", gradient, setup_context=remember, lib=library)
+    register(f"ssmclip::{name}_backward", gradient_of_gradient, setup_context=remember_gradient, lib=library)
 
 
-def _gradient(ctx, dy, _):
-    *inputs, saved = ctx.saved_tensors
-    if dy is None:
-        return (None,) * 10
-    grads = torch.ops.ssmclip.cross_selective_scan_backward(dy, *inputs, saved, ctx.delta_softplus)
-    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
-
-
-def _remember_gradient(ctx, inputs, output):
-    *tensors, ctx.delta_softplus = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _second_gradient(ctx, *grads_of_grads):
-    """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
-    dy, *inputs, _ = ctx.saved_tensors
-    scan = plain.composed("chunked")
-
-    def run(*inputs):
-        *inputs, delta_weight = inputs
-        return (scan(*inputs, ctx.delta_softplus, delta_weight),)
-
-    return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
-
-
-torch.library.register_autograd("ssmclip::cross_selective_scan", _gradient, setup_context=_remember, lib=_library)
-torch.library.register_autograd(
-    "ssmclip::cross_selective_scan_backward", _second_gradient, setup_context=_remember_gradient, lib=_library
-)
+register_derivatives("cross_selective_scan", _library)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssmclip.ops.cross_scan import plain
+from ssmclip.ops.cross_scan import cpu
 from ssmclip.ops.selective_scan import triton as scan
-from ssmclip.ops.selective_scan.cpu import second_gradient
 from ssmclip.ops.selective_scan.triton import Scans, Strided
 
 _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias"
@@ -127,41 +126,4 @@ def _backward_fake(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
     return _new_gradients(x, delta, A, B, C, D, delta_bias)
 
 
-def _remember(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _ = inputs
-    saved = output[1]
-    ctx.mark_non_differentiable(saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, saved)
-
-
-def _gradient(ctx, dy, _):
-    *inputs, saved = ctx.saved_tensors
-    if dy is None:
-        return (None,) * 9
-    grads = torch.ops.ssmclip.cross_selective_scan_triton_backward(dy, *inputs, saved, ctx.delta_softplus)
-    return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None, None
-
-
-def _remember_gradient(ctx, inputs, output):
-    *tensors, ctx.delta_softplus = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _second_gradient(ctx, *grads_of_grads):
-    """The derivative of what `chunked` gives as the gradient; in its turn differentiable."""
-    dy, *inputs, _ = ctx.saved_tensors
-    chunked = plain.composed("chunked")
-
-    def run(*inputs):
-        return (chunked(*inputs, ctx.delta_softplus),)
-
-    return *second_gradient(run, [dy], inputs, grads_of_grads, ctx), None, None
-
-
-_register = torch.library.register_autograd
-_register("ssmclip::cross_selective_scan_triton", _gradient, setup_context=_remember, lib=_library)
-_register(
-    "ssmclip::cross_selective_scan_triton_backward", _second_gradient, setup_context=_remember_gradient, lib=_library
-)
+cpu.register_derivatives("cross_selective_scan_triton", _library)
