@@ -1,6 +1,5 @@
 """Exported encoders compute what the encoders compute: torch.compile and torch.export on the kernels, ONNX on none."""
 
-import jaxtyping
 import pytest
 import timm
 import torch
@@ -24,13 +23,7 @@ FIELDS = {
 }
 SIZE = (48, 80)  # of maps: 12 x 20 positions, the ViT's 3 x 5
 
-
-@pytest.fixture(autouse=True)
-def untyped():
-    """Shape checks exist in tests only, and cannot be traced."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("untyped")
 
 
 def build(family: str) -> torch.nn.Module:
