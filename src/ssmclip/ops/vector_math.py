@@ -173,3 +173,11 @@ def sigmoid(x):
     e = exp(fill(x, 0.0) - absolute(x))
     one = fill(x, 1.0)
     return where_negative(x, e, one) / (one + e)
+
+
+@compiled(forceinline=True)
+def softplus_and_sigmoid(x):
+    """Both, for one exponential: the second is the derivative of the first."""
+    e = exp(fill(x, 0.0) - absolute(x))
+    one = fill(x, 1.0)
+    return fma(e, _log1p_slope(e), maximum(fill(x, 0.0), x)), where_negative(x, e, one) / (one + e)
