@@ -235,12 +235,13 @@ def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
             like,
         )  # fmt: skip
         run = order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like
-        if reach * a_reach >= NEAR:
-            loops.scan(*run)
-        elif states == 1:
+        near = reach * a_reach < NEAR
+        if near and states == 1:
             loops.scan_near_one(*run)
-        else:
+        elif near:
             loops.scan_near(*run)
+        else:
+            loops.scan(*run)
         if views[Z, ADDRESS]:
             z_at, z_step = _rows(views, Z, b, g, c, u_tile, pad, width, t, count, like)
             loops.gate(order, t, count, pad, z_at, z_step, value, like)
@@ -302,12 +303,13 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
             order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, sizes[SOFTPLUS], step, driven, slope, like
         )
         run = order, t, count, states, pad, plane, step, driven, a_log2, h, decay, b_at, b_step, like
-        if reach * a_reach >= NEAR:
-            loops.replay(*run)
-        elif states == 1:
+        near = reach * a_reach < NEAR
+        if near and states == 1:
             loops.replay_near_one(*run)
-        else:
+        elif near:
             loops.replay_near(*run)
+        else:
+            loops.replay(*run)
         dy_at, dy_step = _rows(views, DY, b, g, c, lam_b, pad, width, t, count, like)
         loops.take(order, t, count, pad, dy_at, dy_step, dvalue, like)
         if views[Z, ADDRESS]:
@@ -315,15 +317,13 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
             z_at, z_step = _rows(views, Z, b, g, c, lam_b, pad, width, t, count, like)
             loops.gate_back(order, t, count, pad, z_at, z_step, value, dvalue, q_a, like)
             _put(views, DZ, b, g, c, q_a, pad, width, order, t, count, False, like)
-        back = (
-            order, t, count, states, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
-            b_at, b_step, c_at, c_step, _at(views, DB, b, g, part), _at(views, DC, b, g, part), views[DB, POSITION],
-            accumulate_bc, sums, lam_b, q_a, like,
-        )  # fmt: skip
+        tiles = step, driven, dvalue, a_log2, h, decay, r, da
+        sequences = b_at, b_step, c_at, c_step, _at(views, DB, b, g, part), _at(views, DC, b, g, part)
+        back = order, t, count, pad, plane, *tiles, *sequences, views[DB, POSITION], accumulate_bc, lam_b, q_a
         if states == 1:
-            loops.walk_back_one(*back)
+            loops.walk_back_one(*back, like)
         else:
-            loops.walk_back(*back)
+            loops.walk_back(*back, states, sums, like)
         loops.finish_back(
             order, t, count, pad, u_at, u_step, d_row, sizes[SOFTPLUS], step, slope, dvalue, lam_b, q_a, dbias, dd, like
         )

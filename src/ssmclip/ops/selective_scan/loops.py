@@ -36,7 +36,7 @@ loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, value, like):
     """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count].
 
-    Returns the largest absolute step.
+    Returns the largest absolute step, of those that are numbers.
     """
     reach = broadcast(like)
     for i in range(count):
@@ -48,7 +48,7 @@ def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_ro
             s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
             if soft:
                 s = softplus(s)
-            reach = maximum(reach, absolute(s))
+            reach = maximum(absolute(s), reach)
             store(step + i * pad + j, s)
             store(driven + i * pad + j, s * x)
             store(value + i * pad + j, x * load(d_row + j, like))
@@ -60,7 +60,7 @@ def prepare_back(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias,
     """`prepare` without a value, with slope = the derivative of step after delta."""
     reach = broadcast(like)
     for i in range(count):
-        p, ahead = order[t + i], order[max(t + i - AHEAD, t)]
+        p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
         for j in range(0, pad, REGISTER_BYTES):
             prefetch(u_at + ahead * u_step + j)
             prefetch(delta_at + ahead * delta_step + j)
@@ -69,7 +69,7 @@ def prepare_back(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias,
             if soft:
                 s, derivative = softplus_and_sigmoid(s)
                 store(slope + i * pad + j, derivative)
-            reach = maximum(reach, absolute(s))
+            reach = maximum(absolute(s), reach)
             store(step + i * pad + j, s)
             store(driven + i * pad + j, s * x)
     return largest(reach)
@@ -138,10 +138,10 @@ def read_out(order, t, count, states, pad, plane, u_at, u_step, d_row, h, c_at, 
 
 @loop
 def magnitude(at, count, like):
-    """The largest absolute value in `count` bytes."""
+    """The largest absolute value in `count` bytes, of those that are numbers."""
     m = broadcast(like)
     for j in range(0, count, REGISTER_BYTES):
-        m = maximum(m, absolute(load(at + j, like)))
+        m = maximum(absolute(load(at + j, like)), m)
     return largest(m)
 
 
@@ -189,68 +189,77 @@ def give(order, t, count, pad, at, row, tile, accumulate, like):
             store(to + j, v)
 
 
-def _walk_back(one):
-    """one: for a single state, whose sums stay in registers."""
+@loop
+def walk_back(
+    order, t, count, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
+    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, lam_b, q_a, states, sums, like,
+):  # fmt: skip
+    """lam = C dy + r;  r = decay lam;  q = r h[t-1];  da += q step;  lam_b = sum of lam B;  q_a = sum of q A / log 2.
 
-    @loop
-    def walk_back(
-        order, t, count, states, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
-        b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, sums, lam_b, q_a, like,
-    ):  # fmt: skip
-        """lam = C dy + r;  r = decay lam;  q = r h[t-1];  da += q step;  lam_b = sum of lam B;
-        q_a = sum of q A / log 2.
-
-        dB and dC of a position are sums over channels, gathered in the registers at `sums`, then over lanes.
-        """
-        item = size_of(like)
-        for i in range(count - 1, -1, -1):
-            p = order[t + i]
-            b, c = b_at + p * b_step, c_at + p * c_step
-            sum_b, sum_c = broadcast(like), broadcast(like)
-            if not one:
-                for n in range(2 * states):
-                    store(sums + n * REGISTER_BYTES, broadcast(like))
-            for j in range(0, pad, REGISTER_BYTES):
-                s = load(step + i * pad + j, like)
-                x = load(driven + i * pad + j, like)
-                d = load(dvalue + i * pad + j, like)
-                lb = broadcast(like)
-                qa = broadcast(like)
-                for n in range(1 if one else states):
-                    at = n * pad + j
-                    lam = fma(broadcast(read(c + n * item, like)), d, load(r + at, like))
-                    back = lam * load(decay + i * plane + at, like)
-                    q = back * load(h + i * plane + at, like)
-                    store(r + at, back)
-                    store(da + at, fma(q, s, load(da + at, like)))
-                    qa = fma(q, load(a_log2 + at, like), qa)
-                    lb = fma(lam, broadcast(read(b + n * item, like)), lb)
-                    state = load(h + (i + 1) * plane + at, like)
-                    if one:
-                        sum_b, sum_c = fma(lam, x, sum_b), fma(d, state, sum_c)
-                    else:
-                        k = sums + 2 * n * REGISTER_BYTES
-                        store(k, fma(lam, x, load(k, like)))
-                        k += REGISTER_BYTES
-                        store(k, fma(d, state, load(k, like)))
-                store(lam_b + i * pad + j, lb)
-                store(q_a + i * pad + j, qa)
-            for n in range(1 if one else states):
-                if not one:
-                    sum_b = load(sums + 2 * n * REGISTER_BYTES, like)
-                    sum_c = load(sums + (2 * n + 1) * REGISTER_BYTES, like)
-                db, dc = total(sum_b), total(sum_c)
-                at = p * dbc_step + n * item
-                if accumulate:
-                    db += read(db_at + at, like)
-                    dc += read(dc_at + at, like)
-                write(db_at + at, db)
-                write(dc_at + at, dc)
-
-    return walk_back
+    dB and dC of a position are sums over channels, gathered in the registers at `sums`, then over lanes.
+    """
+    item = size_of(like)
+    for i in range(count - 1, -1, -1):
+        p = order[t + i]
+        b, c = b_at + p * b_step, c_at + p * c_step
+        for n in range(2 * states):
+            store(sums + n * REGISTER_BYTES, broadcast(like))
+        for j in range(0, pad, REGISTER_BYTES):
+            s = load(step + i * pad + j, like)
+            x = load(driven + i * pad + j, like)
+            d = load(dvalue + i * pad + j, like)
+            lb = broadcast(like)
+            qa = broadcast(like)
+            for n in range(states):
+                at = n * pad + j
+                lam = fma(broadcast(read(c + n * item, like)), d, load(r + at, like))
+                back = lam * load(decay + i * plane + at, like)
+                q = back * load(h + i * plane + at, like)
+                store(r + at, back)
+                store(da + at, fma(q, s, load(da + at, like)))
+                qa = fma(q, load(a_log2 + at, like), qa)
+                lb = fma(lam, broadcast(read(b + n * item, like)), lb)
+                k = sums + 2 * n * REGISTER_BYTES
+                store(k, fma(lam, x, load(k, like)))
+                k += REGISTER_BYTES
+                store(k, fma(d, load(h + (i + 1) * plane + at, like), load(k, like)))
+            store(lam_b + i * pad + j, lb)
+            store(q_a + i * pad + j, qa)
+        for n in range(states):
+            db = total(load(sums + 2 * n * REGISTER_BYTES, like))
+            dc = total(load(sums + (2 * n + 1) * REGISTER_BYTES, like))
+            at = p * dbc_step + n * item
+            if accumulate:
+                db += read(db_at + at, like)
+                dc += read(dc_at + at, like)
+            write(db_at + at, db)
+            write(dc_at + at, dc)
 
 
-walk_back, walk_back_one = _walk_back(False), _walk_back(True)
+@loop
+def walk_back_one(
+    order, t, count, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
+    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, lam_b, q_a, like,
+):  # fmt: skip
+    """`walk_back` for a single state, whose sums stay in registers."""
+    for i in range(count - 1, -1, -1):
+        p = order[t + i]
+        b, c = broadcast(read(b_at + p * b_step, like)), broadcast(read(c_at + p * c_step, like))
+        db, dc = broadcast(like), broadcast(like)
+        for j in range(0, pad, REGISTER_BYTES):
+            d = load(dvalue + i * pad + j, like)
+            lam = fma(c, d, load(r + j, like))
+            back = lam * load(decay + i * plane + j, like)
+            q = back * load(h + i * plane + j, like)
+            store(r + j, back)
+            store(da + j, fma(q, load(step + i * pad + j, like), load(da + j, like)))
+            store(lam_b + i * pad + j, lam * b)
+            store(q_a + i * pad + j, q * load(a_log2 + j, like))
+            db = fma(lam, load(driven + i * pad + j, like), db)
+            dc = fma(d, load(h + (i + 1) * plane + j, like), dc)
+        at = p * dbc_step
+        write(db_at + at, total(db) + (read(db_at + at, like) if accumulate else like))
+        write(dc_at + at, total(dc) + (read(dc_at + at, like) if accumulate else like))
 
 
 @loop
