@@ -556,12 +556,14 @@ def test_long_families_have_tables_of_their_own_with_the_rest_folded(tmp_path):
     ]
     rows += [Result("A", "digits", "", "top1", 0.9), Result("B", "digits", "", "top1", 0.8)]
     rows += [Result("plain", "scan", "", "latency_ms", 1.0)]
+    rows += [Result("plain", "text", "", metric, 1.0) for metric in ("latency_ms", "speedup")]
     found = blocks(rows, ["A", "B", "plain"])
     assert [(block.title, block.models) for block in found] == [
         ("Digits, all, distorted", ["A", "B"]),
         ("", ["A", "B"]),
         ("", ["plain"]),
     ]
+    assert [(len(block.shown), len(block.folded)) for block in found] == [(4, 12), (1, 0), (3, 0)]
     assert [(line.title, line.metric) for line in found[0].shown] == [(name, "top1") for name in kinds]
     assert [(line.title, line.metric) for line in found[0].folded] == [(k, m) for k in kinds for m in metrics[1:]]
     assert [cell.model for line in found[0].folded for cell in line.cells] == ["A", "B"] * 12
