@@ -360,6 +360,23 @@ def test_power_iteration_is_the_usual_one():
     assert lanczos.products < usual.products / 2
 
 
+def test_power_iteration_to_a_residual():
+    eigenvalues = torch.tensor([100.0, -60, 35, 20, 12], dtype=torch.float64)
+    loss, x = quadratic([*eigenvalues.tolist(), *bulk(300)])
+    hessian = Hessian(loss, [x])
+    told = []
+    long = park_kim.power_to_residual(hessian, tol=1e-3, progress=told.append)
+    torch.testing.assert_close(long.values, eigenvalues, rtol=1e-4, atol=0)
+    assert (long.residuals < 1e-2).all()
+    assert long.residuals[0] <= 1e-3
+    assert long.products == len(told) == told[-1] > park_kim.power_iteration(hessian).products
+    # Cut off, every eigenvalue has had one product at least, and the residuals say that it was too early.
+    short = park_kim.power_to_residual(hessian, tol=1e-6, max_products=20)
+    assert short.products == 20
+    assert len(short.values) == 5
+    assert (short.residuals > 1e-3).all()
+
+
 def test_weight_decay_shifts_the_spectrum():
     model, batch = tiny_clip_of("vit", "attention"), tiny_batch()
     plain, decayed = (
@@ -484,7 +501,7 @@ def test_the_landscape_command(saved, tmp_path, tiny_clip):
 def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
     out = tmp_path / "both.jsonl"
     asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --which magnitude"
-    command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim", "--weight-decay", "0"))
+    command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim,power", "--weight-decay", "0"))
     found = {(row.condition, row.metric): row for row in read_rows(out)[1]}
     model, preprocess, tokenizer = tiny_clip
     batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
@@ -494,11 +511,17 @@ def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
     assert usual.values.tolist() == pytest.approx([row.value for row in given], rel=1e-5)
     wanted = [found["batch=0,tower=image", "by_magnitude_1"]]
     true = torch.tensor([row.value for row in wanted], dtype=torch.float64)
-    said = {metric.removeprefix("power_iteration_"): row.value for (_, metric), row in found.items()}
+    said = {metric.replace("power_iteration_", ""): row.value for (_, metric), row in found.items()}
     assert said["products_over_lanczos"] == usual.products / max(row.extra["found_after"] for row in wanted)
     assert said["error"] == pytest.approx((usual.values / true - 1).abs().max().item(), rel=1e-2)
     assert said["missed"] == np.mean([min(abs(usual.values / x - 1)) > 0.01 for x in true])
     assert said["residual"] == pytest.approx(usual.residuals.max().item(), rel=1e-2)
+    long = found["batch=0,tower=image,protocol=power", "by_magnitude_1"]
+    assert long.extra["residual"] <= 1e-3 < usual.residuals.max()
+    assert long.extra["products"] > usual.products
+    assert said["long_products_over_lanczos"] == long.extra["products"] / max(
+        row.extra["found_after"] for row in wanted
+    )
 
 
 def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
