@@ -18,9 +18,8 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
     hessian.set_defaults(analyse=_hessian)
     _shared(hessian, batches=200, batch_size=15)
     hessian.add_argument("--k", type=int, default=5, help="eigenvalues at each end (default: %(default)s)")
-    hessian.add_argument(
-        "--protocol", default="lanczos", help="lanczos, park-kim (the paper's), power (that, converged), with commas"
-    )
+    protocols = "lanczos, park-kim (the paper's), power (that one, to --tol), with commas (default: lanczos)"
+    hessian.add_argument("--protocol", default="lanczos", help=protocols)
     hessian.add_argument("--which", default="both", help="both ends, or magnitude: fewer products (default: both)")
     hessian.add_argument("--tol", type=float, default=1e-3, help="relative residual to reach (default: %(default)s)")
     hessian.add_argument("--max-products", type=int, default=200, help="per batch; what is unconverged then is marked")

@@ -185,7 +185,7 @@ def call(loss: Callable[[], Tensor]) -> Tensor:
 
 @contextmanager
 def made_for_second_derivatives() -> Iterator[None]:
-    """Inside, attention is plain, for its fused forms have no second derivative, and grouped convolutions have a fast one."""
+    """Inside, attention is plain: its fused forms have no second derivative. Of grouped convolutions it is fast."""
     with sdpa_kernel(SDPBackend.MATH), grouped_convolutions_by_convolutions():
         yield
 
