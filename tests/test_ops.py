@@ -250,6 +250,17 @@ def test_growing_states_reach_infinity_and_nan_is_passed_on(backend):
 
 
 @pytest.mark.parametrize("backend", SCANS)
+def test_nan_in_a_channel_does_not_hide_the_decay_of_another(backend):
+    # Channels 0 and 8 share a lane of the kernel's registers, which choose their exponential by the largest step.
+    delta = torch.full((1, 16, 20), 0.001)
+    delta[0, 0, 2], delta[0, 8, 5] = 1.0, math.nan
+    ones, A = torch.ones(1, 1, 1, 20), torch.full((16, 1), -500.0)
+    y = selective_scan(torch.ones(1, 16, 20), delta, A, ones, ones, backend=backend)
+    assert torch.isnan(y[0, 8, 5:]).all()
+    torch.testing.assert_close(y[0, 0, 2], torch.tensor(1.0))  # exp(-500) of the state before is nothing
+
+
+@pytest.mark.parametrize("backend", SCANS)
 def test_a_state_of_nothing_stays_nothing_beside_growth_without_bound(backend):
     # exp(40 * 25) is beyond float64 too: whoever multiplies an empty state by it says NaN.
     u = torch.zeros(1, 8, 100)

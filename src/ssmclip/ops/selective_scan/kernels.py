@@ -235,7 +235,10 @@ def _forward_block(views, sizes, order, base, b, g, c, accumulate, like):
             like,
         )  # fmt: skip
         run = order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like
-        if reach * a_reach < NEAR:
+        near = reach * a_reach < NEAR
+        if near and states == 1:
+            loops.scan_near_one(*run)
+        elif near:
             loops.scan_near(*run)
         else:
             loops.scan(*run)
@@ -268,7 +271,8 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
     step = sums + 2 * states * REGISTER_BYTES
     driven = step + tile
     value = driven + tile
-    dvalue = value + tile
+    slope = value + tile
+    dvalue = slope + tile
     lam_b = dvalue + tile
     q_a = lam_b + tile
     u_tile = q_a + tile
@@ -295,30 +299,34 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
         delta_at, delta_step = _rows(views, DELTA, b, g, c, delta_tile, pad, width, t, count, like)
         b_at, b_step = _state_rows(views, B, b, g, b_tile, pad_bc, states, t, count, like)
         c_at, c_step = _state_rows(views, C, b, g, c_tile, pad_bc, states, t, count, like)
-        reach = loops.prepare(
-            order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, sizes[SOFTPLUS], step, driven, value,
-            like,
-        )  # fmt: skip
-        planes = states, pad, plane, step, driven, value, a_log2, h, decay
-        if reach * a_reach < NEAR:
-            loops.replay_near(order, t, count, *planes, b_at, b_step, c_at, c_step, like)
+        reach = loops.prepare_back(
+            order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, sizes[SOFTPLUS], step, driven, slope, like
+        )
+        run = order, t, count, states, pad, plane, step, driven, a_log2, h, decay, b_at, b_step, like
+        near = reach * a_reach < NEAR
+        if near and states == 1:
+            loops.replay_near_one(*run)
+        elif near:
+            loops.replay_near(*run)
         else:
-            loops.replay(order, t, count, *planes, b_at, b_step, c_at, c_step, like)
+            loops.replay(*run)
         dy_at, dy_step = _rows(views, DY, b, g, c, lam_b, pad, width, t, count, like)
         loops.take(order, t, count, pad, dy_at, dy_step, dvalue, like)
         if views[Z, ADDRESS]:
+            loops.read_out(order, t, count, states, pad, plane, u_at, u_step, d_row, h, c_at, c_step, value, like)
             z_at, z_step = _rows(views, Z, b, g, c, lam_b, pad, width, t, count, like)
             loops.gate_back(order, t, count, pad, z_at, z_step, value, dvalue, q_a, like)
             _put(views, DZ, b, g, c, q_a, pad, width, order, t, count, False, like)
-        loops.walk_back(
-            order, t, count, states, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
-            b_at, b_step, c_at, c_step, _at(views, DB, b, g, part), _at(views, DC, b, g, part), views[DB, POSITION],
-            accumulate_bc, sums, lam_b, q_a, like,
-        )  # fmt: skip
+        tiles = step, driven, dvalue, a_log2, h, decay, r, da
+        sequences = b_at, b_step, c_at, c_step, _at(views, DB, b, g, part), _at(views, DC, b, g, part)
+        back = order, t, count, pad, plane, *tiles, *sequences, views[DB, POSITION], accumulate_bc, lam_b, q_a
+        if states == 1:
+            loops.walk_back_one(*back, like)
+        else:
+            loops.walk_back(*back, states, sums, like)
         loops.finish_back(
-            order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, sizes[SOFTPLUS],
-            step, dvalue, lam_b, q_a, dbias, dd, like,
-        )  # fmt: skip
+            order, t, count, pad, u_at, u_step, d_row, sizes[SOFTPLUS], step, slope, dvalue, lam_b, q_a, dbias, dd, like
+        )
         _put(views, DU, b, g, c, lam_b, pad, width, order, t, count, accumulate_u, like)
         _put(views, DDELTA, b, g, c, q_a, pad, width, order, t, count, False, like)
 
@@ -381,5 +389,5 @@ def scratch_bytes(block: int, steps: int, states: int, item: int) -> int:
     pad = -(-block * item // REGISTER_BYTES) * REGISTER_BYTES
     pad_bc = -(-states * item // REGISTER_BYTES) * REGISTER_BYTES
     planes = (3 + 2 * steps + 1) * states * pad
-    tiles = steps * (8 * pad + 2 * pad_bc)
+    tiles = steps * (9 * pad + 2 * pad_bc)
     return planes + tiles + 4 * pad + 2 * states * REGISTER_BYTES + 64

@@ -17,15 +17,17 @@ from ssmclip.ops.simd import (
     largest,
     load,
     maximum,
+    prefetch,
     read,
     size_of,
     store,
     total,
     write,
 )
-from ssmclip.ops.vector_math import LOG2_E, exp2, exp2_near, sigmoid, softplus
+from ssmclip.ops.vector_math import LOG2_E, exp2, exp2_near, sigmoid, softplus, softplus_and_sigmoid
 
 LN_2 = 1 / LOG2_E
+AHEAD = 2  # positions
 
 loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -34,25 +36,47 @@ loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, value, like):
     """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count].
 
-    Returns the largest absolute step.
+    Returns the largest absolute step, of those that are numbers.
     """
     reach = broadcast(like)
     for i in range(count):
-        p = order[t + i]
+        p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
         for j in range(0, pad, REGISTER_BYTES):
+            prefetch(u_at + ahead * u_step + j)
+            prefetch(delta_at + ahead * delta_step + j)
             x = load(u_at + p * u_step + j, like)
             s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
             if soft:
                 s = softplus(s)
-            reach = maximum(reach, absolute(s))
+            reach = maximum(absolute(s), reach)
             store(step + i * pad + j, s)
             store(driven + i * pad + j, s * x)
             store(value + i * pad + j, x * load(d_row + j, like))
     return largest(reach)
 
 
-def _recurrences(power):
-    """(scan, replay) with this function for 2^x."""
+@loop
+def prepare_back(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, soft, step, driven, slope, like):
+    """`prepare` without a value, with slope = the derivative of step after delta."""
+    reach = broadcast(like)
+    for i in range(count):
+        p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
+        for j in range(0, pad, REGISTER_BYTES):
+            prefetch(u_at + ahead * u_step + j)
+            prefetch(delta_at + ahead * delta_step + j)
+            x = load(u_at + p * u_step + j, like)
+            s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
+            if soft:
+                s, derivative = softplus_and_sigmoid(s)
+                store(slope + i * pad + j, derivative)
+            reach = maximum(absolute(s), reach)
+            store(step + i * pad + j, s)
+            store(driven + i * pad + j, s * x)
+    return largest(reach)
+
+
+def _recurrences(power, one):
+    """(scan, replay) with this function for 2^x; one: for a single state, which needs fewer addresses."""
 
     @loop
     def scan(order, t, count, states, pad, step, driven, value, a_log2, h, b_at, b_step, c_at, c_step, like):
@@ -64,7 +88,7 @@ def _recurrences(power):
                 s = load(step + i * pad + j, like)
                 x = load(driven + i * pad + j, like)
                 y = load(value + i * pad + j, like)
-                for n in range(states):
+                for n in range(1 if one else states):
                     at = n * pad + j
                     state = fma(
                         power(s * load(a_log2 + at, like)), load(h + at, like), x * broadcast(read(b + n * item, like))
@@ -74,39 +98,50 @@ def _recurrences(power):
                 store(value + i * pad + j, y)
 
     @loop
-    def replay(
-        order, t, count, states, pad, plane, step, driven, value, a_log2, h, decay, b_at, b_step, c_at, c_step, like
-    ):
+    def replay(order, t, count, states, pad, plane, step, driven, a_log2, h, decay, b_at, b_step, like):
         """`scan` from the state in h, keeping the states of position i at h + (i + 1) plane and its decays."""
         item = size_of(like)
         for i in range(count):
-            b, c = b_at + order[t + i] * b_step, c_at + order[t + i] * c_step
+            b = b_at + order[t + i] * b_step
             for j in range(0, pad, REGISTER_BYTES):
                 s = load(step + i * pad + j, like)
                 x = load(driven + i * pad + j, like)
-                y = load(value + i * pad + j, like)
-                for n in range(states):
+                for n in range(1 if one else states):
                     at = n * pad + j
                     a = power(s * load(a_log2 + at, like))
-                    state = fma(a, load(h + i * plane + at, like), x * broadcast(read(b + n * item, like)))
                     store(decay + i * plane + at, a)
+                    state = fma(a, load(h + i * plane + at, like), x * broadcast(read(b + n * item, like)))
                     store(h + (i + 1) * plane + at, state)
-                    y = fma(state, broadcast(read(c + n * item, like)), y)
-                store(value + i * pad + j, y)
 
     return scan, replay
 
 
-scan, replay = _recurrences(exp2)
-scan_near, replay_near = _recurrences(exp2_near)  # where no step of the tile times A / log 2 exceeds NEAR: 10 % faster
+scan, replay = _recurrences(exp2, False)
+# Where no step of the tile times A / log 2 exceeds NEAR: 10 % faster.
+scan_near, replay_near = _recurrences(exp2_near, False)
+scan_near_one, replay_near_one = _recurrences(exp2_near, True)
+
+
+@loop
+def read_out(order, t, count, states, pad, plane, u_at, u_step, d_row, h, c_at, c_step, value, like):
+    """value = D u + C h, from the states that `replay` keeps."""
+    item = size_of(like)
+    for i in range(count):
+        p = order[t + i]
+        for j in range(0, pad, REGISTER_BYTES):
+            y = load(u_at + p * u_step + j, like) * load(d_row + j, like)
+            for n in range(states):
+                state = load(h + (i + 1) * plane + n * pad + j, like)
+                y = fma(state, broadcast(read(c_at + p * c_step + n * item, like)), y)
+            store(value + i * pad + j, y)
 
 
 @loop
 def magnitude(at, count, like):
-    """The largest absolute value in `count` bytes."""
+    """The largest absolute value in `count` bytes, of those that are numbers."""
     m = broadcast(like)
     for j in range(0, count, REGISTER_BYTES):
-        m = maximum(m, absolute(load(at + j, like)))
+        m = maximum(absolute(load(at + j, like)), m)
     return largest(m)
 
 
@@ -136,25 +171,28 @@ def gate_back(order, t, count, pad, z_at, z_step, value, dvalue, dz, like):
 def take(order, t, count, pad, at, row, tile, like):
     """tile = the rows at the positions order[t : t + count]."""
     for i in range(count):
+        start, ahead = at + order[t + i] * row, at + order[min(t + i + AHEAD, t + count - 1)] * row
         for j in range(0, pad, REGISTER_BYTES):
-            store(tile + i * pad + j, load(at + order[t + i] * row + j, like))
+            prefetch(ahead + j)
+            store(tile + i * pad + j, load(start + j, like))
 
 
 @loop
 def give(order, t, count, pad, at, row, tile, accumulate, like):
     """The rows at the positions order[t : t + count] = tile, or += tile."""
     for i in range(count):
+        to = at + order[t + i] * row
         for j in range(0, pad, REGISTER_BYTES):
             v = load(tile + i * pad + j, like)
             if accumulate:
-                v = v + load(at + order[t + i] * row + j, like)
-            store(at + order[t + i] * row + j, v)
+                v = v + load(to + j, like)
+            store(to + j, v)
 
 
 @loop
 def walk_back(
-    order, t, count, states, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
-    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, sums, lam_b, q_a, like,
+    order, t, count, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
+    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, lam_b, q_a, states, sums, like,
 ):  # fmt: skip
     """lam = C dy + r;  r = decay lam;  q = r h[t-1];  da += q step;  lam_b = sum of lam B;  q_a = sum of q A / log 2.
 
@@ -199,21 +237,45 @@ def walk_back(
 
 
 @loop
-def finish_back(
-    order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft,
-    step, dvalue, lam_b, q_a, dbias, dd, like,
+def walk_back_one(
+    order, t, count, pad, plane, step, driven, dvalue, a_log2, h, decay, r, da,
+    b_at, b_step, c_at, c_step, db_at, dc_at, dbc_step, accumulate, lam_b, q_a, like,
 ):  # fmt: skip
-    """lam_b becomes du = D dy + step lam_b, q_a becomes ddelta = (u lam_b + q_a log 2) sigmoid(delta + bias)."""
+    """`walk_back` for a single state, whose sums stay in registers."""
+    for i in range(count - 1, -1, -1):
+        p = order[t + i]
+        b, c = broadcast(read(b_at + p * b_step, like)), broadcast(read(c_at + p * c_step, like))
+        db, dc = broadcast(like), broadcast(like)
+        for j in range(0, pad, REGISTER_BYTES):
+            d = load(dvalue + i * pad + j, like)
+            lam = fma(c, d, load(r + j, like))
+            back = lam * load(decay + i * plane + j, like)
+            q = back * load(h + i * plane + j, like)
+            store(r + j, back)
+            store(da + j, fma(q, load(step + i * pad + j, like), load(da + j, like)))
+            store(lam_b + i * pad + j, lam * b)
+            store(q_a + i * pad + j, q * load(a_log2 + j, like))
+            db = fma(lam, load(driven + i * pad + j, like), db)
+            dc = fma(d, load(h + (i + 1) * plane + j, like), dc)
+        at = p * dbc_step
+        write(db_at + at, total(db) + (read(db_at + at, like) if accumulate else like))
+        write(dc_at + at, total(dc) + (read(dc_at + at, like) if accumulate else like))
+
+
+@loop
+def finish_back(
+    order, t, count, pad, u_at, u_step, d_row, soft, step, slope, dvalue, lam_b, q_a, dbias, dd, like,
+):  # fmt: skip
+    """lam_b becomes du = D dy + step lam_b, q_a becomes ddelta = (u lam_b + q_a log 2) slope."""
     for i in range(count):
         p = order[t + i]
         for j in range(0, pad, REGISTER_BYTES):
             x = load(u_at + p * u_step + j, like)
             d = load(dvalue + i * pad + j, like)
             lb = load(lam_b + i * pad + j, like)
-            qa = load(q_a + i * pad + j, like)
-            dstep = fma(x, lb, qa * fill(x, LN_2))
+            dstep = fma(x, lb, load(q_a + i * pad + j, like) * fill(x, LN_2))
             if soft:
-                dstep = dstep * sigmoid(load(delta_at + p * delta_step + j, like) + load(bias + j, like))
+                dstep = dstep * load(slope + i * pad + j, like)
             store(lam_b + i * pad + j, fma(load(step + i * pad + j, like), lb, load(d_row + j, like) * d))
             store(q_a + i * pad + j, dstep)
             store(dbias + j, load(dbias + j, like) + dstep)
