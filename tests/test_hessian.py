@@ -558,9 +558,9 @@ def test_two_processes_write_what_one_does(saved, tmp_path, request):
     command.run(arguments(one, *asked))
     asked += ["--data", "synthetic:quickstart", "--out", str(two)]
     parts = set()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with open(tmp_path / "said", "w+") as said, subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ssmclip"]
-        + ["analyze", *asked],
+        [*torchrun, "-m", "ssmclip", "analyze", *asked],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stderr=said,
     ) as ranks:  # fmt: skip
