@@ -94,7 +94,7 @@ hessian: setup  ## Hessian spectra of two runs
 		one="--label $${run%=*} --model $${run#*=}"; \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 60 && \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 8 --towers text,whole && \
-		$(BIN)/ssmclip $(HESSIAN) $$one --batches 12 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 8 --protocol park-kim && \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 1 --protocol lanczos,park-kim,power --max-products 600 \
 			--out results/hessian_power.jsonl && \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \

@@ -35,12 +35,13 @@ def test_derivatives_of_grouped_convolutions(name):
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
     # A third derivative, and gradients of some inputs only.
-    for some in ((x,), (inputs[1],)):
+    for some in ((x,), (inputs[1],), inputs):
         thirds = []
         for y in (run(*inputs), layer(x)):
-            (g,) = torch.autograd.grad(y.exp().sum(), some, create_graph=True)
-            (h,) = torch.autograd.grad(g.square().sum(), some, create_graph=True)
-            thirds.append(torch.autograd.grad(h.square().sum(), inputs, allow_unused=True, materialize_grads=True))
+            firsts = torch.autograd.grad(y.exp().sum(), some, create_graph=True)
+            seconds = torch.autograd.grad(sum(g.square().sum() for g in firsts), some, create_graph=True)
+            curved = sum(h.square().sum() for h in seconds)
+            thirds.append(torch.autograd.grad(curved, inputs, allow_unused=True, materialize_grads=True))
         for ours, theirs in zip(*thirds, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
