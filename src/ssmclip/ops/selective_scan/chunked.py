@@ -114,9 +114,9 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """torch.cat for second derivatives.
 
     Its own gradient cuts a piece out for every part, and the gradient of each cut is as large as the whole, all zeros
-    but for the piece; the gradient of a split is one tensor.
+    but for the piece; the gradient of a split is one tensor. Compilers get torch.cat, and have no second derivative.
     """
-    return _Joined.apply(dim, *parts)
+    return torch.cat(parts, dim) if torch.compiler.is_compiling() else _Joined.apply(dim, *parts)
 
 
 def _decayed(state: Tensor, log_decay: Tensor) -> Tensor:
