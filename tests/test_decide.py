@@ -94,6 +94,10 @@ def test_probabilities_are_means_of_the_softmax_over_all_thousand():
     logits[:, 0] = 1e5
     again = category_probabilities(logits, [IMAGENET[c] for c in CATEGORIES]).numpy()
     np.testing.assert_allclose(again, found, rtol=1e-12)
+    # Nor does it matter that another image's logits are larger by thousands.
+    shifted = logits.double() + 1000 * torch.arange(20)[:, None]
+    again = category_probabilities(shifted, [IMAGENET[c] for c in CATEGORIES]).numpy()
+    np.testing.assert_allclose(again, found, rtol=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +140,16 @@ def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
     monkeypatch.setattr(vit.model, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
     settings = Settings(batch_size=1024, cache=tmp_path / "cache")
     image = torch.rand(2, 3, 32, 32)
-    first = clip_decider(vit, settings).logits(image)
+    decider = clip_decider(vit, settings)
+    first = decider.logits(image)
     assert sum(seen) == 207 * 80 == 16_560
     torch.testing.assert_close(clip_decider(replace(vit), settings).logits(image), first, rtol=0, atol=0)
     assert sum(seen) == 16_560
     few = dict(prompts="categories", templates=TEMPLATES)
-    positive = clip_decider(vit, settings, **few).logits(image)
+    other = clip_decider(vit, settings, **few)
+    positive = other.logits(image)
     assert sum(seen) == 16_560 + 16 * 2
+    assert other.fingerprint != decider.fingerprint == clip_decider(replace(vit), settings).fingerprint
     with torch.no_grad():
         vit.model.text_projection.mul_(-1)
     negative = clip_decider(replace(vit), settings, **few).logits(image)

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import center_crop, resize
 import ssmclip
 from ssmclip import UnknownName
 from ssmclip.data import command
-from ssmclip.data.distort_folder import crop, folder_jobs, rebuild_jobs, run_jobs
+from ssmclip.data.distort_folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
 from ssmclip.data.distortions import DISTORTIONS
 from ssmclip.data.stimuli import find_stimuli
 
@@ -164,6 +164,12 @@ def test_sets_are_rebuilt_from_the_human_data(tmp_path, imagenet, key, capsys):
     source = next(imagenet.rglob("n03662601_333.JPEG"))
     cropped = np.array(center_crop(resize(Image.open(source), 256), 224))
     np.testing.assert_array_equal(np.array(Image.open(found[1].path)), ssmclip.distort(cropped, "high-pass", 3.0))
+    [noisy] = find_stimuli(tmp_path, "uniform-noise")
+    source = next(imagenet.rglob("n02690373_22.JPEG"))
+    cropped = np.array(center_crop(resize(Image.open(source), 256), 224))
+    seed = picture_seed(0, "uniform-noise", "n02690373_22")
+    wanted = ssmclip.distort(cropped, "uniform-noise", 0.9, seed=seed)
+    np.testing.assert_array_equal(np.array(Image.open(noisy.path)), wanted)
     run(*arguments)
     assert "0 written, 4 already there" in capsys.readouterr().out
 
@@ -174,6 +180,33 @@ def test_the_real_recipe_is_whole(shared, imagenet, tmp_path):
     assert recipe.jobs == []
     assert sum(recipe.missing.values()) == 14_880
     assert len(recipe.missing) == 13_061
+
+
+def test_the_real_recipe_names_files_as_people_saw_them(shared, imagenet, tmp_path, monkeypatch):
+    """Fields of the files' names, but for number and subject, against those in the human data; and all seeds differ."""
+    table = pq.read_table(shared / "data/ood/human.parquet", columns=["dataset", "condition", "imagename"])
+    seen = {}
+    for row in table.to_pylist():
+        if row["dataset"] in DISTORTIONS:
+            _, code, _, _, category, count, image = row["imagename"].split("_", 6)
+            seen.setdefault((row["dataset"], row["condition"]), set()).add((code, category, count, image))
+    monkeypatch.setattr(Path, "is_file", lambda path: path.suffix == ".JPEG")
+    recipe = rebuild_jobs(shared / "data/ood/human.parquet", imagenet, tmp_path)
+    assert recipe.missing == {}
+    made, seeds, numbers = {}, {}, {}
+    for job in recipe.jobs:
+        number, code, subject, level, category, count, image = job.target.name.split("_", 6)
+        assert job.target.parent == tmp_path / job.distortion / "dnn/session-1"
+        assert (subject, level) == ("dnn", job.level)
+        assert job.source.parts[-2:] == (image.split("_")[0], image.removesuffix("png") + "JPEG")
+        made.setdefault((job.distortion, job.level), set()).add((code, category, count, image))
+        seeds.setdefault((job.distortion, image), set()).add(job.seed)
+        numbers.setdefault(job.distortion, []).append(int(number))
+    assert made == seen
+    # An image has one noise at all levels of a distortion, and shares it with no other image and no other distortion.
+    assert {len(own) for own in seeds.values()} == {1}
+    assert len(set.union(*seeds.values())) == len(seeds)
+    assert all(sorted(those) == list(range(1, len(those) + 1)) for those in numbers.values())
 
 
 def test_recipes_that_cannot_be(tmp_path, imagenet):

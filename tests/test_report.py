@@ -21,6 +21,7 @@ from ssmclip.report.figures import Drawing
 from ssmclip.report.landscape import bandwidth, kernel_density
 from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.table1 import table1
+from ssmclip.report.tables import blocks, notes
 from ssmclip.report.words import summary
 from ssmclip.results import Result, write_rows
 
@@ -540,3 +541,36 @@ def test_table_1_stands_beside_the_published_rows(tmp_path):
         ("mine", 50.0, 45.0), ("CLIP-VMamba-S", 50.0, 40.35), ("CLIP-ViT-L", 307.0, 43.7)}  # fmt: skip
     assert sorted(line.get_xdata()[0] for line in picture.plot().axes[0].lines) == [30, 50, 50, 50, 66.6, 84, 89, 307]
     assert table1(table1_rows("mine", {"food101": 0.6})) is None
+
+
+def test_long_families_have_tables_of_their_own_with_the_rest_folded(tmp_path):
+    """Each task's first number is seen, everything else is in the fold, and nothing is lost or said twice."""
+    metrics = ("top1", "top5", "mean_per_class", "macro_f1")
+    kinds = ("contrast", "high-pass", "low-pass", "rotation")
+    about = {name: {"title": f"Digits, all, {name}", "partial": {"used": 2, "of": 3}} for name in kinds}
+    rows = [
+        Result(model, f"distorted/digits/{name}", "mean over levels", metric, 0.1, extra=about[name])
+        for model in ("A", "B")
+        for name in kinds
+        for metric in metrics
+    ]
+    rows += [Result("A", "digits", "", "top1", 0.9), Result("B", "digits", "", "top1", 0.8)]
+    rows += [Result("plain", "scan", "", "latency_ms", 1.0)]
+    rows += [Result("plain", "text", "", metric, 1.0) for metric in ("latency_ms", "speedup")]
+    found = blocks(rows, ["A", "B", "plain"])
+    assert [(block.title, block.models) for block in found] == [
+        ("Digits, all, distorted", ["A", "B"]),
+        ("", ["A", "B"]),
+        ("", ["plain"]),
+    ]
+    assert [(len(block.shown), len(block.folded)) for block in found] == [(4, 12), (1, 0), (3, 0)]
+    assert [(line.title, line.metric) for line in found[0].shown] == [(name, "top1") for name in kinds]
+    assert [(line.title, line.metric) for line in found[0].folded] == [(k, m) for k in kinds for m in metrics[1:]]
+    assert [cell.model for line in found[0].folded for cell in line.cells] == ["A", "B"] * 12
+    assert notes(rows) == [(model, "Digits, all, distorted", "partial: 2 of 3 images") for model in ("A", "B")]
+    single = blocks([Result("A", "scan", f"L={n}", "latency_ms", 1.0) for n in range(20)], ["A"])
+    assert [(block.title, len(block.shown), len(block.folded)) for block in single] == [("scan", 12, 8)]
+    write_rows(tmp_path / "rows", rows)
+    html = write_report([tmp_path / "rows"], tmp_path).read_text()
+    folds = re.findall(r"<details><summary>(\d+) more</summary>(.*?)</details>", html, re.DOTALL)
+    assert [(count, inside.count("<tr>")) for count, inside in folds] == [("12", 13)]

@@ -14,15 +14,14 @@ from matplotlib.image import pil_to_array
 
 from ssmclip.report.examples import picture as thumbnail
 from ssmclip.report.figures import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
-from ssmclip.report.store import final, level_of
+from ssmclip.report.store import DISTORTED, final, level_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing
-from ssmclip.report.words import metric_name, number, title_of
+from ssmclip.report.words import distorted_title, metric_name, number, title_of
 from ssmclip.results import Result
 
 HUMANS = "humans"
 SET = "ood/"  # begins the task of a data set
 AVERAGE = "ood"
-DISTORTED = "distorted/"  # begins the task of a distortion of a data set: distorted/DATA SET/DISTORTION
 MEASURES = {  # and which way is better
     "ood_accuracy": "more is better",
     "accuracy_difference": "less is better",
@@ -54,10 +53,6 @@ def _families(rows: Sequence[Result]) -> list[str]:
     return [family for family in dict.fromkeys(map(_family, rows)) if family]
 
 
-def _family_title(row: Result) -> str:
-    return f"{row.extra.get('title', row.task).rpartition(', ')[0]}, distorted"
-
-
 def _point(row: Result, **more: Any) -> dict[str, Any]:
     return {"model": row.model, "value": row.value, "ci_low": row.ci_low, "ci_high": row.ci_high, **more}
 
@@ -75,7 +70,7 @@ class AccuracyByLevel(Drawing):
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
             what = f"{metric_name(of_these[0].metric)} over the level of distortion"
-            yield cls(f"{_family_title(of_these[0])}: {what}", of_these, looks)
+            yield cls(f"{distorted_title(of_these[0])}: {what}", of_these, looks)
 
     def frame(self):
         return [
@@ -122,7 +117,7 @@ class Stimuli(Drawing):
         yield cls("Out of distribution: a stimulus of each condition", published, looks)
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
-            yield cls(f"{_family_title(of_these[0])}: one picture at each level", of_these, looks)
+            yield cls(f"{distorted_title(of_these[0])}: one picture at each level", of_these, looks)
 
     def frame(self):
         return [

@@ -13,7 +13,7 @@ from ssmclip.report.figures import Drawing, drawings, explained
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.style import drawing, inline_svg, styles
 from ssmclip.report.table1 import table1
-from ssmclip.report.tables import lines, notes, provenance
+from ssmclip.report.tables import blocks, notes, provenance
 
 PAGE = "report.html"
 
@@ -50,7 +50,7 @@ def render(store: Store) -> str:
         styles=styles(store.models),
         words=words,
         summary=words.summary(store.rows),
-        lines=lines(store.rows, store.models),
+        blocks=blocks(store.rows, store.models),
         notes=notes(store.rows),
         table1=table1(store.rows),
         figures=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "figures"],

@@ -13,6 +13,7 @@ from ssmclip.results import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
 LEVEL = "level="
+DISTORTED = "distorted/"  # begins the task of a distortion of a data set: distorted/DATA SET/DISTORTION
 # Analyses with a row for each batch or place: too many to list.
 POINTS = {"hessian": "batch=", "surface_1d": "x=", "surface_2d": "x="}
 

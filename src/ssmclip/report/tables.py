@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from pathlib import Path
 from statistics import median
 
-from ssmclip.report.store import Source, final, latest, level_of, read_store, step_of
-from ssmclip.report.words import caveats, interval, metric_name, number, title_of
+from ssmclip.report.store import DISTORTED, Source, final, latest, level_of, read_store, step_of
+from ssmclip.report.words import caveats, distorted_title, interval, metric_name, number, title_of
 from ssmclip.results import Result
 
+VISIBLE = 12  # lines of a table, before some are folded away
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -27,6 +29,20 @@ class Line:
     def n(self) -> str:
         return " / ".join(dict.fromkeys(f"{row.n:,}" for row in self.cells if row is not None and row.n is not None))
 
+    @property
+    def first(self) -> Result:
+        return next(row for row in self.cells if row is not None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines to read together, with the models that one of them has a number of; folded: those not seen at once."""
+
+    title: str
+    models: list[str]
+    shown: list[Line]
+    folded: list[Line]
+
 
 def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
     """One line for each (task, condition, metric) outside curves, and one for the speed of training."""
@@ -40,6 +56,40 @@ def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
         Line(title_of(task, rows), condition, metric, [found.get((model, task, condition, metric)) for model in models])
         for task, condition, metric in keys
     ]
+
+
+def blocks(rows: Sequence[Result], models: Sequence[str]) -> list[Block]:
+    """The page's lines in tables: each long family of tasks (FAMILY/TASK) has one; the others share one where they
+    have the same models. Of a long table one sees each task's first line, of a single task's the first VISIBLE."""
+    families: dict[str, list[Line]] = {}
+    for line in lines(rows, models):
+        task = line.first.task
+        families.setdefault(task.rpartition("/")[0] or task, []).append(line)
+    tables: dict[tuple, list[Line]] = {}
+    for family, own in families.items():
+        there = tuple(place for place in range(len(models)) if any(line.cells[place] for line in own))
+        tables.setdefault((family if len(own) > VISIBLE else "", there), []).extend(own)
+    return [_block(family, there, own, models) for (family, there), own in tables.items()]
+
+
+def _block(family: str, there: Sequence[int], own: Sequence[Line], models: Sequence[str]) -> Block:
+    parts = zip(*(line.title.split(", ") for line in own if family), strict=False)
+    title = ", ".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, parts))
+    named = [
+        replace(
+            line,
+            title=line.title.removeprefix(title).removeprefix(", ") or title,
+            cells=[line.cells[place] for place in there],
+        )
+        for line in own
+    ]
+    by_task = [list(those) for _, those in groupby(named, key=lambda line: line.first.task)]
+    seen = [those[0] for those in by_task] if len(by_task) > 1 else named[:VISIBLE]
+    folded = [line for line in named if line not in seen] if len(named) > VISIBLE else []
+    shown = seen if folded else named
+    if family.startswith(DISTORTED):
+        title = distorted_title(own[0].first)
+    return Block(title, [models[place] for place in there], shown, folded)
 
 
 def speeds(rows: Sequence[Result]) -> list[Result]:
@@ -61,8 +111,11 @@ def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
     >>> notes([Result("A", "digits", "", metric, 0.9, extra=part) for metric in ("top1", "top5")])
     [('A', 'digits', 'partial: 100 of 360 images')]
     """
-    said = ((row.model, title_of(row.task, rows), note) for row in final(rows) for note in caveats(row))
-    return list(dict.fromkeys(said))
+
+    def title(row: Result) -> str:
+        return distorted_title(row) if row.task.startswith(DISTORTED) else title_of(row.task, rows)
+
+    return list(dict.fromkeys((row.model, title(row), note) for row in final(rows) for note in caveats(row)))
 
 
 def table(rows: Sequence[Result]) -> str:

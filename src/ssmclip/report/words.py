@@ -115,6 +115,11 @@ def title_of(task: str, rows: Iterable[Result]) -> str:
     return next((str(row.extra["title"]) for row in rows if row.task == task and "title" in row.extra), task)
 
 
+def distorted_title(row: Result) -> str:
+    """What all distortions of a data set are called together, by a row of one of them."""
+    return f"{row.extra.get('title', row.task).rpartition(', ')[0]}, distorted"
+
+
 def kind_of(task: str, rows: Iterable[Result]) -> str | None:
     """ "classification" or "retrieval", None for rows that don't say."""
     return next((row.extra["kind"] for row in rows if row.task == task and "kind" in row.extra), None)
