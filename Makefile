@@ -85,15 +85,19 @@ distorted: setup  ## accuracy over the level of 12 distortions: an hour on one c
 		--tasks distorted:$$name $(TABLES) --max-images 1000 --examples 0 --out results/distorted_$$name.jsonl || exit 1; \
 	done
 
-# The image towers' five eigenvalues of largest magnitude, and as they were over training; what the usual power iteration
-# finds on some of the batches. Batch by batch, and it goes on where it was stopped: two hours on one core.
+# The image towers' five eigenvalues of largest magnitude, and as they were over training; those of the text towers and of
+# the whole models; what the usual power iteration finds on some of the batches, and on one where it ends if it goes on.
+# Batch by batch, and it goes on where it was stopped: two and a half hours on one core.
 HESSIAN := analyze hessian --data '$(DATA)/captions/train/{00000..00005}.tar' --batch-size 15 --towers image \
 	--which magnitude --weight-decay 0 --out results/hessian.jsonl
 hessian: setup  ## Hessian spectra of two runs
 	for run in $$(echo $(RUNS) | tr , ' '); do \
 		one="--label $${run%=*} --model $${run#*=}"; \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 60 && \
-		$(BIN)/ssmclip $(HESSIAN) $$one --batches 3 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 8 --towers text,whole && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 8 --protocol park-kim && \
+		$(BIN)/ssmclip $(HESSIAN) $$one --batches 1 --protocol lanczos,park-kim,power --max-products 600 \
+			--out results/hessian_power.jsonl && \
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
 	done
 

@@ -2,6 +2,11 @@
 
 import argparse
 import math
+import os
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +109,13 @@ def test_residuals_are_true_and_vectors_eigenvectors():
     loss, x = quadratic([128.0, 64, 58, *bulk(400, -8, 8), -28])
     hessian = Hessian(loss, [x])
     r = extreme_eigenvalues(hessian, 3, tol=1e-2, copies=False, vectors=True)
-    for value, residual, vector in zip(r.largest, r.residuals.largest, r.vectors.largest, strict=True):
-        true = (hessian(vector) - value * vector).norm() / value
-        torch.testing.assert_close(true, residual, rtol=1e-3, atol=1e-8)
-        assert residual <= 1e-2
+    for end in ("largest", "smallest"):
+        columns = (getattr(part, end) for part in (r, r.residuals, r.vectors))
+        for value, residual, vector in zip(*columns, strict=True):
+            true = (hessian(vector) - value * vector).norm() / value.abs()
+            torch.testing.assert_close(true, residual, rtol=1e-3, atol=1e-8)
+            assert residual <= 1e-2
+    assert r.residuals.smallest.max() > 1e-4  # stopped early enough for residuals to be compared
 
 
 def test_a_restarted_basis_finds_the_same(monkeypatch):
@@ -236,7 +244,8 @@ def test_classification_loss():
     hessian = Hessian(lambda: classification_loss(model, images, labels), model)
     places = list(range(0, hessian.size, max(1, hessian.size // ROWS)))
     with using("reference"):
-        rows = dense(classification_loss(model, images, labels), list(model.parameters()), places)
+        loss = -model(images).log_softmax(1)[range(4), labels].mean()
+        rows = dense(loss, list(model.parameters()), places)
     v = torch.randn(hessian.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(hessian(v)[places], rows @ v, rtol=1e-9, atol=1e-12)
 
@@ -360,6 +369,23 @@ def test_power_iteration_is_the_usual_one():
     assert lanczos.products < usual.products / 2
 
 
+def test_power_iteration_to_a_residual():
+    eigenvalues = torch.tensor([100.0, -60, 35, 20, 12], dtype=torch.float64)
+    loss, x = quadratic([*eigenvalues.tolist(), *bulk(300)])
+    hessian = Hessian(loss, [x])
+    told = []
+    long = park_kim.power_to_residual(hessian, tol=1e-3, progress=told.append)
+    torch.testing.assert_close(long.values, eigenvalues, rtol=1e-4, atol=0)
+    assert (long.residuals < 1e-2).all()
+    assert long.residuals[0] <= 1e-3
+    assert long.products == len(told) == told[-1] > park_kim.power_iteration(hessian).products
+    # Cut off, every eigenvalue has had one product at least, and the residuals say that it was too early.
+    short = park_kim.power_to_residual(hessian, tol=1e-6, max_products=20)
+    assert short.products == 20
+    assert len(short.values) == 5
+    assert (short.residuals > 1e-3).all()
+
+
 def test_weight_decay_shifts_the_spectrum():
     model, batch = tiny_clip_of("vit", "attention"), tiny_batch()
     plain, decayed = (
@@ -441,6 +467,10 @@ def test_surface_is_the_loss_along_the_direction():
     assert x.tolist() == [[3.0, 4.0]]
 
 
+# In float32 differences of the gradient are rough, and every module of so small a model is looked at for an error.
+FAST = "--towers image --precision float64"
+
+
 def arguments(out, *more):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -454,7 +484,7 @@ def saved(tiny_clip, tiny_config, tmp_path):
 
 
 def test_the_command_writes_rows_and_resumes(saved, tmp_path):
-    asked = ["hessian", "--model", saved, "--batches", "2", "--batch-size", "3", "--k", "1", "--towers", "image"]
+    asked = f"hessian --model {saved} --batches 2 --batch-size 3 --k 1 {FAST}".split()
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     command.run(arguments(whole, *asked))
     run, rows = read_rows(whole)
@@ -468,7 +498,7 @@ def test_the_command_writes_rows_and_resumes(saved, tmp_path):
     command.run(arguments(cut, *asked))
     assert read_rows(cut)[1] == rows
     with pytest.raises(ValueError, match="k was 1"):
-        command.run(arguments(whole, *asked[:-4], "--k", "2", "--towers", "image"))
+        command.run(arguments(whole, *asked, "--k", "2"))
 
 
 def test_the_landscape_command(saved, tmp_path, tiny_clip):
@@ -484,7 +514,7 @@ def test_the_landscape_command(saved, tmp_path, tiny_clip):
 def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
     out = tmp_path / "both.jsonl"
     asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --which magnitude"
-    command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim", "--weight-decay", "0"))
+    command.run(arguments(out, *asked.split(), "--protocol", "lanczos,park-kim,power", "--weight-decay", "0"))
     found = {(row.condition, row.metric): row for row in read_rows(out)[1]}
     model, preprocess, tokenizer = tiny_clip
     batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
@@ -494,11 +524,17 @@ def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
     assert usual.values.tolist() == pytest.approx([row.value for row in given], rel=1e-5)
     wanted = [found["batch=0,tower=image", "by_magnitude_1"]]
     true = torch.tensor([row.value for row in wanted], dtype=torch.float64)
-    said = {metric.removeprefix("power_iteration_"): row.value for (_, metric), row in found.items()}
+    said = {metric.replace("power_iteration_", ""): row.value for (_, metric), row in found.items()}
     assert said["products_over_lanczos"] == usual.products / max(row.extra["found_after"] for row in wanted)
     assert said["error"] == pytest.approx((usual.values / true - 1).abs().max().item(), rel=1e-2)
     assert said["missed"] == np.mean([min(abs(usual.values / x - 1)) > 0.01 for x in true])
     assert said["residual"] == pytest.approx(usual.residuals.max().item(), rel=1e-2)
+    long = found["batch=0,tower=image,protocol=power", "by_magnitude_1"]
+    assert long.extra["residual"] <= 1e-3 < usual.residuals.max()
+    assert long.extra["products"] > usual.products
+    assert said["long_products_over_lanczos"] == long.extra["products"] / max(
+        row.extra["found_after"] for row in wanted
+    )
 
 
 def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
@@ -518,25 +554,25 @@ def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
     assert set(rows) == {"by_magnitude_1"}
 
 
-class Rank:
-    """In place of accelerate's state: one of two processes, which here run one after the other."""
-
-    num_processes = 2
-
-    def __init__(self, number: int):
-        self.process_index, self.is_main_process = number, number == 0
-
-    def wait_for_everyone(self):
-        pass
-
-
-def test_two_processes_write_what_one_does(saved, tmp_path, monkeypatch):
-    asked = f"hessian --model {saved} --batches 2 --batch-size 3 --k 1 --towers image".split()
+def test_two_processes_write_what_one_does(saved, tmp_path, request):
+    asked = f"hessian --model {saved} --batches 3 --batch-size 3 --k 1 {FAST}".split()
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)  # as torchrun has it
     command.run(arguments(one, *asked))
-    for number in (1, 0):  # the first collects
-        monkeypatch.setattr("accelerate.PartialState", lambda number=number, **_: Rank(number))
-        command.run(arguments(two, *asked))
+    asked += ["--data", "synthetic:quickstart", "--out", str(two)]
+    parts = set()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with open(tmp_path / "said", "w+") as said, subprocess.Popen(
+        [*torchrun, "-m", "ssmclip", "analyze", *asked],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stderr=said,
+    ) as ranks:  # fmt: skip
+        while ranks.poll() is None:  # each rank writes a file of its own until all are done
+            parts |= {path.name for path in tmp_path.glob("two.jsonl.rank*")}
+            time.sleep(0.01)
+    assert ranks.returncode == 0, (tmp_path / "said").read_text()[-4000:]
+    assert parts == {"two.jsonl.rank0", "two.jsonl.rank1"}
     assert read_rows(two)[1] == read_rows(one)[1]
     assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["one.jsonl", "two.jsonl"]
 
@@ -546,7 +582,7 @@ def test_two_models_in_one_file_are_compared_on_the_same_batches(saved, tiny_con
     ssmclip.save_model(create_clip(tiny_config), tiny_config, tmp_path / "other")
     out = tmp_path / "rows.jsonl"
     for model in (saved, str(tmp_path / "other")):
-        asked = f"hessian --model {model} --batches 2 --batch-size 3 --k 2 --towers image"
+        asked = f"hessian --model {model} --batches 2 --batch-size 3 --k 2 {FAST}"
         command.run(arguments(out, *asked.split()))
     rows = read_rows(out)[1]
     tops = {
@@ -572,7 +608,7 @@ def test_a_run_from_its_beginning_on(tmp_path):
          "drop_path_rate=0.5", "shuffle_buffer=4", "device=cpu"],
     )  # fmt: skip
     train(config, tmp_path / "run")
-    asked = f"hessian --model {tmp_path / 'run'} --batches 1 --batch-size 3 --k 1 --towers image --tol 1e-5"
+    asked = f"hessian --model {tmp_path / 'run'} --batches 1 --batch-size 3 --k 1 --tol 1e-5 {FAST}"
     out, last = tmp_path / "rows.jsonl", tmp_path / "last.jsonl"
     command.run(arguments(out, *asked.split(), "--along-training"))
     command.run(arguments(last, *asked.split()))
@@ -584,8 +620,9 @@ def test_a_run_from_its_beginning_on(tmp_path):
     )
     model, preprocess, tokenizer = ssmclip.load(tmp_path / "run")
     seed_everything(config.seed)
-    model = create_clip(load_config(tmp_path / "run")).eval()
-    batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    model = create_clip(load_config(tmp_path / "run")).double().eval()
+    images, texts = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
+    batch = images.double(), texts
     fresh = hessian_eigenvalues(
         lambda: contrastive_loss(model, *batch), tower_parameters(model, "image"), k=1, tol=1e-5, copies=False
     )

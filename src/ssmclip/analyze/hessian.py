@@ -19,14 +19,15 @@ from ssmclip.analyze.spectrum import extreme_eigenvalues
 from ssmclip.analyze.summary import TASK, summary_rows
 from ssmclip.results import Result
 
-PROTOCOLS = ("lanczos", "park-kim")
+PROTOCOLS = ("lanczos", "park-kim", "power")
 
 
 @dataclass(frozen=True)
 class HessianStudy:
     """How a batch's spectrum is measured.
 
-    protocol: "lanczos" (to a relative residual of tol) or "park-kim" (see `analyze/park_kim.py`);
+    protocol: "lanczos" (to a relative residual of tol), "park-kim" or, gone on with to that residual, "power" (see
+    `analyze/park_kim.py`);
     which: what Lanczos has to converge, "both" ends or, in fewer products, "magnitude"; copies: as in
     `hessian_eigenvalues`; weight_decay: of an L2 term in the loss; density_probes: of the spectral density and the
     trace, none of either for 0.
@@ -102,8 +103,13 @@ def _eigenvalue_rows(
             extra["found_after"] = found_after
         rows.append(Result(model_name, TASK, condition, metric, value, extra=extra))
 
-    if study.protocol == "park-kim":
-        found = park_kim.power_iteration(hessian, study.k, seed=study.seed, progress=progress)
+    if study.protocol != "lanczos":
+        if study.protocol == "power":
+            found = park_kim.power_to_residual(
+                hessian, study.k, study.tol, study.max_products, study.seed, progress=progress
+            )
+        else:
+            found = park_kim.power_iteration(hessian, study.k, seed=study.seed, progress=progress)
         for place, (value, residual) in enumerate(zip(found.values.tolist(), found.residuals.tolist(), strict=True), 1):
             add(f"by_magnitude_{place}", value, residual, found.products, residual <= study.tol, -1)
         return rows

@@ -18,7 +18,8 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
     hessian.set_defaults(analyse=_hessian)
     _shared(hessian, batches=200, batch_size=15)
     hessian.add_argument("--k", type=int, default=5, help="eigenvalues at each end (default: %(default)s)")
-    hessian.add_argument("--protocol", default="lanczos", help="lanczos, park-kim (the paper's), or lanczos,park-kim")
+    protocols = "lanczos, park-kim (the paper's), power (that one, to --tol), with commas (default: lanczos)"
+    hessian.add_argument("--protocol", default="lanczos", help=protocols)
     hessian.add_argument("--which", default="both", help="both ends, or magnitude: fewer products (default: both)")
     hessian.add_argument("--tol", type=float, default=1e-3, help="relative residual to reach (default: %(default)s)")
     hessian.add_argument("--max-products", type=int, default=200, help="per batch; what is unconverged then is marked")
@@ -54,7 +55,7 @@ def _hessian(args: argparse.Namespace) -> int:
     from ssmclip.analyze.batches import TOWERS
     from ssmclip.analyze.hessian import HessianStudy, batch_rows, settings
     from ssmclip.analyze.park_kim import WEIGHT_DECAY
-    from ssmclip.analyze.summary import USUAL, summary_rows
+    from ssmclip.analyze.summary import summary_rows
     from ssmclip.registry import UnknownName
     from ssmclip.results import Result
 
@@ -84,8 +85,8 @@ def _hessian(args: argparse.Namespace) -> int:
             model, data = _open(args, folder)
             for number, (images, texts) in enumerate(data):
                 for tower, study in product(towers, studies):
-                    usual = USUAL if study.protocol == "park-kim" else ""
-                    condition = ",".join(filter(None, [step, f"batch={number}", f"tower={tower}", usual]))
+                    other = "" if study.protocol == "lanczos" else f"protocol={study.protocol}"
+                    condition = ",".join(filter(None, [step, f"batch={number}", f"tower={tower}", other]))
 
                     def measure(model=model, images=images, texts=texts, tower=tower, study=study, condition=condition):
                         with tqdm(desc=condition, unit="product", leave=False, disable=None) as told:

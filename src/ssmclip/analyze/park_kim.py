@@ -53,14 +53,12 @@ def power_iteration(
         v = _unit(v)
         value = None
         for _ in range(max_iterations):
-            for u in found:
-                v = v - _dot(v, u) * u
-            v = _unit(v)
+            v = _unit(_without(v, found))
             product = hessian(v)
             if progress:
                 progress(hessian.products - before)
             quotient = _dot(product, v)
-            residual = float(torch.linalg.vector_norm(product - quotient * v, dtype=torch.float64))
+            residual = _norm(product - quotient * v)
             v = _unit(product)
             if value is not None and abs(quotient - value) / (abs(value) + 1e-6) < tol:
                 break
@@ -75,6 +73,48 @@ def power_iteration(
     )
 
 
+def power_to_residual(
+    hessian: Hessian,
+    k: int = TOP,
+    tol: float = 1e-3,
+    max_products: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> PowerIteration:
+    """The same iteration gone on with until the residual is tol: what the usual one would take to converge.
+
+    That residual is of the matrix without the vectors found before: their own errors no later vector can mend, so that
+    the residuals returned, of the matrix itself, may be larger. After max_products the rest is left as it is.
+    Raises ValueError for k < 1 or above n.
+    """
+    check_k(k, hessian.size)
+    generator = torch.Generator().manual_seed(seed)
+    before = hessian.products
+    found: list[Tensor] = []
+    values, residuals = [], []
+    for place in range(1, k + 1):
+        v = torch.randn(hessian.size, generator=generator, dtype=hessian.dtype).to(hessian.device)
+        late = True
+        while late:
+            v = _without(v, found)
+            v = v / _norm(v)
+            product = hessian(v)
+            taken = hessian.products - before
+            if progress:
+                progress(taken)
+            quotient = _dot(product, v)
+            rest = product - quotient * v
+            late = _norm(_without(rest, found)) > tol * abs(quotient) and taken < max_products - (k - place)
+            if late:
+                v = product
+        found.append(v)
+        values.append(quotient)
+        residuals.append(_norm(rest) / abs(quotient) if quotient else 0.0)
+    return PowerIteration(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(residuals, dtype=torch.float64), taken
+    )
+
+
 def penalty(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
     """weight_decay / 2 times the sum of squares: the L2 term of "NLL + L2". It shifts every eigenvalue by weight_decay.
 
@@ -86,6 +126,16 @@ def penalty(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
 
 def _unit(v: Tensor) -> Tensor:
     return v / (torch.linalg.vector_norm(v, dtype=torch.float64).to(v.dtype) + 1e-6)
+
+
+def _norm(v: Tensor) -> float:
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
+
+
+def _without(v: Tensor, found: Iterable[Tensor]) -> Tensor:
+    for u in found:
+        v = v - _dot(v, u) * u
+    return v
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

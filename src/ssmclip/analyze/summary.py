@@ -10,7 +10,8 @@ import numpy as np
 from ssmclip.results import Result
 
 TASK = "hessian"
-USUAL = "protocol=park-kim"  # in the condition of what the usual power iteration returned
+# In the conditions of what power iterations returned: the usual one, and one gone on with to a residual.
+USUAL, LONG = "protocol=park-kim", "protocol=power"
 Batches = dict[str, dict[str, Result]]  # batch -> metric -> row
 
 
@@ -21,7 +22,7 @@ def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
     over them; min_over_max: |most negative| / most positive, if Lanczos converged both on every batch; converged_share;
     products.
     "X_difference" of "tower=image, minus SECOND": the same of two models, batch by batch.
-    power_iteration_*: see `beside`, where both protocols were run on the same batches.
+    power_iteration_*, long_power_iteration_*: see `beside`, where two protocols were run on the same batches.
     """
     groups: dict[str, dict[str, Batches]] = {}  # where -> model
     for row in rows:
@@ -40,9 +41,10 @@ def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
                 gains = _minus(mine.get(metric, {}), other.get(metric, {}))
                 found += [_mean(first, there, f"{metric}_difference", gains, k, seed)] if gains else []
         for model, batches in models.items():
-            usual = groups.get(f"{where},{USUAL}", {}).get(model, {})
-            for metric, values in beside(batches, usual, k).items():
-                found.append(_mean(model, where, f"power_iteration_{metric}", values, k, seed))
+            for protocol, name in ((USUAL, "power_iteration"), (LONG, "long_power_iteration")):
+                given = groups.get(f"{where},{protocol}", {}).get(model, {})
+                for metric, values in beside(batches, given, k).items():
+                    found.append(_mean(model, where, f"{name}_{metric}", values, k, seed))
     return found
 
 
@@ -77,7 +79,7 @@ def top_of(batch: Mapping[str, Result], k: int) -> list[Result]:
 
 
 def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[str, float]]:
-    """What the usual power iteration returns beside converged eigenvalues, on the batches that have both.
+    """What a power iteration returns beside converged eigenvalues, on the batches that have both.
 
     products, residual (the largest of the k), error (the largest, relative to the eigenvalue at the same place), missed
     (the share of the k eigenvalues that none of its values is within 1 % of), and products_over_lanczos: how many times

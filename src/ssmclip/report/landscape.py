@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 import matplotlib.ticker as ticker
 import numpy as np
 
-from ssmclip.analyze.summary import USUAL
+from ssmclip.analyze.summary import LONG, USUAL
 from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
 from ssmclip.results import Result
 
 PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")
 X_Y = re.compile(r"x=([-\d.e]+)(?:,y=([-\d.e]+))?")
+MARKERS = {"Lanczos": "o", "usual power iteration": "x", "power iteration to a residual": "+"}
 POINTS = 300  # along the axis of a density
 
 
@@ -33,7 +34,17 @@ def where_of(row: Result) -> str:
     'image, usual power iteration'
     """
     given = dict(part.split("=", 1) for part in row.condition.split(",") if "=" in part)
-    return given.get("tower", "whole") + (", usual power iteration" if "protocol" in given else "")
+    return given.get("tower", "whole") + (f", {protocol_of(row)}" if "protocol" in given else "")
+
+
+def protocol_of(row: Result) -> str:
+    """What its eigenvalues were found by, in words."""
+    lanczos, usual, long = MARKERS
+    return usual if USUAL in row.condition else long if LONG in row.condition else lanczos
+
+
+def _of_batch(row: Result) -> tuple[str, str]:
+    return row.model, row.condition.removesuffix(f",{USUAL}").removesuffix(f",{LONG}")
 
 
 def bandwidth(values: np.ndarray) -> float:
@@ -142,15 +153,15 @@ class SpectralDensity(Drawing):
 
 @figure("hessian_protocols", needs=["by_magnitude_1"])
 class Protocols(Drawing):
-    """What the usual power iteration and Lanczos spend on the eigenvalues of largest magnitude of the same batches, and
+    """What power iterations and Lanczos spend on the eigenvalues of largest magnitude of the same batches, and
     how far from eigenvalues the worst of what they return is."""
 
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
-        usual = {(row.model, row.condition.replace(f",{USUAL}", "")) for row in mine if USUAL in row.condition}
-        both = [row for row in mine if (row.model, row.condition.replace(f",{USUAL}", "")) in usual]
-        if any(USUAL not in row.condition for row in both):
+        usual = {_of_batch(row) for row in mine if protocol_of(row) != "Lanczos"}
+        both = [row for row in mine if _of_batch(row) in usual]
+        if any(protocol_of(row) == "Lanczos" for row in both):
             yield cls("Hessian: the usual power iteration and Lanczos on the same batches", both, looks)
 
     def frame(self):
@@ -160,11 +171,11 @@ class Protocols(Drawing):
         return [
             {
                 "model": model,
-                "protocol": "usual power iteration" if USUAL in condition else "Lanczos",
+                "protocol": protocol_of(rows[0]),
                 "products": max(row.extra.get("found_after", row.extra["products"]) for row in rows),
                 "residual": max(row.extra["residual"] for row in rows),
             }
-            for (model, condition), rows in batches.items()
+            for (model, _), rows in batches.items()
         ]
 
     def plot(self):
@@ -172,8 +183,10 @@ class Protocols(Drawing):
         picture, axes = canvas(2.8)
         for model in models_of(frame):
             look = self.styles[model]
-            for protocol, marker in (("Lanczos", "o"), ("usual power iteration", "x")):
+            for protocol, marker in MARKERS.items():
                 mine = [e for e in frame if (e["model"], e["protocol"]) == (model, protocol)]
+                if not mine:
+                    continue
                 x, y = [e["products"] for e in mine], [max(e["residual"], 1e-10) for e in mine]
                 axes.plot(x, y, marker, color=look.colour, label=f"{model}, {protocol}", fillstyle="none")
         axes.axhline(1e-3, linewidth=0.8, color="#888888")

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssmclip.ops.selective_scan import BACKENDS as SCANS
+from ssmclip.ops.selective_scan.chunked import joined
 
 
 def cross_scan(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 4 C L"]:
@@ -24,7 +25,7 @@ def cross_scan(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 4 C L"]:
     """
     rows = rearrange(x, "b c h w -> b c (h w)")
     columns = rearrange(x, "b c h w -> b c (w h)")
-    return torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)], dim=1)
+    return joined([x[:, None] for x in (rows, columns, rows.flip(-1), columns.flip(-1))], 1)
 
 
 def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[Tensor, "B C H W"]:
@@ -34,17 +35,20 @@ def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[T
     """
     if y.shape[-1] != height * width:
         raise ValueError(f"sequences of length {y.shape[-1]} do not fill a map of {height} x {width}")
-    rows = y[:, 0] + y[:, 2].flip(-1)
-    columns = y[:, 1] + y[:, 3].flip(-1)
+    # Unbound: the gradients of four selections would each fill a tensor of zeros as large as y.
+    rows, columns, rows_back, columns_back = y.unbind(1)
+    rows, columns = rows + rows_back.flip(-1), columns + columns_back.flip(-1)
     sides = {"h": height, "w": width}
     return rearrange(rows, "b c (h w) -> b c h w", **sides) + rearrange(columns, "b c (w h) -> b c h w", **sides)
 
 
 def sequences(maps: Float[Tensor, "B 4 H W C"]) -> Float[Tensor, "B 4 C L"]:
     """Four maps, each in the order of its own direction."""
-    rows = rearrange(maps[:, 0::2], "b k h w c -> b k c (h w)")
-    columns = rearrange(maps[:, 1::2], "b k h w c -> b k c (w h)")
-    return torch.stack([rows[:, 0], columns[:, 0], rows[:, 1].flip(-1), columns[:, 1].flip(-1)], dim=1)
+    orders = ("b h w c -> b c (h w)", "b h w c -> b c (w h)")
+    rows, columns, rows_back, columns_back = (
+        rearrange(one, order) for one, order in zip(maps.unbind(1), 2 * orders, strict=True)
+    )
+    return joined([x[:, None] for x in (rows, columns, rows_back.flip(-1), columns_back.flip(-1))], 1)
 
 
 def project(delta: Float[Tensor, "B 4 H W R"], weight: Float[Tensor, "4 D R"]) -> Float[Tensor, "B 4 H W D"]:

@@ -12,7 +12,7 @@ exceeds 1, so nothing overflows however large delta A is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,18 +55,19 @@ def recurrence(log_decay: Tensor, drive: Tensor) -> Tensor:
     count = math.ceil(length / size)
     # The padding comes last and nothing reads it.
     padding = drive.new_zeros(count * size - length, *drive.shape[1:])
-    log_decay = torch.cat([log_decay, padding]).unflatten(0, (count, size))
-    drive = torch.cat([drive, padding]).unflatten(0, (count, size))
+    log_decay = joined([log_decay, padding], 0).unflatten(0, (count, size))
+    first, later = joined([drive, padding], 0).unflatten(0, (count, size)).split([1, size - 1], 1)
 
-    decay = torch.exp(log_decay[:, 1:])
-    local = carry(torch.mul, drive[:, 0], decay.movedim(1, 0), drive[:, 1:].movedim(1, 0), dim=1)
+    decay = torch.exp(log_decay.split([1, size - 1], 1)[1])
+    h = carry(torch.mul, first.squeeze(1), decay.movedim(1, 0), later.movedim(1, 0), dim=1)
 
     # The first chunk inherits nothing: not even 0 times its total, which is NaN where a growing state overflows.
-    total = log_decay[1:].cumsum(1)
-    h = local
     if count > 1:
-        inherited = carry(_decayed, local[0, -1], total[: count - 2, -1], local[1 : count - 1, -1], dim=0)
-        h = torch.cat([local[:1], local[1:] + _decayed(inherited[:, None], total)])
+        first, later = h.split([1, count - 1])
+        total = log_decay.split([1, count - 1])[1].cumsum(1)
+        ends = h[: count - 1, -1]
+        inherited = carry(_decayed, ends[0], total[: count - 2, -1], ends[1:], dim=0)
+        h = joined([first, later + _decayed(inherited[:, None], total)], 0)
     return h.flatten(0, 1)[:length]
 
 
@@ -85,7 +86,37 @@ def carry(decayed: Callable[[Tensor, Tensor], Tensor], first: Tensor, decays: Te
     states = [first]
     for decay, drive in zip(decays, drives, strict=True):
         states.append(decayed(states[-1], decay) + drive)
-    return torch.stack(states, dim=dim)
+    return joined([state.unsqueeze(dim) for state in states], dim)
+
+
+class _Joined(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dim, *parts):
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dim, *parts = inputs
+        ctx.sizes = [part.shape[ctx.dim] for part in parts]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *grad.split(ctx.sizes, ctx.dim)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        return torch.cat(tangents, ctx.dim)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """torch.cat for second derivatives.
+
+    Its own gradient cuts a piece out for every part, and the gradient of each cut is as large as the whole, all zeros
+    but for the piece; the gradient of a split is one tensor. Compilers get torch.cat, and have no second derivative.
+    """
+    return torch.cat(parts, dim) if torch.compiler.is_compiling() else _Joined.apply(dim, *parts)
 
 
 def _decayed(state: Tensor, log_decay: Tensor) -> Tensor:
