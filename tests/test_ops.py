@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from ssmclip.ops import (
     cross_scan,
     cross_selective_scan,
     selective_scan,
+    threads,
     using,
 )
 from ssmclip.ops.dispatch import choose
@@ -491,6 +493,31 @@ def in_threads(count, function):
         return function()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("team", [True, False], ids=["PyTorch's threads", "Python's threads"])
+def test_every_task_is_done_once_and_errors_come_back(team, monkeypatch):
+    if not team:
+        monkeypatch.setattr(threads, "_teams", [])
+    elif not any(threads._teams):
+        pytest.skip("no OpenMP library here to share threads with")
+    done, who = [], set()
+
+    def work(first, last):
+        done.extend(range(first, last))
+        who.add(threading.get_native_id())
+        time.sleep(0.02)  # so that there is something left for the others
+
+    def fail(first, last):
+        raise ZeroDivisionError(f"task {first}")
+
+    in_threads(3, lambda: threads.run_tasks(work, 100, True))
+    assert sorted(done) == list(range(100))
+    assert len(who) == 3
+    with pytest.raises(ZeroDivisionError, match="task"):
+        in_threads(3, lambda: threads.run_tasks(fail, 100, True))
+    in_threads(3, lambda: threads.run_tasks(work, 7, True))
+    assert sorted(done[100:]) == list(range(7))
 
 
 def test_the_number_of_threads_changes_no_bit():
