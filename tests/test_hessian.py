@@ -540,14 +540,15 @@ def test_both_protocols_side_by_side(saved, tmp_path, tiny_clip):
 def test_the_papers_protocol_has_its_l2_term(saved, tmp_path, tiny_clip):
     out = tmp_path / "park_kim.jsonl"
     asked = f"hessian --model {saved} --batches 1 --batch-size 3 --k 1 --towers image --protocol park-kim"
-    command.run(arguments(out, *asked.split()))
+    decay = 1000.0  # a third of the eigenvalue: the usual 0.05 would not be seen
+    command.run(arguments(out, *asked.split(), "--weight-decay", str(decay)))
     rows = {row.metric: row for row in read_rows(out)[1] if "batch=" in row.condition}
     model, preprocess, tokenizer = tiny_clip
     batch = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=3))
     parameters = tower_parameters(model, "image")
 
     def loss():
-        return contrastive_loss(model, *batch) + 0.05 / 2 * sum(p.pow(2).sum() for p in parameters.values())
+        return contrastive_loss(model, *batch) + decay / 2 * sum(p.pow(2).sum() for p in parameters.values())
 
     true = extreme_eigenvalues(Hessian(loss, parameters), 1, which="magnitude", copies=False).by_magnitude
     assert rows["by_magnitude_1"].value == pytest.approx(true.item(), rel=1e-2)
