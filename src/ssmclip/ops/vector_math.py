@@ -166,12 +166,6 @@ def softplus_and_sigmoid(x):
 
 
 @compiled(forceinline=True)
-def softplus(x):
-    """log(1 + e^x)."""
-    return softplus_and_sigmoid(x)[0]
-
-
-@compiled(forceinline=True)
 def sigmoid(x):
     """1 / (1 + e^-x)."""
     return softplus_and_sigmoid(x)[1]

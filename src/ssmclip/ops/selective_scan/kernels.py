@@ -300,8 +300,9 @@ def _backward_block(views, sizes, order, base, b, g, c, part, accumulate_u, accu
         b_at, b_step = _state_rows(views, B, b, g, b_tile, pad_bc, states, t, count, like)
         c_at, c_step = _state_rows(views, C, b, g, c_tile, pad_bc, states, t, count, like)
         reach = loops.prepare_back(
-            order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, sizes[SOFTPLUS], step, driven, slope, like
-        )
+            order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, sizes[SOFTPLUS], step, driven, slope,
+            like,
+        )  # fmt: skip
         run = order, t, count, states, pad, plane, step, driven, a_log2, h, decay, b_at, b_step, like
         near = reach * a_reach < NEAR
         if near and states == 1:

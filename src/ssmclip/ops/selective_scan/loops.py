@@ -24,7 +24,7 @@ from ssmclip.ops.simd import (
     total,
     write,
 )
-from ssmclip.ops.vector_math import LOG2_E, exp2, exp2_near, sigmoid, softplus, softplus_and_sigmoid
+from ssmclip.ops.vector_math import LOG2_E, exp2, exp2_near, sigmoid, softplus_and_sigmoid
 
 LN_2 = 1 / LOG2_E
 AHEAD = 2  # positions
@@ -32,47 +32,38 @@ AHEAD = 2  # positions
 loop = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-@loop
-def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, value, like):
-    """step = softplus(delta + bias), driven = step u, value = D u, for the positions order[t : t + count].
+def _preparation(back):
+    """prepare, or prepare_back, which writes softplus' derivative in place of the value."""
 
-    Returns the largest absolute step, of those that are numbers.
-    """
-    reach = broadcast(like)
-    for i in range(count):
-        p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
-        for j in range(0, pad, REGISTER_BYTES):
-            prefetch(u_at + ahead * u_step + j)
-            prefetch(delta_at + ahead * delta_step + j)
-            x = load(u_at + p * u_step + j, like)
-            s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
-            if soft:
-                s = softplus(s)
-            reach = maximum(absolute(s), reach)
-            store(step + i * pad + j, s)
-            store(driven + i * pad + j, s * x)
-            store(value + i * pad + j, x * load(d_row + j, like))
-    return largest(reach)
+    @loop
+    def prepare(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, d_row, soft, step, driven, third, like):
+        """step = softplus(delta + bias), driven = step u, third = D u, for the positions order[t : t + count].
+
+        Returns the largest absolute step, of those that are numbers.
+        """
+        reach = broadcast(like)
+        for i in range(count):
+            p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
+            for j in range(0, pad, REGISTER_BYTES):
+                prefetch(u_at + ahead * u_step + j)
+                prefetch(delta_at + ahead * delta_step + j)
+                x = load(u_at + p * u_step + j, like)
+                s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
+                if soft:
+                    s, slope = softplus_and_sigmoid(s)
+                    if back:
+                        store(third + i * pad + j, slope)
+                reach = maximum(absolute(s), reach)
+                store(step + i * pad + j, s)
+                store(driven + i * pad + j, s * x)
+                if not back:
+                    store(third + i * pad + j, x * load(d_row + j, like))
+        return largest(reach)
+
+    return prepare
 
 
-@loop
-def prepare_back(order, t, count, pad, u_at, u_step, delta_at, delta_step, bias, soft, step, driven, slope, like):
-    """`prepare` without a value, with slope = the derivative of step after delta."""
-    reach = broadcast(like)
-    for i in range(count):
-        p, ahead = order[t + i], order[min(t + i + AHEAD, t + count - 1)]
-        for j in range(0, pad, REGISTER_BYTES):
-            prefetch(u_at + ahead * u_step + j)
-            prefetch(delta_at + ahead * delta_step + j)
-            x = load(u_at + p * u_step + j, like)
-            s = load(delta_at + p * delta_step + j, like) + load(bias + j, like)
-            if soft:
-                s, derivative = softplus_and_sigmoid(s)
-                store(slope + i * pad + j, derivative)
-            reach = maximum(absolute(s), reach)
-            store(step + i * pad + j, s)
-            store(driven + i * pad + j, s * x)
-    return largest(reach)
+prepare, prepare_back = _preparation(False), _preparation(True)
 
 
 def _recurrences(power, one):
