@@ -225,6 +225,10 @@ def test_every_figure_draws_what_the_rows_say(drawn):
             assert one.plot().axes
 
 
+def test_no_axis_shows_the_source_of_a_formula(html):
+    assert "mathdefault" not in html  # matplotlib's own labels of logarithmic axes, where formulas are not drawn
+
+
 def test_landscapes_are_the_rows(drawn):
     for found, usual in zip(drawn["hessian_eigenvalues"], (False, True), strict=True):
         values = [entry["value"] for entry in found.frame() if entry["model"] == "CLIP-A"]

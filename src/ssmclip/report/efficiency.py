@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.ticker as ticker
 
-from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of
+from ssmclip.report.figures import Drawing, canvas, figure, plain_numbers
 from ssmclip.report.words import metric_name
 
 CONDITION = re.compile(r"(image|text)=(\d+)(?:x(\d+))?(?: attention=(\w+))?")
@@ -77,27 +77,30 @@ class Efficiency(Drawing):
         what = "pixels" if image else "tokens"
         crossings = self.crossings()
         crossed = [c for c in crossings if c["x"] is not None]
-        picture, axes = canvas(3.0)
-        for name, points in self._lines().items():
+        lines = self._lines()
+        picture, axes = canvas(2.2 + 0.22 * len(lines))
+        for name, points in lines.items():
             model = next(point["model"] for point in frame if point["line"] == name)
             look = self.styles[model]
             label = f"{name}: {what}^{growth[name]:.2f}" if name in growth else name
             dash = look.dash if name == model else ":"
             xs, ys = [_x(inputs, image) for inputs, _ in points], [value for _, value in points]
             axes.plot(xs, ys, dash, color=look.colour, marker=look.marker, markersize=4, label=label)
-        for c in crossed:
-            axes.axvline(c["x"], color="0.6", linewidth=0.8, linestyle=":")
-            axes.annotate(f" {c['x']:.0f}", (c["x"], 0.02), xycoords=("data", "axes fraction"), size=8)
+        for i, x in enumerate(sorted({round(c["x"]) for c in crossed})):
+            axes.axvline(x, color="0.6", linewidth=0.8, linestyle=":")
+            axes.annotate(f" {x}", (x, 0.02 + 0.07 * (i % 4)), xycoords=("data", "axes fraction"), size=8)
         axes.set(xscale="log", yscale="log")
         # Of two models or three a reader asks about each pair.
         apart = [c for c in crossings if c["lower"]] if len(growth) < 4 else []
         said = [f"{c['lower']} lower throughout, {_other(c)} higher" for c in apart]
         axes.set_xlabel("\n".join(["side of the image, pixels" if image else "tokens", *said]))
         places = sorted({point["x"] for point in frame})
-        axes.set_xticks(places, [f"{x:.0f}" for x in places])
+        axes.set_xticks(places, [f"{x:.0f}" for x in places], size=8)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.set_ylabel(metric_name(self.rows[0].metric))
-        legend(axes, len(models_of(frame)))
+        plain_numbers(axes.yaxis)
+        low, high = (choose(point["value"] for point in frame) for choose in (min, max))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
         return picture
 
 

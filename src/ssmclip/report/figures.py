@@ -399,7 +399,8 @@ def legend(axes: Axes, models: int) -> None:
 
 def plain_numbers(axis) -> None:
     """For axes that aren't linear: their own labels are formulas, which are not drawn (a name may look like one)."""
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    large = ticker.EngFormatter(sep=" ")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: large(value) if value >= 1e6 else f"{value:,.6g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
