@@ -129,7 +129,10 @@ def compare(scan, inputs, dtype, backend, softplus=True, wanted=None):
 @pytest.mark.parametrize("backend", SCANS)
 @pytest.mark.parametrize(
     ("groups", "width", "length", "states"),
-    [(1, 24, 1, 1), (4, 9, 7, 4), (1, 40, 49, 16), (4, 50, 49, 1), (1, 10, 49, 64), (4, 8, 197, 16), (1, 200, 196, 4)],
+    [
+        *[(1, 24, 1, 1), (4, 9, 7, 4), (1, 40, 49, 16), (4, 50, 49, 1), (4, 8, 197, 16), (1, 200, 196, 4)],
+        *[(1, 800, 7, 1), (1, 90, 49, 64)],  # so wide that the CPU kernels add the gradients of B and C over blocks
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_and_gradients_equal_the_float64_loop(backend, groups, width, length, states, dtype):
