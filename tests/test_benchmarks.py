@@ -4,7 +4,6 @@ import importlib.util
 import math
 import resource
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,6 +88,11 @@ def page_faults(run) -> int:
 def test_freed_memory_is_kept_for_the_next_tensor():
     if not keep_freed_memory():
         pytest.skip("this C library has no mallopt")
-    new = partial(torch.ones, NEVER_KEPT // 2)  # twice as many bytes as are kept without asking
-    new()
-    assert page_faults(new) < 10
+    pages = 2 * NEVER_KEPT // PAGE  # of a tensor of twice as many bytes as are kept without asking
+
+    def again():
+        for _ in range(20):
+            torch.ones(pages * PAGE // 4)
+
+    # A block freed is now and then too short for the next one, which must be aligned: a few of them come to be.
+    assert page_faults(again) < 6 * pages
