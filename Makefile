@@ -108,5 +108,5 @@ SIZES := --sizes 224,448,672,896,1024
 efficiency: setup  ## CLIMP's question: operations, memory and time of VMamba-B and ViT-B/16, as rows in results/
 	$(BIN)/ssmclip analyze efficiency --model $(COUNTED) --count-only --out results/efficiency.jsonl
 	$(BIN)/ssmclip analyze efficiency --model CLIP-VMamba-B,CLIP-ViT-B-16 $(SIZES) --lengths 77,256,1024 --out results/efficiency.jsonl
-	$(BIN)/ssmclip analyze efficiency --model CLIMP-Mamba1,CLIMP-Mamba2 --sizes '' --lengths 77,256,1024 --out results/efficiency.jsonl
+	$(BIN)/ssmclip analyze efficiency --model CLIMP-VMamba-T-Mamba-130m --sizes '' --lengths 77,256,1024 --out results/efficiency.jsonl
 	$(BIN)/ssmclip analyze efficiency --model CLIP-ViT-B-16 $(SIZES) --attention plain --out results/efficiency.jsonl
