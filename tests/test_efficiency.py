@@ -1,5 +1,6 @@
 """What is measured against what must come out: memory that is known, runs that must fail, rows that must not repeat."""
 
+import math
 import sys
 import types
 from pathlib import Path
@@ -17,6 +18,7 @@ from ssmclip.analyze.macs import count_macs
 from ssmclip.analyze.measure import Job, measure
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
+from ssmclip.report.efficiency import crossing
 from ssmclip.results import Result, read_rows, write_rows
 
 MEASURED = {
@@ -226,6 +228,18 @@ def test_energy_of_a_card_is_nvmls_counter(monkeypatch):
 
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
     assert "NVML" in measuring._timed(lambda: None, Job("hog", device="cuda:1", seconds=0.0))["no_energy"]
+
+
+def test_lines_that_only_touch_do_not_cross():
+    def line(*values):
+        return list(zip((1, 10, 100), values, strict=True))
+
+    flat = line(5.0, 5.0, 5.0)
+    for other in (flat, line(5.0, 6.0, 7.0), line(3.0, 4.0, 5.0), line(4.0, 5.0, 4.0)):
+        assert crossing(flat, other) is None
+    assert crossing(flat, line(4.0, 5.0, 6.0)) == 10  # through a point of both
+    # log y is a straight line from log 4 to log 9 between 1 and 10
+    assert crossing(flat, line(4.0, 9.0, 9.0)) == pytest.approx(10 ** (math.log(5 / 4) / math.log(9 / 4)))
 
 
 def test_figures_fit_growth_and_find_the_crossing(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
 import matplotlib.ticker as ticker
@@ -60,7 +60,8 @@ class Efficiency(Drawing):
         for a, b in combinations(lines, 2):
             at = crossing(lines[a], lines[b])
             first, second = dict(lines[a]), dict(lines[b])
-            gap = next((second[x] - first[x] for x in first if x in second), 0.0) if at is None else 0.0
+            gaps = [second[x] - first[x] for x in first if x in second and second[x] != first[x]]
+            gap = gaps[0] if gaps and at is None else 0.0
             x, lower = None if at is None else _x(at, image), None if gap == 0 else a if gap > 0 else b
             found.append({"first": a, "second": b, "x": x, "lower": lower})
         return found
@@ -154,17 +155,24 @@ def exponent(points: Sequence[Point]) -> float:
 
 
 def crossing(first: Sequence[Point], second: Sequence[Point]) -> int | float | None:
-    """The inputs at which two lines meet, straight between the inputs both were measured at, in the logarithms.
+    """The inputs at which two lines cross, straight between the inputs both were measured at, in the logarithms.
+
+    Lines that only touch, or are the same from some point on, do not cross.
 
     >>> round(crossing([(1, 1.0), (100, 100.0)], [(1, 10.0), (100, 10.0)]), 6)
     10.0
     """
     a, b = dict(first), dict(second)
-    shared = sorted(set(a) & set(b))
-    gaps = [(math.log(x), math.log(a[x] / b[x])) for x in shared]
-    for (x0, gap0), (x1, gap1) in pairwise(gaps):
-        if gap0 == 0 or gap0 * gap1 < 0:
-            return math.exp(x0 + (x1 - x0) * gap0 / (gap0 - gap1)) if gap0 else math.exp(x0)
+    before, met = None, None  # (place, gap) where they last were apart; where they have met since
+    for inputs in sorted(set(a) & set(b)):
+        x, gap = math.log(inputs), math.log(a[inputs] / b[inputs])
+        if gap == 0:
+            met = inputs if met is None else met
+            continue
+        if before is not None and before[1] * gap < 0:
+            x0, gap0 = before
+            return met if met is not None else math.exp(x0 + (x - x0) * gap0 / (gap0 - gap))
+        before, met = (x, gap), None
     return None
 
 
