@@ -44,7 +44,8 @@ def keep_freed_memory() -> bool:
     """From now on this process keeps what it frees, for the next tensor; False where the C library has no such choice.
 
     For commands that take the same step again and again, never for a library in someone else's process: resident memory
-    stays at its highest. Tensors above 1 GiB are still given back.
+    stays at its highest. Tensors above 1 GiB are still given back, and once an allocation has failed glibc takes memory
+    from an arena of at most 64 MiB, and gives back what is larger.
     """
     if _mallopt is None:
         return False
