@@ -86,23 +86,22 @@ def page_faults(run) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-TWENTY_TENSORS = """
+FAULTS_OF_TENSORS = """
 import resource, torch
 from ssmclip.ops.memory import keep_freed_memory
-def page_faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-kept, before = keep_freed_memory(), page_faults()
-for _ in range(20):
-    torch.ones({elements})
-print(int(kept), page_faults() - before)
+def page_faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones({elements})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(int(keep_freed_memory()), page_faults(4), page_faults(16))
 """
 
 
 def test_freed_memory_is_kept_for_the_next_tensor():
     # In a process of its own: where an allocation has failed before, glibc turns to memory that it does not keep.
-    code = TWENTY_TENSORS.format(elements=2 * NEVER_KEPT // 4)  # twice as many bytes as are kept without asking
-    kept, faults = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
+    code = FAULTS_OF_TENSORS.format(elements=2 * NEVER_KEPT // 4)  # twice as many bytes as are kept without asking
+    kept, _, faults = map(int, subprocess.check_output([sys.executable, "-c", code]).split())
     if not kept:
         pytest.skip("this C library has no mallopt")
-    # A block freed is now and then too short for the next one, which must be aligned: a few of them come to be.
-    assert faults < 6 * 2 * NEVER_KEPT // PAGE
+    assert faults < 10  # the first four leave two blocks behind: an aligned one needs more room than it leaves
