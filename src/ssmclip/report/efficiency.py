@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.ticker as ticker
 
-from ssmclip.report.figures import Drawing, canvas, figure, plain_numbers
+from ssmclip.report.figures import Drawing, canvas, figure, legend, plain_numbers
 from ssmclip.report.words import metric_name
 
 CONDITION = re.compile(r"(image|text)=(\d+)(?:x(\d+))?(?: attention=(\w+))?")
@@ -101,7 +101,7 @@ class Efficiency(Drawing):
         plain_numbers(axes.yaxis)
         low, high = (choose(point["value"] for point in frame) for choose in (min, max))
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
+        legend(axes)  # one column: the exponents make long names
         return picture
 
 

@@ -392,8 +392,8 @@ def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool
     return picture
 
 
-def legend(axes: Axes, models: int) -> None:
-    """Above the axes, where it hides no point."""
+def legend(axes: Axes, models: int = 1) -> None:
+    """Above the axes, where it hides no point; in two columns from four models on, for short names."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
 
 
