@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 quickstart: setup  ## train two small CLIPs on embedded data, evaluate them, write runs/quickstart/report.html
 	$(BIN)/python -m ssmclip quickstart --recipe recipes/quickstart.py --out runs/quickstart
 
-# A file at a time in each of two processes, whose OpenMP threads sleep while they wait: there are two in each.
+# A file at a time in each of two processes, whose OpenMP threads sleep while they wait: the other wants the cores.
 test: setup lint  ## everything
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 

@@ -4,12 +4,13 @@
     python benchmarks/text.py --only kind=mamba2 batch=8        the conditions that hold all these
 
 One process, the same weights and tokens for both, turns taken, medians; where a model takes more than a minute, its
-first run is its only one (`n` of the row). The shape is that of mamba-130m and
-mamba2-130m, 768 channels, but for the token table, which has 1,000 rows: looking them up is the same for both.
---clock cpu counts the process's own time, which a busy machine disturbs less.
+first run is its only one (`n` of the row). The shape is that of mamba-130m and mamba2-130m, 768 channels, but for the
+token table, which has 1,000 rows: looking them up is the same for both. --clock cpu counts the process's own time,
+which a busy machine disturbs less.
 
 A third takes its turn: the matrix products of the same linear layers and nothing else, by the same BLAS in all three.
-Its speedup is the most that any scan, convolution or norm could reach.
+Its speedup is about the most that any scan, convolution or norm could reach: it still cuts its tensors between layers,
+which costs a gradient.
 
 Mamba's loop in transformers keeps and fills gradients of (batch, 1536, length, 16) for every position: its backward
 pass at length 1024 takes gigabytes and minutes.
