@@ -28,6 +28,7 @@ from ssmclip.analyze.batches import (
 from ssmclip.analyze.estimate import density, trace
 from ssmclip.analyze.hessian import HessianStudy, batch_rows
 from ssmclip.analyze.landscape import filter_normalised_direction, loss_at
+from ssmclip.analyze.landscape_command import files_of
 from ssmclip.analyze.product import Hessian, NotTwiceDifferentiable, OutOfMemory
 from ssmclip.analyze.spectrum import extreme_eigenvalues, hessian_eigenvalues
 from ssmclip.analyze.summary import summary_rows
@@ -495,8 +496,10 @@ def test_the_command_writes_rows_and_resumes(saved, tmp_path):
     # Killed in the middle of the second batch's second row, then continued.
     lines = whole.read_text().splitlines(keepends=True)
     cut.write_text("".join(lines[:5]) + lines[5][:30])
+    (tmp_path / "cut.jsonl.rank1.partial").write_text(lines[0][:30])  # another rank, killed as it began
     command.run(arguments(cut, *asked))
     assert read_rows(cut)[1] == rows
+    assert {path.name for path in tmp_path.glob("*.jsonl*")} == {"whole.jsonl", "cut.jsonl"}
     with pytest.raises(ValueError, match="k was 1"):
         command.run(arguments(whole, *asked, "--k", "2"))
 
@@ -570,7 +573,7 @@ def test_two_processes_write_what_one_does(saved, tmp_path, request):
         stderr=said,
     ) as ranks:  # fmt: skip
         while ranks.poll() is None:  # each rank writes a file of its own until all are done
-            parts |= {path.name for path in tmp_path.glob("two.jsonl.rank*")}
+            parts |= {path.name for path in files_of(two)} - {two.name}
             time.sleep(0.01)
     assert ranks.returncode == 0, (tmp_path / "said").read_text()[-4000:]
     assert parts == {"two.jsonl.rank0", "two.jsonl.rank1"}

@@ -222,16 +222,19 @@ def _collect(
         rows = sorted(kept.values(), key=lambda row: places.get(row.condition, -1) if row.model == label else -1)
         rows += summarise(rows)
         write_rows(args.out, rows, described)
-        for file in files_of(args.out):
-            if file != args.out:
-                file.unlink()
+        for file in args.out.parent.glob(f"{args.out.name}.rank*"):
+            file.unlink()
         sys.stdout.write(f"{len(rows)} rows in {args.out}\n")
     return 0
 
 
 def files_of(out: Path) -> list[Path]:
-    """The rows file and its ranks' parts, those that exist, the file itself first."""
-    return [*([out] if out.exists() else []), *sorted(out.parent.glob(f"{out.name}.rank*"))]
+    """The rows file and its ranks' parts, those that exist, the file itself first.
+
+    A part not yet whole under its own name (``.partial``: being written, or left by a kill) is not one of them.
+    """
+    parts = sorted(path for path in out.parent.glob(f"{out.name}.rank*") if path.suffix != ".partial")
+    return [*([out] if out.exists() else []), *parts]
 
 
 def _is_part(condition: str) -> bool:
