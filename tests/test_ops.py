@@ -11,14 +11,17 @@ import time
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from ssmclip.ops import (
     BACKENDS,
     available,
+    causal_conv1d,
     cross_merge,
     cross_scan,
     cross_selective_scan,
     selective_scan,
+    ssd,
     threads,
     using,
 )
@@ -338,6 +341,35 @@ def test_third_derivatives_agree():
     assert error(third("cpu"), third("reference")) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own call, at the first tangent
+@pytest.mark.parametrize("op", list(BACKENDS))
+def test_forward_mode_and_function_transforms(op):
+    """Registered operators have no tangents: PyTorch takes zeros for them."""
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    scan, charts = random_inputs(1, 1, 3, 6, 2), map_inputs(1, 2, 3, 3, 2)
+    x, function = {
+        "selective_scan": (scan.pop("u"), functools.partial(selective_scan, **scan, delta_softplus=True)),
+        "cross_selective_scan": (charts.pop("x"), functools.partial(cross_selective_scan, **charts)),
+        "causal_conv1d": (draw(1, 3, 6), functools.partial(causal_conv1d, weight=draw(3, 4))),
+        "ssd": (
+            draw(1, 6, 2, 3),
+            functools.partial(ssd, dt=draw(1, 6, 2).exp(), A=-draw(2).exp(), B=draw(1, 6, 1, 2), C=draw(1, 6, 1, 2)),
+        ),
+    }[op]  # all of them linear in x
+    direction, weights = draw(x.shape), draw(function(x).shape)
+    along = function(direction, backend="reference")
+    assert error(torch.func.jvp(function, (x,), (direction,))[1], along) < 1e-12
+    with forward_ad.dual_level():
+        y = function(forward_ad.make_dual(x, direction))
+        assert error(forward_ad.unpack_dual(y).tangent, along) < 1e-12
+    gradient = torch.func.grad(lambda x: (function(x) * weights).sum())(x)
+    assert (gradient * direction).sum() == pytest.approx((along * weights).sum().item(), rel=1e-12)
+    both = torch.stack([x, direction])
+    assert error(torch.vmap(function)(both)[1], along) < 1e-12
+    with pytest.raises(RuntimeError, match="'cpu' cannot run here: it has no derivative"):
+        torch.func.jvp(functools.partial(function, backend="cpu"), (x,), (direction,))
+
+
 # ---- maps
 
 SQUARES = [(1, 1), (3, 5), (7, 4), (1, 6), (5, 1)]
@@ -438,6 +470,25 @@ def test_map_scan_takes_any_strides(backend):
     inputs["B"] = inputs["B"].permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4)
     inputs["C"] = inputs["C"].transpose(2, 3).contiguous().transpose(2, 3)
     assert error(cross_selective_scan(**inputs, backend=backend), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("backend", CROSS)
+def test_a_map_of_one_column_may_have_any_strides(backend):
+    def columns_apart(x):
+        """The same numbers, contiguous for PyTorch: the stride of an axis of one column is anything."""
+        return x.transpose(-2, -3).clone(memory_format=torch.contiguous_format).transpose(-2, -3)
+
+    inputs = map_inputs(2, 9, 1, 8, 4)
+    exact = as_leaves(inputs)
+    given = {k: columns_apart(v).requires_grad_() if k in ("x", "delta", "B", "C") else v for k, v in exact.items()}
+    wanted, got = map_truth(**exact), cross_selective_scan(**given, backend=backend)
+    weights = torch.cos(torch.arange(wanted.numel(), dtype=torch.float64)).view(2, 1, 9, 8)
+    grads, wanted_grads = (
+        torch.autograd.grad((y.transpose(1, 2) * weights).sum(), leaves.values())
+        for y, leaves in ((got, given), (wanted, exact))
+    )
+    assert error(got, wanted) < 1e-12
+    assert max(error(g, w) for g, w in zip(grads, wanted_grads, strict=True)) < 1e-12
 
 
 def test_map_scan_has_second_derivatives():

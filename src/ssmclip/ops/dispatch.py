@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from ssmclip.registry import UnknownName
 
@@ -33,6 +34,9 @@ class Backend:
         # Tensors of shapes alone go through the same registered operators as those on the CPU.
         if self.devices and (device if device != "meta" else "cpu") not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
+        # PyTorch would take the missing forward-mode derivative of a registered operator for zero, without a word.
+        if self.devices and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+            return "has no derivative for torch.func or forward mode"
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed (pip install {self.needs})"
         return ""

@@ -89,7 +89,9 @@ def _as_map(memory: Tensor, delta: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """The same map with channels contiguous and one stride for all positions; copied only where it is not so."""
     rows_follow = x.stride(-3) == x.shape[-2] * x.stride(-2) or x.shape[-3] == 1
-    return x if rows_follow and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
+    if rows_follow and (x.stride(-1) == 1 or x.shape[-1] == 1):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a map of one column any stride
 
 
 # Strides over (batch, group, channel, position, state), as the kernels want them.

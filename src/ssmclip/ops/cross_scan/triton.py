@@ -41,7 +41,9 @@ def _scans(x: Tensor, A: Tensor, delta_softplus: bool) -> Scans:
 
 def _rows(x: Tensor) -> Tensor:
     """The same maps with one stride for all positions; copied only where they have none."""
-    return x if x.shape[-3] == 1 or x.stride(-3) == x.shape[-2] * x.stride(-2) else x.contiguous()
+    if x.shape[-3] == 1 or x.stride(-3) == x.shape[-2] * x.stride(-2):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a map of one column any stride
 
 
 # Strides as the kernels want them.
