@@ -19,7 +19,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import ScheduleConfig, apply_overrides, load_recipe
 from ssmclip.registry import UnknownName
-from ssmclip.results import Result, read_rows
+from ssmclip.results import Result, append_rows, read_rows
 from ssmclip.train import NonFinite, loop, train
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.checkpoint import checkpoints, load_training_state, save_checkpoint
@@ -462,13 +462,60 @@ def test_refuses_before_any_work(tmp_path, monkeypatch):
             train(tiny(), out)
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(tiny(), tmp_path / "new", resume=True)
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text("{}")
+    append_rows(tmp_path / "old" / "rows.jsonl", [Result("tiny", "train", "step=1", "loss", 1.0)])
     with pytest.raises(FileExistsError, match="continue it with --resume"):
         train(tiny(), tmp_path / "old")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"fp16.*needs a GPU.*bf16"):
             build_accelerator(tiny("precision=fp16"))
+
+
+def test_a_start_that_failed_takes_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.tar"):
+        train(tiny("steps=3", "source=nowhere.tar"), tmp_path)
+    train(tiny("steps=3", "source=synthetic:digits"), tmp_path)
+    assert list(series(tmp_path, "loss")) == [1, 2, 3]
+    with pytest.raises(FileExistsError, match="continue it with --resume"):
+        train(tiny("steps=3", "source=synthetic:digits"), tmp_path)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path, eight_pairs):
+    train(tiny("steps=4", "checkpoint.every=2"), tmp_path)
+    partial = tmp_path / "checkpoints" / ".partial-step_00000006"  # as the other process would be writing it
+    partial.mkdir()
+    held = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FileExistsError, match="another process trains in"):
+            train(tiny("steps=4", "checkpoint.every=2"), tmp_path, resume=True)
+        assert partial.exists()
+        other.kill()
+    train(tiny("steps=4", "checkpoint.every=2"), tmp_path, resume=True)
+    assert not partial.exists()
+
+
+def test_the_best_is_of_one_metric(tmp_path, eight_pairs):
+    measured = {"big": iter([math.nan, 0.9, 0.8]), "small": iter([0.0, 0.02, 0.01, 0.03])}
+
+    def validate(model, preprocess, tokenizer, step):
+        return [Result("tiny", "digits", "", name, next(values, 0.0)) for name, values in measured.items()]
+
+    usual = ["validation.every=2", "checkpoint.every=2", "keep=9", 'tasks=["digits"]']
+    train(tiny("steps=6", *usual, "best=digits/big"), tmp_path, validate=validate)
+    named = tmp_path / "checkpoints" / "best"
+    assert named.read_text().strip() == "step_00000004"  # not the NaN before it
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    train(tiny("steps=6", *usual, "best=digits/small"), tmp_path, resume=True, validate=validate)
+    assert named.read_text().strip() == "step_00000006"
 
 
 def test_unknown_model_lists_the_known_ones(tmp_path):

@@ -60,7 +60,7 @@ def said(folder):
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("what", ["clip whole", "clip cached", "siglip whole", "siglip cached"])
@@ -94,11 +94,19 @@ def test_two_processes_with_sharded_weights_learn_the_same(folder, said):
         torch.testing.assert_close(sharded[name], value, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_what_every_process_skipped_is_told(folder, said):
+    rows = read_rows(folder / "skips" / "rows.jsonl")[1]
+    assert {r.value for r in rows if r.metric == "samples_skipped"} == {5.0}
+    for told in ("3 samples: broken, such as ['image of 0']", "1 samples: only 0,", "1 samples: only 1,"):
+        assert said.count(f"skipped {told}") == 1
+
+
 def main(out: Path) -> None:
     accelerator = build_accelerator(_config())
     _compare(accelerator)
     _resume(out)
     accelerator.print("resumed: same")
+    _skip(out / "skips")
     loop.build_accelerator = _sharded
     _resume(out / "fsdp", "validation.every=0", "tasks=[]", "best=")
     accelerator.print("sharded, resumed: same")
@@ -170,6 +178,21 @@ def _sharded(config):
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     assert is_sharded(accelerator)
     return accelerator
+
+
+def _skip(out: Path) -> None:
+    """A run whose first process skips two samples, and the second three."""
+    whole = loop.open_stream
+
+    def open_stream(config, architecture, size, rank, *more):
+        stream = whole(config, architecture, size, rank, *more)
+        stream.skipped.update({"broken": 1 + rank, f"only {rank}": 1})
+        stream.skipped_examples.update({"broken": [f"image of {rank}"]})
+        return stream
+
+    loop.open_stream = open_stream
+    train(_config("validation.every=0", "tasks=[]", "best="), out)
+    loop.open_stream = whole
 
 
 def _numbers(folder: Path) -> dict:

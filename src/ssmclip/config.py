@@ -15,6 +15,8 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
+import operator
 import types
 import typing
 from collections.abc import Sequence
@@ -55,6 +57,8 @@ class AugmentConfig:
         for name in ("color_jitter_prob", "gray_scale_prob", "gaussian_blur_prob", "solarize_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.augment.{name}={getattr(self, name)}: wanted a share, 0 to 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"data.augment.scale={self.scale}: wanted two shares above 0, the smaller one first")
         strengths = self.color_jitter if isinstance(self.color_jitter, tuple) else (self.color_jitter,)
         if min(strengths) < 0 or max(strengths[3:], default=0) > 0.5:
             raise ValueError(f"data.augment.color_jitter={self.color_jitter}: wanted at least 0, of hue at most 0.5")
@@ -174,19 +178,52 @@ class TrainConfig:
     def __post_init__(self):
         at_least = {
             "steps": (self.steps, 1),
+            "batch_size": (self.batch_size, 1),
+            "seed": (self.seed, 0),
+            "model.drop_path_rate": (self.model.drop_path_rate, 0),
+            "data.workers": (self.data.workers, 0),
+            "data.shuffle_buffer": (self.data.shuffle_buffer, 1),
             "data.captions_per_image": (self.data.captions_per_image, 1),
             "data.views_per_image": (self.data.views_per_image, 1),
-            "loss.view_weight": (self.loss.view_weight, 0),
-            "batch_size": (self.batch_size, 1),
+            "optimiser.block_lr_scale": (self.optimiser.block_lr_scale, 0),
+            "optimiser.text_lr_scale": (self.optimiser.text_lr_scale, 0),
+            "optimiser.weight_decay": (self.optimiser.weight_decay, 0),
             "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
+            "schedule.start_lr": (self.schedule.start_lr, 0),
+            "schedule.end_lr": (self.schedule.end_lr, 0),
+            "loss.micro_batch": (self.loss.micro_batch, 1),
+            "loss.view_weight": (self.loss.view_weight, 0),
+            "ema.decay": (self.ema.decay, 0),
+            "validation.every": (self.validation.every, 0),
             "checkpoint.every": (self.checkpoint.every, 1),
             "checkpoint.keep": (self.checkpoint.keep, 1),
             "logging.every": (self.logging.every, 1),
-            "validation.every": (self.validation.every, 0),
         }
-        for name, (value, least) in at_least.items():
-            if value < least:
-                raise ValueError(f"{name}={value}: wanted at least {least}")
+        above = {
+            "optimiser.lr": (self.optimiser.lr, 0),
+            "optimiser.eps": (self.optimiser.eps, 0),
+            "optimiser.clip_norm": (self.optimiser.clip_norm, 0),
+            "loss.max_logit_scale": (self.loss.max_logit_scale, 1),
+        }
+        below = {
+            "seed": (self.seed, 2**63),
+            "model.drop_path_rate": (self.model.drop_path_rate, 1),
+            "ema.decay": (self.ema.decay, 1),
+        }
+        for wanted, fits, values in (
+            ("at least", operator.ge, at_least),
+            ("more than", operator.gt, above),
+            ("less than", operator.lt, below),
+        ):
+            for name, (value, bound) in values.items():
+                if value is not None and not fits(value, bound):
+                    raise ValueError(f"{name}={value}: wanted {wanted} {bound}")
+        if not all(0 <= beta < 1 for beta in self.optimiser.betas):
+            raise ValueError(f"optimiser.betas={self.optimiser.betas}: wanted at least 0, less than 1")
+        if self.validation.best and not (self.validation.every and self.validation.tasks):
+            raise ValueError(
+                f"validation.best={self.validation.best!r}: wanted validation.every and validation.tasks to be set too"
+            )
         if self.loss.view_weight and self.data.views_per_image == 1:
             raise ValueError(
                 f"loss.view_weight={self.loss.view_weight}: wanted 0, or data.views_per_image of 2 or more"
@@ -304,6 +341,8 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     if str in options or any(typing.get_origin(option) is Literal for option in options):
         return text
     try:
+        if float in options and "[" not in text:
+            return float(text)  # .001 is no JSON
         return json.loads(text.lower() if bool in options else text)
     except ValueError:
         raise ValueError(f"{path}={text}: wanted {_describe(kind)}") from None
@@ -347,7 +386,7 @@ def _as_type(value: Any, kind: Any) -> Any:
         if isinstance(value, dict):
             return value
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif type(value) is kind:  # exact, since True is an int too
         return value

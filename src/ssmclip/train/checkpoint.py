@@ -1,6 +1,7 @@
 """Checkpoints as folders that are whole or not there, and the run folder they live in.
 
     RUN/config.json                       the TrainConfig
+    RUN/.lock                             held by the process that trains
     RUN/open_clip_config.json             the model
     RUN/rows.jsonl, RUN/tensorboard/      what was measured
     RUN/checkpoints/step_00000100/        open_clip_config.json, open_clip_model.safetensors, state.pt
@@ -17,26 +18,29 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
 from ssmclip.models import CheckpointError
+from ssmclip.results import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
 _HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influence on what is learnt
 
 
-def prepare_run_folder(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Make the run folder, or check that it is this run's. Done before any work.
+@contextmanager
+def run_folder(out: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
+    """Make the run folder, or check that it is this run's, before any work; other processes are kept out until the end.
 
-    Raises PermissionError when it can't be written to; FileExistsError when it holds a run and `resume` is false;
-    FileNotFoundError when it holds none and `resume` is true; ValueError when it holds a run of another config, naming
-    the fields that differ (those of logging, validation and checkpoint may).
+    Raises PermissionError when it can't be written to; FileExistsError when it holds a run and `resume` is false, or
+    when another process trains in it; FileNotFoundError when it holds no run and `resume` is true; ValueError when it
+    holds a run of another config, naming the fields that differ (those of logging, validation and checkpoint may).
     """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -44,18 +48,42 @@ def prepare_run_folder(out: Path, config: TrainConfig, resume: bool) -> None:
             pass
     except OSError as error:
         raise PermissionError(f"{out}: can't write there ({error.strerror}); choose another --out") from error
-    settings = out / "config.json"
-    if not resume:
-        if settings.exists():
-            raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
-        write_text(settings, json.dumps(to_dict(config), indent=2) + "\n")
-        return
-    if not settings.exists():
-        raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
-    refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
+    with (out / ".lock").open("w") as file:
+        if not _lock(file):
+            raise FileExistsError(f"another process trains in {out}: wait for it, or choose another --out")
+        _prepare(out, config, resume)
+        yield
+
+
+def _lock(file: IO) -> bool:
+    """Lock an open file until it is closed or this process ends in any way; false when another process holds it.
+
+    A POSIX lock, which processes that read data don't inherit: they outlive a killed run by seconds.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
+    settings, rows = out / "config.json", out / "rows.jsonl"
+    if resume:
+        if not settings.exists():
+            raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
+        refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
+        for leftover in (out / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    elif checkpoints(out) or (rows.exists() and read_rows(rows)[1]):
+        raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+    else:  # new, or left by a start that failed
+        rows.unlink(missing_ok=True)
     write_text(settings, json.dumps(to_dict(config), indent=2) + "\n")
-    for leftover in (out / "checkpoints").glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def refuse_changes(old: TrainConfig, new: TrainConfig, out: Path) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from ssmclip.train.checkpoint import (
     last_checkpoint,
     load_training_state,
     name_checkpoints,
-    prepare_run_folder,
+    run_folder,
     save_checkpoint,
     write_text,
 )
@@ -50,22 +53,21 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     resume: continue the run in `out` from its last checkpoint, exactly: data order, random state, optimiser. On a CPU
     every later loss has the same bits as without the interruption.
     Raises FileExistsError, FileNotFoundError, PermissionError and ValueError about `out` before any work
-    (`prepare_run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
+    (`run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
     """
     out = Path(out)
     accelerator = build_accelerator(config)
-    if accelerator.is_main_process:
-        prepare_run_folder(out, config, resume)
-    accelerator.wait_for_everyone()
-    run = _Run.start(config, out, accelerator)
-    try:
-        run.to_the_end(validate)
-    except NonFinite as error:
-        last = last_checkpoint(out)
-        raise NonFinite(f"{error}. Last good checkpoint: {last or 'none yet'}") from None
-    finally:
-        run.log.close()
-    accelerator.wait_for_everyone()
+    with run_folder(out, config, resume) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        run = _Run.start(config, out, accelerator)
+        try:
+            run.to_the_end(validate)
+        except NonFinite as error:
+            last = last_checkpoint(out)
+            raise NonFinite(f"{error}. Last good checkpoint: {last or 'none yet'}") from None
+        finally:
+            run.log.close()
+        accelerator.wait_for_everyone()
     return out
 
 
@@ -84,7 +86,7 @@ class _Run:
     log: Log
     step: int  # finished steps
     cursor: Any  # of the data, after the last finished step
-    best: dict[str, float] | None  # {"step", "value"} of the named validation metric
+    best: dict[str, Any] | None  # {"metric", "step", "value"} of the named validation metric
     skips: int = 0  # steps that the gradient scaler left out, in all
     skips_in_a_row: int = 0
 
@@ -120,8 +122,11 @@ class _Run:
         if own:
             set_rng_state(accelerator.device, own["rng"])
         step = state["step"] if state else 0
+        best = state["best"] if state else None
         if state and accelerator.is_main_process:  # a kill may have come between a checkpoint and its naming
-            name_checkpoints(out, step, state["best"] and state["best"]["step"])
+            name_checkpoints(out, step, best and best["step"])
+        if best and best.get("metric", config.validation.best) != config.validation.best:
+            best = None  # of another metric: no measure for what comes
         return cls(
             config=config,
             out=out,
@@ -141,7 +146,7 @@ class _Run:
             log=Log(out, config, step, str(accelerator.device), accelerator.is_main_process),
             step=step,
             cursor=own["cursor"] if own else None,
-            best=state["best"] if state else None,
+            best=best,
             skips=state["skips"] if state else 0,
         )
 
@@ -229,6 +234,7 @@ class _Run:
         return open_stream(self.config, self.architecture, size, rank, world, self.cursor)
 
     def _write_numbers(self, loss: float, norm: float, lr: float, size: int, stream: Any) -> None:
+        skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
         numbers = {
             "loss": loss,
             "grad_norm": norm,
@@ -237,15 +243,25 @@ class _Run:
             ),
             "lr": float(lr),
             "image_size": size,
-            "samples_skipped": sum(stream.skipped.values()),
+            "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
 
     def _report_skipped(self, stream: Any) -> None:
-        for reason, count in stream.skipped.items() if stream else ():
-            self.log.say(f"skipped {count} samples: {reason}, such as {stream.skipped_examples.get(reason)}")
+        if stream is None:
+            return
+        counts, examples = Counter(), {}
+        for skipped, such_as in self._of_all([(dict(stream.skipped), dict(stream.skipped_examples))]):
+            counts.update(skipped)
+            examples = such_as | examples
+        for reason, count in counts.items():
+            self.log.say(f"skipped {count} samples: {reason}, such as {examples.get(reason)}")
+
+    def _of_all(self, own: list) -> list:
+        """The lists of all processes, one after another."""
+        return gather_object(own) if self.accelerator.num_processes > 1 else own
 
     def _validate(self, validate: Validate, size: int) -> bool:
         """Measure, write the rows, and say whether the named metric is better than ever."""
@@ -265,14 +281,14 @@ class _Run:
             named = self.config.validation.best
             if named and named not in values:
                 raise ValueError(f"validation.best={named!r} isn't measured; what is: {', '.join(sorted(values))}")
-            if named and (self.best is None or values[named] > self.best["value"]):
-                self.best, improved = {"step": self.step, "value": float(values[named])}, True
+            value = float(values[named]) if named else math.nan
+            if value > (self.best["value"] if self.best else -math.inf):  # a NaN is never the best
+                self.best, improved = {"metric": named, "step": self.step, "value": value}, True
         return bool(self._mean(torch.tensor(float(improved), device=self.accelerator.device)) > 0)
 
     def _save(self) -> None:
         accelerator = self.accelerator
-        own = {"rng": rng_state(accelerator.device), "cursor": self.cursor}
-        ranks = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        ranks = self._of_all([{"rng": rng_state(accelerator.device), "cursor": self.cursor}])
         optimiser = sharding.optimiser_state(accelerator, self.model, self.optimiser)
         online = sharding.model_state(accelerator, self.model)
         if accelerator.is_main_process:
