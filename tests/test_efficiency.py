@@ -159,7 +159,10 @@ def test_a_failed_mode_is_not_tried_again(tmp_path):
 
     def run():
         measure = lambda job: jobs.append(job) or {"failed": "killed"}  # noqa: E731
-        return sweep({"a": "test_vmamba"}, [32], [], tmp_path / "rows", modes=["training"], measure=measure)
+        settings = {"memory_limit": 10**9}  # what is free changes by itself
+        return sweep(
+            {"a": "test_vmamba"}, [32], [], tmp_path / "rows", settings=settings, modes=["training"], measure=measure
+        )
 
     run()
     assert [(row.metric, row.extra["why"]) for row in run() if row.metric == "fits"] == [("fits", "killed")]
@@ -170,6 +173,101 @@ def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
     rows = sweep({"vit": "vit_nano_patch16", "vmamba": "test_vmamba"}, [100], [], tmp_path / "rows", modes=[])
     assert [(row.model, row.metric) for row in rows][:2] == [("vit", "fits"), ("vmamba", "macs")]
     assert "no multiple of the patch, 16: take 96, 112" in rows[0].extra["why"]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "tried"),
+    [
+        ({"failed": "took more than 9 s", "timed_out": True}, {"memory_limit": 10**9}, 2),
+        ({"failed": "out of memory"}, {"memory_limit": 10**9}, 1),
+        ({"failed": "out of memory"}, {"memory_limit": 10**9 - 1}, 1),
+        ({"failed": "out of memory"}, {"memory_limit": 10**9 + 1}, 2),
+        ({"failed": "out of memory"}, {"memory_limit": 10**9, "device": "cuda"}, 2),
+    ],
+)
+def test_what_did_not_fit_is_tried_again_where_it_may_now(first, then, tried, tmp_path):
+    answers, out = iter([first, MEASURED]), tmp_path / "rows"
+
+    def run(models, **settings):
+        return sweep(models, [32], [], out, settings=settings, modes=["training"], measure=lambda job: next(answers))
+
+    write_rows(out, [Result("a", "other task", "image=32", "fits", 0.0)], {"seed": 7})
+    run({"a": "test_vmamba"}, **{**then, "memory_limit": 10**9})
+    rows = run({"a": "test_vmamba"}, **then)
+    metrics = [(row.task, row.metric) for row in rows]
+    assert len(metrics) == len(set(metrics))
+    assert ("other task", "fits") in metrics
+    assert (("efficiency", "fits") in metrics) == (tried == 1)
+    assert (("efficiency", "training_images_per_s") in metrics) == (tried == 2)
+    assert read_rows(out)[0] == {"seed": 7}
+
+
+@pytest.mark.parametrize(("before", "now", "tried"), [(10, 12, 1), (10, 13, 2), (10, 5, 1)])
+def test_memory_that_has_become_free_is_a_reason_to_try_again(before, now, tried, monkeypatch, tmp_path):
+    free, jobs = tmp_path / "meminfo", []
+    monkeypatch.setattr(measuring, "FREE_MEMORY", free)
+
+    def run():
+        measure = lambda job: jobs.append(job.memory_limit) or {"failed": "out of memory"}  # noqa: E731
+        return sweep({"a": "test_vmamba"}, [32], [], tmp_path / "rows", modes=["inference"], measure=measure)
+
+    free.write_text(f"MemTotal: 90000000 kB\nMemAvailable: {before}000000 kB\n")
+    run()
+    free.write_text(f"MemTotal: 90000000 kB\nMemAvailable: {now}000000 kB\n")
+    (row,) = [row for row in run() if row.metric == "fits"]
+    assert jobs == [before * 1024 * 900_000, now * 1024 * 900_000][:tried]
+    assert row.extra["memory_limit"] == jobs[-1]
+
+
+def test_a_size_a_model_could_not_take_is_counted_once_it_can(tmp_path):
+    out = tmp_path / "rows"
+    write_rows(out, [Result("a", "efficiency", "image=32", "fits", 0.0, extra={"why": "no such layer yet"})])
+    rows = sweep({"a": "test_vmamba"}, [32], [], out, modes=[])
+    assert [row.metric for row in rows] == ["macs", "parameters"]
+    assert rows[0].value == count_macs("test_vmamba", 32).image.total
+
+
+@pytest.mark.parametrize(("name", "other"), [("batch_size", 16), ("precision", "bfloat16"), ("device", "cuda")])
+@pytest.mark.parametrize("answer", [MEASURED, {"failed": "out of memory"}])
+def test_rows_of_other_settings_are_refused_before_anything_is_measured(name, other, answer, tmp_path):
+    out, jobs = tmp_path / "rows", []
+
+    def run(modes=("inference",), **settings):
+        measure = lambda job: jobs.append(job) or answer  # noqa: E731
+        return sweep({"a": "test_vmamba"}, [32], [], out, settings=settings, modes=modes, measure=measure)
+
+    default = getattr(Job(""), name)
+    run()
+    run(**{name: default})
+    with pytest.raises(ValueError, match=f"has rows of {name} {default}, not {other}: give another --out"):
+        run(**{name: other})
+    run(modes=[], **{name: other})  # counts depend on none of them
+    assert len(jobs) == 1
+
+
+def test_a_larger_batch_goes_on_though_latency_is_of_one_image(tmp_path):
+    def run(measure):
+        settings = {"batch_size": 4}
+        return sweep(
+            {"a": "test_vmamba"}, [32], [], tmp_path / "rows", settings=settings, modes=["inference"], measure=measure
+        )
+
+    rows = run(lambda job: MEASURED)
+    assert [row.extra["batch_size"] for row in rows if row.metric == "latency_ms"] == [1]
+    assert run(pytest.fail) == rows
+
+
+def test_a_size_out_of_time_is_measured_by_the_next_command(tmp_path, capsys):
+    out = tmp_path / "rows"
+    command = ["analyze", "efficiency", "--model", "test_convnext", "--sizes", "32", "--no-training", "--out", str(out)]
+    assert main([*command, "--seconds", "0", "--timeout", "0.01"]) == 0
+    assert "took more than 0.01 s" in capsys.readouterr().out
+    assert main([*command, "--seconds", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "images_per_s" in said
+    assert "fits" not in said
+    assert main([*command, "--precision", "bfloat16"]) == 1
+    assert f"{out} has rows of precision float32, not bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

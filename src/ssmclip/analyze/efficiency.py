@@ -5,7 +5,7 @@ metrics: parameters (of the tower) · macs (see `count_macs`; extra: the parts) 
 towers that attend; extra: threshold, side) · inference_memory_mb, training_memory_mb (peak for a batch) · latency_ms
 (batch of 1; extra: quartiles) · images_per_s, texts_per_s, training_images_per_s, training_texts_per_s · energy_j,
 training_energy_j (of an image or text; where the machine does not tell, the extra of the throughput says why) · fits (0
-where a measurement did not end; extra: why).
+where a measurement did not end; extra: why, timed_out, memory_limit in bytes).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 from ssmclip.analyze import towers
 from ssmclip.analyze.macs import count_macs, sequence_criterion
-from ssmclip.analyze.measure import Job, to_json
-from ssmclip.results import Result, append_rows, read_rows
+from ssmclip.analyze.measure import Job, memory_limit, to_json
+from ssmclip.results import Result, append_rows, read_rows, write_rows
 
 __all__ = ["in_fresh_process", "sweep"]
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 TASK = "efficiency"
 COUNT, COUNTED = "count", ("macs", "parameters", "long_sequence_ratio")
+GROWN = 1.25  # free memory, since it did not suffice: what is free is never twice the same
 Measure = Callable[[Job], dict[str, Any]]
 
 
@@ -50,7 +52,11 @@ def sweep(
     models: label -> name; settings: fields of `Job` besides model, size and training; modes: none to count only;
     run: the file's first line; measure: runs a job, in a fresh process unless given.
     What `out` already has, of counts and of each mode, is not measured again. What does not fit the machine's memory,
-    or the model, becomes a row that says why. Raises UnknownName and ValueError before anything is measured.
+    or the model, becomes a row that says why. It is tried again, and the new rows take that one's place, where time ran
+    out, where the model could not take it (known in seconds), and where a good deal more memory is free than then; on
+    a GPU always.
+    Raises UnknownName and ValueError before anything is measured; ValueError too where `out` has measurements of
+    another batch size, precision or device.
     """
     out, settings = Path(out), settings or {}
     sizes = [towers.as_size(size) for size in sizes]
@@ -59,7 +65,10 @@ def sweep(
     if unknown := set(modes) - {"inference", "training"}:
         raise ValueError(f"modes {sorted(unknown)}: inference, training")
     texts = {label: bool(lengths) and towers.reads_text(name) for label, name in models.items()}
-    done = {(row.model, row.condition, _part_of(row)) for row in read_rows(out)[1]} if out.exists() else set()
+    known = [row for row in read_rows(out)[1] if row.task == TASK] if out.exists() else []
+    if modes:
+        _require_same_settings(known, Job("", **settings), out)
+    done = {_key(row) for row in known if not _may_fit_now(row, settings)}
     jobs = [
         (label, fields)
         for label, name in models.items()
@@ -72,17 +81,57 @@ def sweep(
         job = Job(**fields, **settings)
         missing = [part for part in (COUNT, *modes) if (label, condition_of(job), part) not in done]
         for rows in _parts(label, job, missing, measure or in_fresh_process):
-            append_rows(out, rows, run)
+            _add(out, rows, run)
     return read_rows(out)[1]
 
 
-def _part_of(row: Result) -> str:
-    """What a row came with: COUNT, or a mode."""
+def _key(row: Result) -> tuple[str, str, str]:
+    """Model, condition, and what the row came with: COUNT, or a mode."""
     if row.metric == "fits":
-        return row.extra.get("mode", COUNT)
-    if row.metric.startswith("training_"):
-        return "training"
-    return COUNT if row.metric in COUNTED else "inference"
+        part = row.extra.get("mode", COUNT)
+    elif row.metric.startswith("training_"):
+        part = "training"
+    else:
+        part = COUNT if row.metric in COUNTED else "inference"
+    return row.model, row.condition, part
+
+
+def _require_same_settings(known: Sequence[Result], job: Job, out: Path) -> None:
+    for row in known:
+        for name, value in _settings(job).items():
+            if name == "attention" or (name == "batch_size" and row.metric == "latency_ms"):
+                continue  # said in the condition; always of 1
+            if row.extra.get(name, value) != value:
+                raise ValueError(f"{out} has rows of {name} {row.extra[name]}, not {value}: give another --out")
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What the extra of a measured row says of how."""
+    return {name: getattr(job, name) for name in ("batch_size", "device", "precision", "attention")}
+
+
+def _may_fit_now(row: Result, settings: dict[str, Any]) -> bool:
+    """Whether a row says that something did not fit, which now it may.
+
+    A size that is beyond a CPU's memory takes minutes to fail each time: only more memory is a reason to try again.
+    """
+    if row.metric != "fits":
+        return False
+    if "mode" not in row.extra or row.extra.get("timed_out"):
+        return True
+    limit, grown = memory_limit(Job("", **settings)), 1 if settings.get("memory_limit") else GROWN
+    return limit is None or limit > grown * (row.extra.get("memory_limit") or 0)
+
+
+def _add(out: Path, rows: Sequence[Result], run: dict[str, Any] | None) -> None:
+    """Append a part's rows; the row that says it did not fit before goes."""
+    keys = {_key(row) for row in rows}
+    head, known = read_rows(out) if out.exists() else ({}, [])
+    kept = [row for row in known if not (row.task == TASK and row.metric == "fits" and _key(row) in keys)]
+    if len(kept) < len(known):
+        write_rows(out, [*kept, *rows], head)
+    else:
+        append_rows(out, rows, run)
 
 
 def condition_of(job: Job) -> str:
@@ -109,7 +158,7 @@ def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
             timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {timeout:g} s"}
+        return {"failed": f"took more than {timeout:g} s", "timed_out": True}
     if done.returncode < 0:
         return {"failed": f"killed by signal {-done.returncode}: most likely out of memory"}
     if done.returncode:
@@ -137,10 +186,12 @@ def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iter
             yield counted
             continue
         training = part == "training"
-        found = measure(Job(**{**vars(job), "training": training}))
+        limited = replace(job, training=training, memory_limit=memory_limit(job))
+        found = measure(limited)
         if "failed" in found:
             log.warning("%s, %s, %s: %s", label, condition, part, found["failed"])
-            yield [row("fits", 0.0, mode=part, why=found["failed"])]
+            limits = {"timed_out": found.get("timed_out", False), "memory_limit": limited.memory_limit}
+            yield [row("fits", 0.0, mode=part, why=found["failed"], **limits, **_settings(job))]
         else:
             yield _measured(job, kind, found, row, training)
 
@@ -160,7 +211,7 @@ def _counted(job: Job, kind: str, row: Callable[..., Result]) -> list[Result]:
 
 def _measured(job: Job, kind: str, found: dict[str, Any], row: Callable[..., Result], training: bool) -> list[Result]:
     before, batch = ("training_" if training else ""), found["batch"]
-    how = {"batch_size": job.batch_size, "device": job.device, "precision": job.precision, "attention": job.attention}
+    how = _settings(job)
     memory = "training_memory_mb" if training else "inference_memory_mb"
     rates = {"low": job.batch_size / batch["high"], "high": job.batch_size / batch["low"]}
     if "no_energy" in found:

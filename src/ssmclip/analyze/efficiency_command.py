@@ -28,7 +28,12 @@ def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", default="224,448,672,896,1024", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
     )
     parser.add_argument("--lengths", default="", help="tokens, such as 77,256,1024, for CLIPs (default: none)")
-    parser.add_argument("--out", required=True, type=Path, help="the rows file; what it has already is not repeated")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="the rows file; what it has already is not repeated, what did not end in time is",
+    )
     parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing measured")
     parser.add_argument("--no-training", action="store_true", help="inference only")
     parser.add_argument("--batch-size", type=int, default=1, help="of memory and throughput (default: %(default)s)")

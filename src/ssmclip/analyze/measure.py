@@ -25,10 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssmclip.analyze import towers
 
-__all__ = ["Job", "measure"]
+__all__ = ["Job", "measure", "memory_limit"]
 
 KERNELS = ("SS2D", "Mamba", "Mamba2")  # modules whose kernels are compiled when they first run
 POWER = Path("/sys/class/powercap")  # Intel's and AMD's counters of energy (RAPL)
+FREE_MEMORY = Path("/proc/meminfo")
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
@@ -40,7 +41,7 @@ class Job:
     of forward, backward and AdamW in place of inference; batch_size: of memory and throughput (latency: 1);
     seconds: how long each timing goes on, of 3 repetitions at least; attention: "fused", PyTorch's choice |
     "plain", all pairs in memory; precision: "float32" | "bfloat16" | "float16", of autocast; memory_limit: bytes
-    beyond which the process gives up (`measure` itself sets no limit), None for nine tenths of what is free.
+    beyond which the process gives up (`measure` itself sets no limit), None for what `memory_limit` says.
     """
 
     model: str
@@ -170,15 +171,28 @@ def _peak_resident() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _limit_memory(limit: int | None) -> None:
+def memory_limit(job: Job) -> int | None:
+    """The bytes a job may take: its own, or nine tenths of what is free. None where nothing limits it.
+
+    That is on a GPU (CUDA reserves addresses by the terabyte), and where there is no Linux.
+    """
+    if job.device != "cpu":
+        return None
+    if job.memory_limit is not None:
+        return job.memory_limit
+    try:
+        lines = FREE_MEMORY.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 9 // 10
+    except (OSError, StopIteration):
+        return None
+
+
+def _limit_memory(limit: int) -> None:
     """Let allocations fail before the system starts killing processes: this many more bytes may be taken."""
     try:
-        if limit is None:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            limit = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024 * 9 // 10
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit, hard))
-    except (OSError, KeyError, StopIteration, ValueError):
+    except (OSError, KeyError, ValueError):
         return  # no Linux: there is nothing to limit it by
 
 
@@ -240,8 +254,8 @@ def main() -> None:
     fields = json.loads(sys.stdin.read())
     fields["image_size"] = fields["image_size"] and tuple(fields["image_size"])
     job = Job(**fields)
-    if job.device == "cpu":  # CUDA reserves addresses by the terabyte
-        _limit_memory(job.memory_limit)
+    if (limit := memory_limit(job)) is not None:
+        _limit_memory(limit)
     sys.stdout.write(json.dumps(measure(job)) + "\n")
 
 
