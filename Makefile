@@ -63,8 +63,9 @@ bench-embedder: setup  ## the embedder against the bare encoder, texts sorted an
 bench-hessian: setup  ## a Hessian-vector product against a gradient
 	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
 
+# Into a file of the card's name, results/gpu_CARD.jsonl; without a GPU into results/gpu.jsonl.
 bench-gpu: setup  ## the Triton kernels on a GPU, or in small in Triton's interpreter
-	$(BIN)/python benchmarks/gpu.py --out results/gpu.jsonl
+	$(BIN)/python benchmarks/gpu.py
 
 # What trained models do, as rows in results/. RUNS: runs of recipes/flickr8k.py, or any models; DATA: the data sets;
 # TEXTS and TOKENIZER: captions as JSON lines, and the tokenizer.json of the Mamba language models.

@@ -1,10 +1,12 @@
 """The kernels on a GPU: are they right, how fast are they, and what do they make of training.
 
-    python benchmarks/gpu.py --out results/gpu.jsonl      on a GPU: less than 8 minutes, --minutes sets another limit
-                                                          without one: small shapes in Triton's interpreter, 2 minutes
+    python benchmarks/gpu.py
 
-Parts, each in a process of its own; what the file has of a part is not measured again, and a part that fails or comes
-too late is a row `ran` of 0 that says why:
+On a GPU, into results/gpu_CARD.jsonl: less than 8 minutes, --minutes sets another limit. Without one, into
+results/gpu.jsonl: small shapes in Triton's interpreter, 2 minutes.
+
+Parts, each in a process of its own; what the file has of a part is not measured again (a file is of one card), and a
+part that fails or comes too late is a row `ran` of 0 that says why:
 
 - registers: the kernels compiled for a card that need not be there (sm_90): registers a thread, bytes spilled
 - an operator: `relative_error` against the loop in float64, values and gradients, the largest;
@@ -41,6 +43,7 @@ from ssmclip.results import Result, append_rows, describe_run, read_rows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+INTERPRETER = "none: Triton's interpreter"
 TARGET = ("cuda", 90, 32)
 REPETITIONS = 20 if GPU else 3
 TASK = "gpu"
@@ -362,15 +365,32 @@ def in_fresh_process(part: str, seconds: float) -> list[Result]:
     return [*rows, did_not_run(part, "", why) if why else Result(part, TASK, "", "ran", 1.0)]
 
 
+def file_of(card: str) -> Path:
+    """Where the rows of a card go unless --out says otherwise."""
+    name = "" if card == INTERPRETER else "_" + re.sub("[^a-z0-9]+", "_", card.lower()).strip("_")
+    return Path(f"results/gpu{name}.jsonl")
+
+
+def parts_done(out: Path, card: str) -> set[str]:
+    """The parts that ran to their end. Raises ValueError for a file of another card."""
+    if not out.exists():
+        return set()
+    run, rows = read_rows(out)
+    if (theirs := run.get("card")) != card:
+        raise ValueError(f"{out} has rows of another card ({theirs}), this is {card}: give another --out")
+    return {row.model for row in rows if row.metric == "ran" and row.value}
+
+
 def main() -> None:
+    card = torch.cuda.get_device_name() if GPU else INTERPRETER
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/gpu.jsonl"))
+    parser.add_argument("--out", type=Path, default=file_of(card), help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=7.8, help="for all parts together (default: %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # print the rows of one part
     args = parser.parse_args()
     if args.part:
-        if not GPU:
+        if not GPU or args.part == "registers":
             run_on_the_cpu()
         for row in PARTS[args.part]():
             print(json.dumps(dataclasses.asdict(row)), flush=True)
@@ -378,10 +398,11 @@ def main() -> None:
     if unknown := set(args.parts.split(",")) - set(PARTS):
         raise SystemExit(f"--parts: {', '.join(sorted(unknown))} unknown, known: {', '.join(PARTS)}")
     end = time.monotonic() + 60 * args.minutes
-    known = read_rows(args.out)[1] if args.out.exists() else []
-    done = {row.model for row in known if row.metric == "ran" and row.value}
-    about = {"card": torch.cuda.get_device_name() if GPU else "none: Triton's interpreter"}
-    about["triton"] = importlib.util.find_spec("triton") is not None
+    try:
+        done = parts_done(args.out, card)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    about = {"card": card, "triton": importlib.util.find_spec("triton") is not None}
     for part in tqdm([p for p in args.parts.split(",") if p not in done], desc="parts"):
         rows = in_fresh_process(part, end - time.monotonic())
         append_rows(args.out, rows, describe_run(0, DEVICE, **about))

@@ -5,6 +5,7 @@ import math
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import LARGE_PAGE, NEVER_KEPT, PAGE, want_large_pages
+from ssmclip.results import Result, read_rows, write_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -19,16 +21,28 @@ LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.fixture(scope="module")
 def scan():
+    with imported("scan") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    with imported("gpu") as module:
+        yield module
+
+
+@contextmanager
+def imported(name):
     sys.path.insert(0, str(BENCHMARKS))  # as for a script, whose folder is the first
     try:
-        spec = importlib.util.spec_from_file_location("scan", BENCHMARKS / "scan.py")
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["scan"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
         yield module
     finally:
         sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("scan")
+        sys.modules.pop(name)
 
 
 def test_bytes_of_a_scan_are_those_of_its_tensors(scan):
@@ -69,6 +83,30 @@ def test_a_benchmark_knows_what_its_rows_tell(scan):
     forecast.remember([row, absent], scan.SHAPES)
     assert forecast.seconds("loop", True, shape) == 1.5
     assert forecast.seconds("mambapy", True, shape) == 0
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H200", "none: Triton's interpreter"])
+def test_every_card_has_a_file_of_its_own(gpu, card, monkeypatch, tmp_path):
+    """On a machine with a GPU everything is measured, though the interpreter's rows are there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "GPU", card == "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    monkeypatch.setattr(gpu, "in_fresh_process", lambda part, seconds: [Result(part, "gpu", "", "ran", 1.0)])
+    interpreted = [Result(part, "gpu", "", "ran", 1.0) for part in gpu.PARTS]
+    write_rows("results/gpu.jsonl", interpreted, {"card": "none: Triton's interpreter"})
+    before = Path("results/gpu.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    gpu.main()
+    assert Path("results/gpu.jsonl").read_bytes() == before
+    if card != "NVIDIA H200":
+        assert [path.name for path in Path("results").iterdir()] == ["gpu.jsonl"]
+        return
+    run, rows = read_rows("results/gpu_nvidia_h200.jsonl")
+    assert (run["card"], [row.model for row in rows]) == (card, list(gpu.PARTS))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", "results/gpu.jsonl"])
+    with pytest.raises(SystemExit, match=r"another card \(none: .* this is NVIDIA H200: give another --out"):
+        gpu.main()
 
 
 @pytest.mark.skipif(
