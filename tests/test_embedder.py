@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import os
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -145,6 +147,73 @@ def test_an_interrupted_index_goes_on_where_it_was(embedder, folder, tmp_path, m
     assert (before, len(opened)) == (4, len(COLOURS))
     assert again.paths == whole.paths
     np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-5)
+
+
+def test_a_picture_replaced_between_two_runs_is_embedded_anew(embedder, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "PART", 2)
+    encode, calls = embedder.encode_images, []
+
+    def interrupted(images):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(images)
+        return encode(images)
+
+    monkeypatch.setattr(embedder, "encode_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, embedder, tmp_path / "index.parquet")
+    monkeypatch.setattr(embedder, "encode_images", encode)
+    replaced, mended = folder / "deep" / "red.png", folder / "empty.jpg"
+    Image.effect_noise((30, 30), 90).convert("RGB").save(replaced)
+    Image.effect_noise((30, 30), 90).convert("RGB").save(mended)
+    index = build_index(folder, embedder, tmp_path / "index.parquet")
+    assert set(index.about["unreadable"]) == {"half.PNG"}
+    for file in (replaced, mended):
+        vector = index.vectors[index.paths.index(file.relative_to(folder).as_posix())]
+        np.testing.assert_allclose(vector, encode(file)[0], atol=1e-5)
+
+
+def test_a_folder_without_one_good_picture_leaves_nothing_behind(embedder, tmp_path):
+    picture = tmp_path / "pictures" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"x")
+    with pytest.raises(ValueError, match="none of the 1 pictures"):
+        build_index(picture.parent, embedder, tmp_path / "i")
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    Image.new("RGB", (40, 40), "red").save(picture)
+    assert build_index(picture.parent, embedder, tmp_path / "i").paths == ["a.png"]
+
+
+def test_names_that_are_not_utf8_are_named_and_left_out(embedder, folder, tmp_path):
+    odd = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (40, 40), "red").save(folder / odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    index = build_index(folder, embedder, tmp_path / "index.parquet")
+    assert len(index.paths) == len(COLOURS)
+    assert index.about["unreadable"]["caf\\xe9.png"] == "the name is not UTF-8"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (folder / odd).rename(alone / odd)
+    with pytest.raises(ValueError, match=r"none of the 1 pictures .* caf\\xe9\.png \(the name is not UTF-8"):
+        build_index(alone, embedder, tmp_path / "i")
+
+
+def test_no_batch_of_pictures_is_held_at_full_size(embedder, folder, tmp_path, monkeypatch):
+    opened, alive = [], []
+
+    def open_image(path):
+        picture = index_module_open(path)
+        opened.append(weakref.ref(picture))
+        alive.append(sum(one() is not None for one in opened))
+        return picture
+
+    index_module_open = index_module.open_image
+    monkeypatch.setattr(index_module, "open_image", open_image)
+    build_index(folder, embedder, tmp_path / "index.parquet")
+    assert len(alive) == len(COLOURS)
+    assert max(alive) == 1
 
 
 @pytest.mark.parametrize("library", ["faiss", "numpy"])

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class Index:
 def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Index:
     """Embed every picture below a folder and write the index. What cannot be read is left out, and named in `about`.
 
-    Parts are written beside `out` on the way; when it is run again after an interruption it goes on from them.
+    So is a name that is not UTF-8, which Parquet cannot hold: there its odd bytes are written as backslash escapes.
+    Parts are written beside `out` on the way; when it is run again after an interruption it goes on from them, where
+    the pictures are as they were.
     Raises FileNotFoundError for a folder that is not there, ValueError when it holds no picture that can be read.
     """
     folder, out = Path(folder), Path(out)
@@ -55,6 +58,8 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     )
     if not paths:
         raise ValueError(f"no pictures in {folder}; known are {', '.join(SUFFIXES)}")
+    unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
+    named = [path for path in paths if _is_utf8(path)]
     model = {
         "model": embedder.clip.name,
         "image_size": embedder.image_size,
@@ -62,20 +67,22 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     }
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    tables, unreadable = [], {}
-    for start in tqdm(range(0, len(paths), PART), desc="pictures", unit=f"x{PART}", disable=None):
-        own = paths[start : start + PART]
-        key = hashlib.sha256(json.dumps([model, str(folder.resolve()), own]).encode()).hexdigest()[:16]
+    tables = []
+    for start in tqdm(range(0, len(named), PART), desc="pictures", unit=f"x{PART}", disable=None):
+        own = named[start : start + PART]
+        made_of = [model, str(folder.resolve()), [(path, *_state(folder / path)) for path in own]]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         file = parts / f"{key}.parquet"
         if not file.is_file():
             _write(_embed(folder, own, embedder), file)
         table = pq.read_table(file)
         unreadable |= _about(table)["unreadable"]
         tables.append(table)
-    table = pa.concat_tables(tables)
-    if not len(table):
+    if not any(map(len, tables)):
+        shutil.rmtree(parts)
         path, why = next(iter(unreadable.items()))
         raise ValueError(f"none of the {len(paths)} pictures in {folder} could be read; the first: {path} ({why})")
+    table = pa.concat_tables(tables)
     _write(_described(table, {**model, "folder": str(folder.resolve()), "unreadable": unreadable}), out)
     shutil.rmtree(parts)
     return read_index(out)
@@ -120,6 +127,27 @@ def nearest(
     return index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
 
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of change, which answer for a file's content; of what is not there, -1 both."""
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
 def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
     """A part of the index: rows of the pictures that can be read, the others in its metadata."""
     read, unreadable, vectors = [], {}, []
@@ -127,7 +155,8 @@ def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
         pictures = {}
         for path in paths[start : start + embedder.batch_size]:
             try:
-                pictures[path] = open_image(folder / path)
+                # Preprocessed at once: a batch of photographs as large as cameras make them fills the memory.
+                pictures[path] = embedder.clip.preprocess(open_image(folder / path))
             except BadImage as error:
                 unreadable[path] = str(error)
         if pictures:
