@@ -67,6 +67,74 @@ def test_a_path_a_picture_and_a_tensor_are_the_same_image(tiny_clip, embedder, f
     torch.testing.assert_close(found, found[:1].expand(4, -1), rtol=0, atol=1e-6)
 
 
+def transparent(size):
+    """Opaque noise in the middle, around it black that cannot be seen."""
+    picture = Image.new("RGBA", size, (0, 0, 0, 0))
+    picture.paste(Image.effect_noise((size[0] // 2, size[1] // 2), 90).convert("RGBA"), (10, 10))
+    return picture
+
+
+def grey16(size):
+    values = np.random.default_rng(0).integers(0, 65536, size[::-1], dtype=np.uint16)
+    return Image.fromarray(values)
+
+
+def palette(size):
+    return transparent(size).quantize(16)
+
+
+@pytest.mark.parametrize("make", [transparent, grey16, palette])
+def test_a_picture_of_any_mode_is_what_its_file_is(make, tiny_clip, embedder, tmp_path):
+    picture = make((60, 50))
+    picture.save(tmp_path / "a.png")
+    opened, given = embedder.encode_images([tmp_path / "a.png", Image.open(tmp_path / "a.png")])
+    torch.testing.assert_close(given, opened, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedder.encode_images(picture)[0], opened, rtol=0, atol=1e-6)
+    if make is transparent:  # laid over white by hand
+        pixels = np.asarray(picture)
+        laid = np.where(pixels[..., 3:] == 255, pixels[..., :3], 255).astype(np.uint8)
+        torch.testing.assert_close(one_by_one(tiny_clip, [Image.fromarray(laid)])[0], given, rtol=0, atol=1e-5)
+
+
+def test_what_can_be_gone_through_once_is_gone_through_once(embedder):
+    images = [noise(i, 32, 32 + 8 * (i % 2)) for i in range(5)]
+    texts = ["a dog", "a", "two cats", "a"]
+    assert torch.equal(embedder.encode_images(x for x in images), embedder.encode_images(images))
+    assert torch.equal(embedder.encode_images(torch.stack(images[::2])), embedder.encode_images(images[::2]))
+    assert torch.equal(embedder.encode_texts(text for text in texts), embedder.encode_texts(texts))
+    with pytest.raises(ValueError, match="no images"):
+        embedder.encode_images(iter([]))
+    with pytest.raises(ValueError, match="no texts"):
+        embedder.encode_texts(iter([]))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("images", "error", "says"),
+    [
+        (
+            torch.zeros(3, 32, 32, dtype=torch.uint8),
+            ValueError,
+            r"\(3, 32, 32\) of torch\.uint8; raw pixels go as a PIL",
+        ),
+        (torch.zeros(1, 32, 32), ValueError, r"got \(1, 32, 32\) of torch\.float32"),
+        (torch.zeros(32, 32, 3), ValueError, r"got \(32, 32, 3\)"),
+        (torch.zeros(32, 32), ValueError, r"got \(32,\)"),
+        (
+            np.zeros((32, 32, 3), np.uint8),
+            TypeError,
+            "a path, a PIL image or a tensor .* got ndarray; PIL.Image.fromarray",
+        ),
+        ([np.zeros((32, 32, 3), np.uint8)], TypeError, "got ndarray"),
+        ([b"png"], TypeError, "got bytes"),
+        (None, TypeError, "got NoneType"),
+    ],
+)
+def test_what_is_no_image_is_named(images, error, says, embedder):
+    with pytest.raises(error, match=says):
+        embedder.encode_images(images)
+
+
 def test_texts_keep_their_order_and_equal_one_by_one(tiny_clip, embedder):
     model, _, tokenizer = tiny_clip
     texts = ["a long text about a dog on a beach", "a", "a dog", "a", "cats", "", "two dogs and a cat"]

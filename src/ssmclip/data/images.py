@@ -42,7 +42,7 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
         try:
             with Image.open(stream, formats=FORMATS) as image:
                 _check_size(image, max_pixels, min_side)
-                return _to_rgb(image)
+                return to_rgb(image)
         except BadImage:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -68,13 +68,14 @@ def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:
         raise BadImage("image too small", f"{width} x {height} pixels, each side must have at least {min_side}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in mode RGB, by the rules above. Raises BadImage for floating-point pixels."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise BadImage("broken image", "floating-point pixels, whose range is not known; store 8 or 16 bits")
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssmclip.data.images import open_image
+from ssmclip.data.images import open_image, to_rgb
 from ssmclip.evaluate.embed import Clip, Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
 from ssmclip.models.clip import Loaded
@@ -61,18 +61,19 @@ class Embedder:
         self.batch_size, self.image_size = batch_size, image_size
         self._serving = threading.Lock()  # Numba's simplest threading layer dies of two calls at once
 
-    def encode_images(self, images: Picture | Sequence[Picture]) -> Float[Tensor, "n d"]:
+    def encode_images(self, images: Picture | Iterable[Picture]) -> Float[Tensor, "n d"]:
         """Unit vectors of n images, float32, on the CPU.
 
-        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture, or one of these.
+        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture, or one of these;
+        a generator of them too. Of a picture the same comes out whether it is opened here or before.
         Those of one shape are encoded together; no more than a batch of each shape is held in memory.
-        Raises BadImage for the first that cannot be read, ValueError for no images and for NaN.
+        Raises BadImage for the first that cannot be read, ValueError for no images, for tensors that are not such and
+        for NaN, TypeError for anything else, arrays among them.
         """
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3):
+        one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3)
+        if one or not isinstance(images, Iterable):
             images = [images]
-        if not len(images):
-            raise ValueError("there are no images to embed")
-        found: list[Tensor | None] = [None] * len(images)
+        found: dict[int, Tensor] = {}
         waiting: dict[torch.Size, dict[int, Tensor]] = {}
         for place, image in enumerate(images):
             pixels = self._prepare(image)
@@ -82,29 +83,42 @@ class Embedder:
                 self._encode(waiting.pop(pixels.shape), found)
         for batch in waiting.values():
             self._encode(batch, found)
-        features = torch.stack(found)
-        require_finite(features, "image", [str(place) for place in range(len(images))])
+        if not found:
+            raise ValueError("there are no images to embed")
+        places = range(len(found))
+        features = torch.stack([found[place] for place in places])
+        require_finite(features, "image", [str(place) for place in places])
         return features
 
-    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "m d"]:
-        """Unit vectors of m texts, float32, on the CPU; those of like length are encoded together.
+    def encode_texts(self, texts: str | Iterable[str]) -> Float[Tensor, "m d"]:
+        """Unit vectors of m texts, or of one, float32, on the CPU; those of like length are encoded together.
 
         Raises ValueError for no texts and for NaN.
         """
-        if isinstance(texts, str):
-            texts = [texts]
+        texts = [texts] if isinstance(texts, str) else list(texts)
         with self._serving:
             return embed_texts(self.clip, texts, Settings(batch_size=self.batch_size))
 
     def _prepare(self, image: Picture) -> Tensor:
         if isinstance(image, Tensor):
-            if image.ndim != 3:
-                raise ValueError(f"an image tensor is (3, height, width), got {tuple(image.shape)}")
+            if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+                raise ValueError(
+                    "an image tensor is preprocessed already, of floating-point numbers (3, height, width), got "
+                    f"{tuple(image.shape)} of {image.dtype}; raw pixels go as a PIL image, which "
+                    "torchvision.transforms.functional.to_pil_image makes of them"
+                )
             return image
-        return self.clip.preprocess(open_image(image) if isinstance(image, (str, Path)) else image)
+        if isinstance(image, (str, Path)):
+            return self.clip.preprocess(open_image(image))
+        if isinstance(image, Image.Image):
+            return self.clip.preprocess(to_rgb(image))
+        raise TypeError(
+            f"an image is a path, a PIL image or a tensor (3, height, width), got {type(image).__name__}; "
+            "PIL.Image.fromarray makes an image of an array"
+        )
 
     @torch.no_grad()
-    def _encode(self, batch: dict[int, Tensor], found: list[Tensor | None]) -> None:
+    def _encode(self, batch: dict[int, Tensor], found: dict[int, Tensor]) -> None:
         with self._serving:
             features = encode_batch(self.clip, torch.stack(list(batch.values())))
         for place, feature in zip(batch, features, strict=True):
