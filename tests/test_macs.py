@@ -2,6 +2,7 @@
 
 import math
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -75,6 +76,34 @@ def test_text_towers_are_counted_at_their_length(tiny_clip):
     assert count.total == count.image.total + count.text.total
     assert count_macs(model, 32).text.total == 0
     assert count.parts["attention"] == 2 * 16 * 77**2
+
+
+@torch.no_grad()
+def test_open_clips_resnets_are_counted():
+    """Their attention pool is made for one number of pixels."""
+    with torch.device("meta"):
+        model = open_clip.CLIP(**open_clip.get_model_config("RN50")).eval()
+        images = torch.empty(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.encode_image(images)
+    assert 2 * count_macs("open_clip:RN50", 224).image.matmul == counter.get_total_flops()
+    assert count_macs("open_clip:RN50", 288).image_parameters - sum(p.numel() for p in model.visual.parameters()) == (
+        2048 * (9 * 9 - 7 * 7)  # positions of the pool
+    )
+
+
+def test_texts_are_not_made_for_a_model_that_does_not_say_its_tokens():
+    text = {"context_length": 7, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+    vision = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    model = open_clip.CoCa(
+        embed_dim=16,
+        multimodal_cfg=text,
+        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        vision_cfg={**vision, "attentional_pool": True, "output_tokens": True},
+    )
+    with pytest.raises(ValueError, match=r"CoCa has no vocab_size.*leave text_length out"):
+        count_macs(model, 32, text_length=7)
+    assert count_macs(model, 32).text_parameters > 0
 
 
 def test_a_mamba_block_by_hand():
@@ -156,6 +185,7 @@ def test_any_clip_is_counted_without_its_memory():
     ("arguments", "error", "says"),
     [
         (("vmamba_bse_s2l15",), UnknownName, "vmamba_base_s2l15"),
+        (("open_clip:RN50", (224, 448)), ValueError, "open_clip:RN50 .* 224 x 448: take a square size"),
         (("vit_base_patch16_224", 225), ValueError, "no multiple of the patch, 16: take 224, 240"),
         (("test_vmamba", 0), ValueError, "above 0"),
         (("test_vmamba", (64, -64)), ValueError, "height, width"),

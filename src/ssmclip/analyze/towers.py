@@ -34,20 +34,26 @@ def build_model(name: str, image_size: int | Size | None = None, text_length: in
     None for the model's own.
     Raises UnknownName, and ValueError for a size the model cannot take.
     """
-    config = _clip_config(name)
+    config, size = _clip_config(name), None if image_size is None else as_size(image_size)
     if config is not None:
-        if image_size is not None and "timm_model_name" not in config["model_cfg"]["vision_cfg"]:
-            config["model_cfg"]["vision_cfg"]["image_size"] = image_size
+        if size and "timm_model_name" not in config["model_cfg"]["vision_cfg"]:
+            # open_clip's ResNets take one number alone.
+            config["model_cfg"]["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else size
         if text_length is not None:
             config["model_cfg"].get("text_cfg", {})["context_length"] = text_length
-        model = create_clip(config)
+        try:
+            model = create_clip(config)
+        except TypeError as error:
+            at = f" for images of {size[0]} x {size[1]}" if size else ""
+            square = ": take a square size" if size and size[0] != size[1] else ""
+            raise ValueError(f"{name} cannot be built{at}{square} ({error})") from error
     elif timm.is_model(name.split(".")[0]):
         model = timm.create_model(name)
     else:
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise UnknownName("model", name, [*list_clips(), *near])
-    if image_size is not None:
-        set_image_size(model, as_size(image_size))
+    if size:
+        set_image_size(model, size)
     return model
 
 
@@ -140,11 +146,15 @@ def is_clip(model: nn.Module) -> bool:
 def tokens_of(model: nn.Module, batch: int, length: int, device: torch.device | str) -> Tensor:
     """Texts of `length` tokens, (batch, length), the last of each the highest: where CLIP's text towers look.
 
-    Raises ValueError for a length the text tower has no positions for, and for 0.
+    Raises ValueError for a length the text tower has no positions for, for 0, and for a model that does not say how
+    many tokens it knows, such as CoCa.
     """
     if length < 1:
         raise ValueError(f"texts of {length} tokens: a text has at least 1")
-    vocabulary = model.vocab_size
+    if (vocabulary := getattr(model, "vocab_size", None)) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no vocab_size, texts for it cannot be made; leave text_length out"
+        )
     tokens = torch.arange(length, device=device) % (vocabulary - 2) + 1
     tokens[-1] = vocabulary - 1
     return tokens.expand(batch, length).contiguous()
