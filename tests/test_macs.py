@@ -219,7 +219,8 @@ def test_mambaouts_criterion():
     image, text = sequence_criterion("CLIP-ViT-B-16", 896)
     assert (image["ratio"], text["threshold"], text["causal"]) == (pytest.approx(0.6806, abs=1e-4), 6144, True)
     assert sequence_criterion("open_clip:ViT-L-14", 224)[0]["threshold"] == 6144
-    assert sequence_criterion("vmamba_tiny_s1l8") == []
+    for name in ("vmamba_tiny_s1l8", "vit_small_r26_s32_224", "swin_tiny_patch4_window7_224"):
+        assert sequence_criterion(name) == []
     # At the threshold the two halves of equation 6 are equal.
     assert transformer_macs(768, 1, 4608) == 2 * (24 * 768**2 * 4608 // 2)
     assert long_sequence(768, 9216, causal=True) == 1

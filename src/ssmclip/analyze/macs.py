@@ -155,7 +155,8 @@ def sequence_criterion(
     model = _on_meta(name_or_model, size, text_length)
     tower = towers.image_tower(model)
     found = []
-    if isinstance(tower, PLAIN_TRANSFORMERS):
+    hybrid = hasattr(getattr(tower, "patch_embed", None), "backbone")  # its patches are of a map, not of the image
+    if isinstance(tower, PLAIN_TRANSFORMERS) and not hybrid:
         patch = towers.patch_size(tower)
         width = tower.embed_dim if hasattr(tower, "embed_dim") else tower.transformer.width
         tokens = math.prod(side // step for side, step in zip(size, patch, strict=True))
