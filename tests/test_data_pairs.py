@@ -17,6 +17,7 @@ import webdataset
 from PIL import Image
 from scipy.stats import chisquare
 
+from ssmclip.data import stream
 from ssmclip.data.images import open_image
 from ssmclip.data.pairs import NoUsableSamples, TableFormat, open_pairs, train_transform
 from ssmclip.data.samples import generator_for, permutation
@@ -510,6 +511,55 @@ def test_more_readers_than_samples_is_an_error_that_says_so(tmp_path):
     path = write_tar(tmp_path / "a.tar", sample(1) | sample(2))
     with pytest.raises(NoUsableSamples, match="it holds none; 4 readers"):
         next(opened(path, 1, rank=3, world_size=4))
+
+
+def _with_a_bad_shard(folder: Path, data: bytes) -> Path:
+    for shard in range(3):
+        write_tar(folder / f"{shard}.tar", sample(shard))
+    (folder / "3.tar").write_bytes(data)
+    return folder
+
+
+def _with_a_missing_picture(folder: Path) -> Path:
+    for number in range(3):
+        (folder / f"{number:04d}").write_bytes(jpeg(number))
+    (folder / "pairs.csv").write_text("image,caption\n" + "".join(f"{n:04d},number {n}\n" for n in range(4)))
+    return folder / "pairs.csv"
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (4, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: _with_a_bad_shard(folder, b"<html>not found</html>" * 40), "truncated shard"),
+        (lambda folder: _with_a_bad_shard(folder, b""), "truncated shard"),
+        (_with_a_missing_picture, "missing image file"),
+    ],
+    ids=["damaged shard", "empty shard", "missing picture"],
+)
+def test_a_reader_dealt_only_what_is_bad_goes_on_to_the_next_pass(tmp_path, make, reason, world_size, workers):
+    source = make(tmp_path)
+    keys, skipped, passes = Counter(), Counter(), []
+    for rank in range(world_size):
+        loader = opened(source, 1, workers=workers, rank=rank, world_size=world_size)
+        keys.update(key for batch in take(loader, 120 // world_size) for key in batch.keys)
+        skipped += loader.skipped
+        passes += [state["pass"] for state in loader.cursor["states"]]
+        loader.close()
+    assert set(keys) == {f"{n:04d}" for n in range(3)}
+    assert chisquare(list(keys.values())).pvalue > 1e-3  # none more often than the others
+    assert set(skipped) == {reason}
+    assert min(passes) <= skipped[reason] <= max(passes) + 1  # in every pass one of the readers meets it
+
+
+def test_a_share_that_is_never_usable_is_an_error_that_says_whose_and_what_would_do(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("image,caption\n" + "nowhere.jpg,x\nnor here.jpg,y\n")
+    said = r"reader 1's share of a\.csv 2 gave no usable sample, {} passes in a row: {} x missing image file; for exam"
+    with pytest.raises(NoUsableSamples, match=said.format(100, 100) + ".*2 readers .*: take fewer, or mend the source"):
+        next(opened(tmp_path / "a.csv", 1, rank=1, world_size=2))
+    monkeypatch.setattr(stream, "MOST_BARREN_SAMPLES", 7)  # of a large source the passes in a row take too long
+    with pytest.raises(NoUsableSamples, match=said.format(7, 7)):
+        next(opened(tmp_path / "a.csv", 1, rank=1, world_size=2))
 
 
 def test_latin1_table_names_file_byte_and_remedy(table):

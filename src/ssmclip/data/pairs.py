@@ -59,9 +59,10 @@ def open_pairs(
     cache_mib: memory for keeping the decoded pictures of a small source, over all workers; 0 keeps none.
         It never changes the batches.
 
-    Samples that can't be used are counted in `.skipped`, not raised; a pass without one that can be raises
-    NoUsableSamples. Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't
-    be used, UnknownName for an unknown synthetic source.
+    Samples that can't be used are counted in `.skipped`, not raised. A pass without one that can be raises
+    NoUsableSamples; where several readers share the source, many such passes of one of them in a row.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't be used,
+    UnknownName for an unknown synthetic source.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")

@@ -24,12 +24,17 @@ from ssmclip.data.samples import Sample, generator_for, permutation
 MIN_SIDE = 2  # one-pixel pictures are trackers that crawls pick up, not what their captions say
 PASS_START = {"start": [0, 0], "taken": 0}
 
+# A reader whose share of a pass is all bad goes on, as each pass deals the shares anew. That none will be better is
+# taken for sure after so many in a row; or after so many bad samples, so that a large source needn't be read again.
+MOST_BARREN_PASSES = 100
+MOST_BARREN_SAMPLES = 100_000
+
 State = dict[str, Any]
 Row = tuple[str, list[Any], list[str]]  # key, an image's views, its captions
 
 
 class NoUsableSamples(ValueError):
-    """A whole pass gave nothing to train on."""
+    """A whole pass over the source, or pass after pass of one reader's share, gave nothing to train on."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,15 @@ class ReaderBatches(IterableDataset):
                 skips.clear()
 
     def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[Row, State]]:
-        """Prepared samples, pass after pass, each with the state after it. Adds to `skips` what can't be used."""
+        """Prepared samples, pass after pass, each with the state after it. Adds to `skips` what can't be used.
+
+        Raises NoUsableSamples.
+        """
         state = self.states[reader]
+        barren, unusable = 0, Counter()  # passes in a row without a usable sample, and what was wrong in them
         while True:
             whole_pass = state["taken"] == 0 and list(state["start"]) == PASS_START["start"]
-            usable, unusable = 0, Counter()
+            usable = False
             for sample, after in self._samples(reader, state):
                 try:
                     row = self._prepare(sample, after["pass"])
@@ -136,10 +145,15 @@ class ReaderBatches(IterableDataset):
                     unusable[problem.reason] += 1
                     skips.append((problem.reason, problem.example))
                     continue
-                usable += 1
+                usable = True
                 yield row, after
-            if whole_pass and not usable:
-                raise NoUsableSamples(self._nothing(unusable, skips))
+            if usable or not whole_pass:
+                barren, unusable = 0, Counter()
+            else:
+                barren += 1
+                hopeless = barren >= MOST_BARREN_PASSES or unusable.total() >= MOST_BARREN_SAMPLES
+                if hopeless or self.readers == 1:
+                    raise NoUsableSamples(self._nothing(reader, barren, unusable, skips))
             state = {"pass": state["pass"] + 1, **PASS_START}
 
     def _samples(self, reader: int, state: State) -> Iterator[tuple[Sample, State]]:
@@ -191,11 +205,16 @@ class ReaderBatches(IterableDataset):
         images = transform.normalise(pictures) if isinstance(transform, TrainTransform) else torch.stack(pictures)
         return Batch(images, self.preparation.tokenize(captions), keys)
 
-    def _nothing(self, unusable: Counter[str], skips: list[tuple[str, str]]) -> str:
+    def _nothing(self, reader: int, passes: int, unusable: Counter[str], skips: list[tuple[str, str]]) -> str:
         counts = ", ".join(f"{count} x {reason}" for reason, count in unusable.most_common()) or "it holds none"
         example = f"; for example {skips[-1][1]}" if skips else ""
-        hint = "" if unusable else f"; {self.readers} readers (workers x ranks) may be too many for it"
-        return f"a whole pass over {self.source.identity} gave no usable sample: {counts}{example}{hint}"
+        if self.readers == 1:
+            return f"a whole pass over {self.source.identity} gave no usable sample: {counts}{example}"
+        return (
+            f"reader {self.first_reader + reader}'s share of {self.source.identity} gave no usable sample, {passes} "
+            f"passes in a row: {counts}{example}; {self.readers} readers (workers x ranks) may be too many for it: "
+            "take fewer, or mend the source"
+        )
 
 
 def _draw_captions(captions: list[str], count: int, generator: torch.Generator) -> list[str]:
