@@ -304,6 +304,30 @@ def test_shards_as_folder_glob_braces_or_file(shards):
     assert find_shards("https://host/{00..02}.tar") == [f"https://host/0{n}.tar" for n in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("g/**/*.tar", ["g/top.tar", "g/x/0.tar", "g/y/0.tar", "g/y/z/0.tar"]),
+        ("g/*/*.tar", ["g/x/0.tar", "g/y/0.tar"]),
+        ("g/{y,x}/*.tar", ["g/y/0.tar", "g/x/0.tar"]),
+        ("b[1]/0.tar", ["b[1]/0.tar"]),
+        ("b[1]/{0,1}.tar", ["b[1]/0.tar", "b[1]/1.tar"]),
+        ("[bg]/top.tar", ["g/top.tar"]),
+    ],
+)
+def test_a_glob_finds_every_shard_and_brackets_in_a_name_are_no_glob(tmp_path, monkeypatch, source, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ("g/top.tar", "g/x/0.tar", "g/y/0.tar", "g/y/z/0.tar", "b[1]/0.tar", "b[1]/1.tar"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert find_shards(source) == expected
+
+
+def test_a_part_of_a_pattern_that_matches_nothing_is_told(shards):
+    with pytest.raises(FileNotFoundError, match=r"no file matches .*/val\*\.tar; .* holds 0000\.tar"):
+        find_shards(f"{shards}/{{00,val}}*.tar")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
 def test_read_shard_is_what_webdataset_reads(shards):
     path = shards / "0002.tar"

@@ -24,6 +24,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 def find_shards(source: str | Path) -> list[str]:
     """The shards meant by a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar") or a URL.
 
+    In a glob ** stands for any number of folders. A file that is there is taken as it is named, brackets and all.
     Raises FileNotFoundError naming what is missing and what is there instead. URLs are not looked up.
     """
     source = str(source)
@@ -35,16 +36,22 @@ def find_shards(source: str | Path) -> list[str]:
     shards = list(braceexpand(source))
     if not _is_local(source):
         return shards
-    if any(char in source for char in "*?["):
-        shards = [path for pattern in shards for path in sorted(glob.glob(pattern))]
-        if not shards:
-            raise FileNotFoundError(f"no file matches {source}; {_nearby(Path(source))}")
+    shards = [path for pattern in shards for path in _matches(pattern)]
     if missing := [shard for shard in shards if not Path(shard).is_file()]:
         some = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise FileNotFoundError(
             f"{len(missing)} of {len(shards)} shards are missing: {some}; {_nearby(Path(missing[0]))}"
         )
     return shards
+
+
+def _matches(pattern: str) -> list[str]:
+    if Path(pattern).is_file() or not any(char in pattern for char in "*?["):
+        return [pattern]
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise FileNotFoundError(f"no file matches {pattern}; {_nearby(Path(pattern))}")
+    return found
 
 
 class ShardSource:
