@@ -348,6 +348,46 @@ def test_sizes_json_is_believed(shards):
     assert opened(shards).num_samples == 500
 
 
+def test_shards_are_counted_only_when_asked(shards, monkeypatch):
+    monkeypatch.setattr(tarfile, "open", _noting_paths(tarfile.open))
+    loader = opened(shards, 4, cache_mib=0)
+    next(loader)
+    assert tarfile.open.paths == []
+    assert loader.num_samples == loader.num_samples == 50
+    assert tarfile.open.paths == sorted(map(str, shards.iterdir()))  # each of them once
+
+
+def _noting_paths(opener):
+    """tarfile.open that notes the files it opens; streams, which are read for their samples, have no path."""
+
+    def noting(name=None, *args, **kwargs):
+        if name is not None:
+            noting.paths.append(str(name))
+        return opener(name, *args, **kwargs)
+
+    noting.paths = []
+    return noting
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r" is no JSON \(Expecting value"),
+        (b"<html>", r" is no JSON \(Expecting value"),
+        (b"\xff\xfe", r" is no JSON \('utf-8' codec"),
+        (b"[100, 100]", r" holds a list, wanted \{shard: samples\}"),
+        (b'{"0000.tar": null}', r": 0000\.tar has None, wanted its number of samples"),
+        (b'{"0000.tar": {"width": 224}}', r": 0000\.tar has \{'width': 224\}, wanted its number of samples"),
+    ],
+)
+def test_a_sizes_json_that_is_none_is_named(shards, content, said):
+    (shards / "sizes.json").write_bytes(content)
+    loader = opened(shards)
+    next(loader)  # which needs no sizes
+    with pytest.raises(ValueError, match=rf"shards/sizes\.json{said}.*: mend it or remove it"):
+        _ = loader.num_samples
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -87,7 +87,6 @@ def _open_source(
 class PairLoader:
     """Iterate it for Batches; it never ends. Made by `open_pairs`.
 
-    num_samples: samples in the source, all ranks together, None when that can't be known without reading it.
     skipped: how often each reason for not using a sample occurred, anew in every pass.
     skipped_examples: a few names for each reason.
     cursor: where it stands after the batch last yielded, as JSON-able values.
@@ -103,7 +102,6 @@ class PairLoader:
         cursor: dict[str, Any] | None,
     ):
         readers = max(workers, 1)
-        self.num_samples: int | None = source.num_samples
         self.skipped: Counter[str] = Counter()
         self.skipped_examples: dict[str, list[str]] = {}
         self._made_of = {
@@ -118,11 +116,20 @@ class PairLoader:
         self._next = 0
         if cursor is not None:
             self._continue_from(cursor)
+        self._source = source
         self._workers = workers
         self._make = lambda: ReaderBatches(
             source, preparation, self._states, self._next, rank * readers, world_size * readers
         )
         self._stream: Iterator[Made] | None = None
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples in the source, all ranks together; None where it is not on this machine.
+
+        Asked for the first time it may read every shard's headers. Raises ValueError for a broken sizes.json.
+        """
+        return self._source.num_samples
 
     @property
     def cursor(self) -> dict[str, Any]:

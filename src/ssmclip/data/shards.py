@@ -7,8 +7,10 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from gzip import GzipFile
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
 from webdataset.gopen import gopen
@@ -65,10 +67,14 @@ class ShardSource:
         self.shards = list(shards)
         self.seed = seed
         self.window = window
-        local = all(_is_local(shard) for shard in self.shards)
-        self.num_samples = sum(count_samples(shard) for shard in self.shards) if local else None
-        self.resident = local and sum(Path(shard).stat().st_size for shard in self.shards) <= resident_bytes
+        self.local = all(_is_local(shard) for shard in self.shards)
+        self.resident = self.local and sum(Path(shard).stat().st_size for shard in self.shards) <= resident_bytes
         self._kept: dict[str, list[Sample]] = {}
+
+    @cached_property
+    def num_samples(self) -> int | None:
+        """Counted when first asked for, as it may mean reading every shard. Raises what `count_samples` does."""
+        return sum(count_samples(shard) for shard in self.shards) if self.local else None
 
     @property
     def identity(self) -> str:
@@ -196,12 +202,20 @@ def _captions(fields: dict) -> list[str]:
 
 
 def count_samples(shard: str) -> int:
-    """How many samples a local shard holds, by a `sizes.json` beside it ({shard: samples}) or else by its headers."""
+    """How many samples a local shard holds, by a `sizes.json` beside it ({shard: samples}) or else by its headers.
+
+    Raises ValueError for a sizes.json that says something else.
+    """
     sizes = Path(shard).with_name("sizes.json")
     if sizes.is_file():
-        counted = json.loads(sizes.read_text(encoding="utf-8"))
+        counted = _read_sizes(sizes)
         if Path(shard).name in counted:
-            return int(counted[Path(shard).name])
+            count = counted[Path(shard).name]
+            if type(count) is not int:  # True is an int too
+                raise ValueError(
+                    f"{sizes}: {Path(shard).name} has {count!r}, wanted its number of samples: mend it or remove it"
+                )
+            return count
     keys = 0
     last = None
     try:
@@ -214,6 +228,16 @@ def count_samples(shard: str) -> int:
     except (tarfile.TarError, EOFError, OSError, zlib.error):
         pass  # reading it will count the damage
     return keys
+
+
+def _read_sizes(path: Path) -> dict[str, Any]:
+    try:
+        counted = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is no JSON ({error}): mend it or remove it") from error
+    if not isinstance(counted, dict):
+        raise ValueError(f"{path} holds a {type(counted).__name__}, wanted {{shard: samples}}: mend it or remove it")
+    return counted
 
 
 def _is_local(shard: str) -> bool:

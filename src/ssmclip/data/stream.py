@@ -78,7 +78,6 @@ class Source(Protocol):
     """Where samples come from."""
 
     identity: str
-    num_samples: int | None
     resident: bool
 
     def windows(
