@@ -1,8 +1,10 @@
 """The stream of pairs: every sample once a pass, resumed bit for bit, bad input counted and named."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -335,6 +337,33 @@ def test_read_shard_is_what_webdataset_reads(shards):
     expected = [(s["__key__"], s["jpg"], json.loads(s["json"])["captions"]) for s in pipeline]
     assert [(s.key, s.image, s.captions) for s in read_shard(str(path))] == expected
     assert count_samples(str(path)) == len(expected) == 10
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("url", ["{}", "pipe:cat {}"])
+@pytest.mark.parametrize(
+    ("packer", "name"),
+    [("gz", "a.tar.gz"), ("gz", "a.tar"), ("bz2", "a.tar.bz2"), ("bz2", "a.tar"), ("xz", "a.tar.xz"), ("xz", "a.tar")],
+)
+def test_a_packed_shard_is_read_whole_whatever_it_is_called(shards, tmp_path, packer, name, url):
+    plain = shards / "0001.tar"
+    packed = tmp_path / name
+    packed.write_bytes(PACKERS[packer](plain.read_bytes()))
+    assert list(read_shard(url.format(packed))) == list(read_shard(str(plain)))
+    assert count_samples(str(packed)) == 9
+    assert find_shards(tmp_path) == [str(packed)]
+    # Random bytes at the end, so that what is cut off can't be guessed; in it lies the last picture.
+    with tarfile.open(plain, "a") as tar:
+        info = tarfile.TarInfo("9999.jpg")
+        info.size = 100_000
+        tar.addfile(info, io.BytesIO(np.random.default_rng(0).bytes(info.size)))
+    packed.write_bytes(PACKERS[packer](plain.read_bytes())[:-50_000])
+    *whole, cut = read_shard(url.format(packed))
+    assert cut.problem == "truncated shard"
+    assert {s.key for s in whole} <= {f"{n:04d}" for n in range(8, 17)}
+    count_samples(str(packed))
 
 
 def test_a_pipe_is_read_and_its_length_unknown(shards):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from gzip import GzipFile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from ssmclip.data.images import SUFFIXES
 from ssmclip.data.samples import Sample, permutation
 
 END_OF_ARCHIVE = bytes(512)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 
 
 def find_shards(source: str | Path) -> list[str]:
@@ -125,7 +128,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
         yield Sample(shard, None, [], "missing shard", f"{shard}: {error}")
         return
     with stream:
-        watched = _Watched(GzipFile(fileobj=stream) if shard.endswith((".gz", ".tgz")) else stream)
+        watched = _Watched(stream)
         files = tar_file_expander([{"url": shard, "stream": watched}], handler=_noting(failures))
         last: dict = {}
         read = 0
@@ -145,17 +148,42 @@ def read_shard(shard: str) -> Iterator[Sample]:
 
 
 class _Watched:
-    """A stream that remembers how it ended: tarfile takes a tar that was cut between two files for a whole one."""
+    """A stream that remembers how it ended: tarfile takes a tar that was cut between two files for a whole one.
+
+    Unpacked here and not by tarfile, as the end is that of the tar. By its first bytes: a name may say anything.
+    """
 
     def __init__(self, stream):
         self.stream = stream
+        self.unpacked = None
         self.ended = False
 
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
+    def read(self, size: int) -> bytes:
+        self.unpacked = self.unpacked or _unpacked(self.stream)
+        data = self.unpacked.read(size)
         if data:
             self.ended = data.endswith(END_OF_ARCHIVE)
         return data
+
+
+class _Begun:
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, begin: bytes, stream):
+        self.begin = begin
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        if not self.begin:
+            return self.stream.read(size)
+        data, self.begin = self.begin[:size], self.begin[size:]
+        return data
+
+
+def _unpacked(stream):
+    begin = stream.read(max(map(len, UNPACKERS)))
+    whole = _Begun(begin, stream)
+    return next((unpacker(whole) for mark, unpacker in UNPACKERS.items() if begin.startswith(mark)), whole)
 
 
 def _first_words(error: Exception) -> str:
@@ -225,7 +253,7 @@ def count_samples(shard: str) -> int:
                 key = (folder, name.split(".", 1)[0])
                 if member.isreg() and key != last:
                     keys, last = keys + 1, key
-    except (tarfile.TarError, EOFError, OSError, zlib.error):
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
         pass  # reading it will count the damage
     return keys
 
