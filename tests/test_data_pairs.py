@@ -366,6 +366,15 @@ def test_a_packed_shard_is_read_whole_whatever_it_is_called(shards, tmp_path, pa
     count_samples(str(packed))
 
 
+@pytest.mark.parametrize("before", ["", "head -c 10000 {}; "])
+def test_a_pipe_that_fails_is_counted(shards, before):
+    *whole, only = read_shard(f"pipe:{before.format(shards / '0000.tar')}exit 3")
+    assert bool(whole) == bool(before)
+    assert {s.problem for s in whole} <= {""}
+    assert only.problem == "truncated shard"
+    assert "exit 3" in only.detail
+
+
 def test_a_pipe_is_read_and_its_length_unknown(shards):
     loader = opened(f"pipe:cat {shards}/0000.tar", 8)
     assert loader.num_samples is None

@@ -10,6 +10,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
     except Exception as error:  # of any kind: files, pipes and web addresses fail in their own ways
         yield Sample(shard, None, [], "missing shard", f"{shard}: {error}")
         return
-    with stream:
+    with _closing(stream, failures):
         watched = _Watched(stream)
         files = tar_file_expander([{"url": shard, "stream": watched}], handler=_noting(failures))
         last: dict = {}
@@ -145,6 +146,18 @@ def read_shard(shard: str) -> Iterator[Sample]:
         yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
     if failures:
         yield Sample(shard, None, [], "truncated shard", f"{shard} after {read} samples ({_first_words(failures[0])})")
+
+
+@contextmanager
+def _closing(stream, failures: list[Exception]) -> Iterator[None]:
+    """Closes the stream at the end; that the command of a pipe failed may be known only then."""
+    try:
+        yield
+    finally:
+        try:
+            stream.close()
+        except OSError as error:
+            failures.append(error)
 
 
 class _Watched:
