@@ -230,7 +230,10 @@ def make_sample(fields: dict) -> Sample:
 
 
 def _captions(fields: dict) -> list[str]:
-    """The json's list of captions, else the text file, else the json's one caption."""
+    """The json's list of captions, else the text file, else the json's one caption; a null is none.
+
+    Raises TypeError for captions that are no text.
+    """
     described = json.loads(fields["json"].decode("utf-8")) if "json" in fields else {}
     captions = described.get("captions")
     if not captions and "txt" in fields:
@@ -239,7 +242,10 @@ def _captions(fields: dict) -> list[str]:
         captions = described.get("caption")
     if captions is None:
         return []
-    return [captions] if isinstance(captions, str) else [str(caption) for caption in captions]
+    captions = captions if isinstance(captions, list) else [captions]
+    if other := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
+        raise TypeError(f"a caption is of type {other[0]}, wanted text")
+    return [caption for caption in captions if caption is not None]
 
 
 def count_samples(shard: str) -> int:
@@ -277,7 +283,7 @@ def _read_sizes(path: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no JSON ({error}): mend it or remove it") from error
     if not isinstance(counted, dict):
-        raise ValueError(f"{path} holds a {type(counted).__name__}, wanted {{shard: samples}}: mend it or remove it")
+        raise ValueError(f"{path} is of type {type(counted).__name__}, wanted {{shard: samples}}: mend it or remove it")
     return counted
 
 
