@@ -493,6 +493,33 @@ def test_tables_in_every_form_give_the_same_pairs(table, tmp_path):
         assert abs(picture[0].mean() * 0.25 + 0.5 - red) < 0.01
 
 
+@pytest.mark.parametrize("name", ["pairs.csv", "a.tsv", "a.tsv.gz", "a.parquet", "shards/0000.tar"])
+def test_the_case_of_a_name_does_not_matter(table, shards, tmp_path, name):
+    if name.startswith("a."):
+        lines = ["image\ttitle", *(f"pictures/{n}.jpg\tnumber {n}" for n in range(23))]
+        (tmp_path / "a.tsv").write_text("\n".join(lines))
+        (tmp_path / "a.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+        columns = zip(*(line.split("\t") for line in lines[1:]), strict=True)
+        pa.parquet.write_table(pa.table(dict(zip(("image", "title"), columns, strict=True))), tmp_path / "a.parquet")
+    (tmp_path / name).rename(tmp_path / "x")
+    lower, upper = tmp_path / name, (tmp_path / name).with_name(Path(name).name.upper())
+    batches = []
+    for path in (lower, upper):
+        (tmp_path / "x").rename(path)
+        batches.append(next(opened(path, 8)))
+        path.rename(tmp_path / "x")
+    assert same(*batches)
+
+
+def test_a_folder_takes_shards_in_capitals(shards):
+    (shards / "0001.tar").rename(shards / "0001.TAR")
+    assert [Path(path).name for path in find_shards(shards)] == [
+        "0000.tar",
+        "0001.TAR",
+        *(f"000{n}.tar" for n in (2, 3, 4)),
+    ]
+
+
 def test_captions_that_look_like_numbers_stay_text(tmp_path):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "a.csv").write_text("image,caption\n1.jpg,007\n")
@@ -513,6 +540,17 @@ def test_missing_shards_are_named_with_what_is_there(shards):
         opened(shards.parent)
     with pytest.raises(FileNotFoundError, match="1 of 1 shards are missing"):
         opened(shards / "nowhere" / "0000.tar")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.zip", "shard-0"])
+def test_a_file_of_an_unknown_kind_is_refused_with_the_known(tmp_path, name):
+    (tmp_path / name).write_text("a.jpg a cat\n")
+    with pytest.raises(
+        ValueError, match=rf"{name} is of no known kind: wanted shards \(\.tar, .*a table \(\.csv, .*\.parquet"
+    ):
+        opened(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is of no known kind"):
+        opened(f"{tmp_path}/*")
 
 
 def test_unknown_synthetic_source_lists_the_known():

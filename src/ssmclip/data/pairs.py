@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssmclip.data.augment import train_transform
 from ssmclip.data.images import open_image
-from ssmclip.data.shards import ShardSource, find_shards
+from ssmclip.data.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
 from ssmclip.data.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
 from ssmclip.data.tables import TABLE_SUFFIXES, RowSource, TableFormat, synthetic_source, table_source
 
@@ -61,8 +61,8 @@ def open_pairs(
 
     Samples that can't be used are counted in `.skipped`, not raised. A pass without one that can be raises
     NoUsableSamples; where several readers share the source, many such passes of one of them in a row.
-    Raises FileNotFoundError for a missing file or shard, ValueError for a table or cursor that can't be used,
-    UnknownName for an unknown synthetic source.
+    Raises FileNotFoundError for a missing file or shard, ValueError for a file of an unknown kind and for a table or
+    cursor that can't be used, UnknownName for an unknown synthetic source.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")
@@ -79,9 +79,15 @@ def _open_source(
 ) -> ShardSource | RowSource:
     if source.startswith(SYNTHETIC):
         return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed)
-    if source.endswith(TABLE_SUFFIXES):
+    if source.lower().endswith(TABLE_SUFFIXES):
         return table_source(source, table_format, seed=seed, resident_bytes=resident_bytes)
-    return ShardSource(find_shards(source), seed=seed, window=window, resident_bytes=resident_bytes)
+    shards = find_shards(source)
+    if unknown := [shard for shard in shards if is_local(shard) and not shard.lower().endswith(TAR_SUFFIXES)]:
+        raise ValueError(
+            f"{unknown[0]} is of no known kind: wanted shards ({', '.join(TAR_SUFFIXES)}), a table "
+            f"({', '.join(TABLE_SUFFIXES)}) or {SYNTHETIC}NAME"
+        )
+    return ShardSource(shards, seed=seed, window=window, resident_bytes=resident_bytes)
 
 
 class PairLoader:

@@ -35,12 +35,12 @@ def find_shards(source: str | Path) -> list[str]:
     """
     source = str(source)
     if Path(source).is_dir():
-        found = sorted(str(path) for path in Path(source).iterdir() if path.name.endswith(TAR_SUFFIXES))
+        found = sorted(str(path) for path in Path(source).iterdir() if path.name.lower().endswith(TAR_SUFFIXES))
         if not found:
             raise FileNotFoundError(f"{source} has no .tar; it holds {_listing(Path(source))}")
         return found
     shards = list(braceexpand(source))
-    if not _is_local(source):
+    if not is_local(source):
         return shards
     shards = [path for pattern in shards for path in _matches(pattern)]
     if missing := [shard for shard in shards if not Path(shard).is_file()]:
@@ -71,7 +71,7 @@ class ShardSource:
         self.shards = list(shards)
         self.seed = seed
         self.window = window
-        self.local = all(_is_local(shard) for shard in self.shards)
+        self.local = all(is_local(shard) for shard in self.shards)
         self.resident = self.local and sum(Path(shard).stat().st_size for shard in self.shards) <= resident_bytes
         self._kept: dict[str, list[Sample]] = {}
 
@@ -287,7 +287,7 @@ def _read_sizes(path: Path) -> dict[str, Any]:
     return counted
 
 
-def _is_local(shard: str) -> bool:
+def is_local(shard: str) -> bool:
     return "://" not in shard and not shard.startswith("pipe:")
 
 

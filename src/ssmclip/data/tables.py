@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +74,7 @@ def table_source(path: str | Path, table_format: TableFormat, *, seed: int, resi
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path}")
-    table = _read_parquet(path, table_format) if path.suffix == ".parquet" else _read_text(path, table_format)
+    table = _read_parquet(path, table_format) if path.suffix.lower() == ".parquet" else _read_text(path, table_format)
     if pa.types.is_string(table.schema.field("image").type):
         table = table.group_by("image", use_threads=False).aggregate([("caption", "list")])
         table = table.rename_columns({"caption_list": "caption"})
@@ -120,28 +119,32 @@ def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
 
 
 def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
-    tabs = ".tsv" in path.suffixes
+    tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
     parse = pa.csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )
     read = pa.csv.ReadOptions(encoding=table_format.encoding)
     try:
-        with pa.csv.open_csv(path, read, parse) as reader:
+        with pa.csv.open_csv(_unpacked(path), read, parse) as reader:
             names = reader.schema.names
         image, caption = _columns(path, names, table_format)
         convert = pa.csv.ConvertOptions(
             include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
         )
-        table = pa.csv.read_csv(path, read, parse, convert)
+        table = pa.csv.read_csv(_unpacked(path), read, parse, convert)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         _check_encoding(path, table_format.encoding)
         raise ValueError(f"{path} is not a readable table: {error}") from error
     return table.rename_columns(["image", "caption"])
 
 
+def _unpacked(path: Path) -> pa.NativeFile:
+    return pa.input_stream(path, compression="gzip" if path.suffix.lower() == ".gz" else None)
+
+
 def _check_encoding(path: Path, encoding: str) -> None:
     """Raises ValueError naming the first byte that is not in the encoding; does nothing when all are."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with _unpacked(path) as file:
         content = file.read()
     try:
         content.decode(encoding)
