@@ -24,6 +24,7 @@ from ssmclip.data.images import open_image
 from ssmclip.data.pairs import NoUsableSamples, TableFormat, open_pairs, train_transform
 from ssmclip.data.samples import generator_for, permutation
 from ssmclip.data.shards import count_samples, find_shards, read_shard
+from ssmclip.data.tables import table_source
 from ssmclip.registry import UnknownName
 
 TRANSFORM = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
@@ -748,6 +749,76 @@ def test_tables_that_can_not_be_used_say_why(tmp_path):
         opened(tmp_path / "c.parquet")
     with pytest.raises(FileNotFoundError, match=r"there is no table .*d\.csv"):
         opened(tmp_path / "d.csv")
+
+
+TEXTS = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=str)
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["a", "b", None, "d"], [["a", "d"], ["b"], []]),
+        ([["a", "A"], ["b"], None, ["d", None]], [["a", "A", "d"], ["b"], []]),
+        ([7, 8, 9, 10], [["7", "10"], ["8"], ["9"]]),
+        ([0.5, 1.5, None, 2.5], [["0.5", "2.5"], ["1.5"], []]),
+        ([[7], [8, 9], [], [10]], [["7", "10"], ["8", "9"], []]),
+    ],
+)
+def test_captions_of_a_path_are_together_in_every_type_of_column(tmp_path, text, captions, expected):
+    images = pa.array(["0.jpg", "1.jpg", "2.jpg", "0.jpg"]).cast(text)
+    captions = pa.array(captions)
+    if pa.types.is_string(captions.type):
+        captions = captions.cast(text)
+    pa.parquet.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet", row_group_size=2)
+    for resident_bytes in (0, 2**20):
+        samples = table_source(tmp_path / "a.parquet", TableFormat(), seed=0, resident_bytes=resident_bytes).samples
+        assert [(s.key, s.captions) for s in samples] == list(zip(["0.jpg", "1.jpg", "2.jpg"], expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "said"),
+    [
+        ([1, 2], ["a", "b"], r'its images are of type int64, wanted paths, encoded bytes or \{"bytes", "path"\}'),
+        (["a", "b"], [{"raw": "x"}] * 2, r"its captions are of type struct<.*>, wanted texts or lists of texts"),
+        (["a", "b"], [[{"raw": "x"}]] * 2, r"its captions are of type list<.*>, wanted texts or lists of texts"),
+        ([b"a", b"b"], [b"\xff", b"b"], r"its captions are of type binary, wanted texts .*UTF8"),
+    ],
+)
+def test_a_parquet_column_that_holds_something_else_is_told(tmp_path, images, captions, said):
+    pa.parquet.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a\.parquet: {said}"):
+        opened(tmp_path / "a.parquet")
+
+
+def test_more_than_2_gib_of_pictures_are_read_in_their_chunks(tmp_path, monkeypatch):
+    # As one array their ends don't fit 32 bits. The gigabytes are zeros that nobody reads, so they take no memory.
+    ends = np.array([0, 2**30], np.int32)
+    gigabyte = pa.Array.from_buffers(
+        pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(np.zeros(2**30, np.uint8))]
+    )
+    images = pa.chunked_array([gigabyte, gigabyte, gigabyte, pa.array([jpeg(3)], pa.binary())])
+    table = pa.table({"image": images, "caption": pa.chunked_array([["a", "b", "c"], ["d"]])})
+    pa.parquet.write_table(pa.table({"image": [b""], "caption": [""]}), tmp_path / "a.parquet")
+    monkeypatch.setattr(pa.parquet, "read_table", lambda *args, **kwargs: table)
+    samples = table_source(tmp_path / "a.parquet", TableFormat(), seed=0, resident_bytes=0).samples
+    assert len(samples) == 4
+    assert (samples[3].key, samples[3].image, samples[3].captions) == ("row 3", jpeg(3), ["d"])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_every_row_without_a_picture_is_counted(tmp_path, name):
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    images, captions = ["0.jpg", None, "", None, "0.jpg", ""], list("abcdef")
+    lines = [f"{image or ''},{caption}\n" for image, caption in zip(images, captions, strict=True)]
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(lines))
+    pa.parquet.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "a.parquet")
+    loader = opened(tmp_path / name, 1)
+    take(loader, 30)
+    assert loader.num_samples == 5
+    passes = loader.cursor["states"][0]["pass"]
+    assert 4 * passes <= loader.skipped["no image"] <= 4 * (passes + 1)
+    assert set(loader.skipped_examples["no image"]) == {f"row {n}" for n in (1, 2, 3, 5)}
 
 
 def test_rows_without_picture_or_caption_are_counted(table):

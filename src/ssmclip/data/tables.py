@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -18,6 +19,8 @@ from ssmclip.data.samples import Sample, permutation
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file")
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "sentence")
+
+TEXT = pa.large_string()  # the one kind of text that may be longer than 2 GiB in all
 
 
 @dataclass(frozen=True)
@@ -66,46 +69,80 @@ def synthetic_source(name: str, *, seed: int) -> RowSource:
 
 
 def table_source(path: str | Path, table_format: TableFormat, *, seed: int, resident_bytes: int) -> RowSource:
-    """A table of (image, caption) rows. Rows with the same image are one sample with several captions.
+    """A table of (image, caption) rows. Rows with the same path are one sample with several captions.
 
-    Images are paths (relative to the table's folder), encoded bytes, or Hugging Face's {"bytes", "path"}.
-    Raises FileNotFoundError, and ValueError that names a missing column or the first byte that is not in the encoding.
+    Images are paths (relative to the table's folder), encoded bytes, or Hugging Face's {"bytes", "path"}. Captions are
+    texts or lists of texts; numbers are taken as they are written.
+    Raises FileNotFoundError, and ValueError that names a missing column, one that holds something else, or the first
+    byte that is not in the encoding.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path}")
     table = _read_parquet(path, table_format) if path.suffix.lower() == ".parquet" else _read_text(path, table_format)
-    if pa.types.is_string(table.schema.field("image").type):
-        table = table.group_by("image", use_threads=False).aggregate([("caption", "list")])
-        table = table.rename_columns({"caption_list": "caption"})
-    rows = _Rows(table, path.parent)
+    rows = _Rows(_as_images(path, table["image"]), _as_captions(path, table["caption"]), path.parent)
     samples = list(rows) if table.nbytes <= resident_bytes else rows
     return RowSource(samples, seed=seed, identity=f"{path.name} {len(rows)}")
 
 
 class _Rows(Sequence):
-    """Rows of an Arrow table as Samples, made when asked for."""
+    """Rows of a table as Samples, made when asked for; of each picture's rows one Sample."""
 
-    def __init__(self, table: pa.Table, folder: Path):
-        self.images = table.column("image").combine_chunks()
-        self.captions = table.column("caption").combine_chunks()
+    def __init__(self, images: pa.ChunkedArray, captions: pa.ChunkedArray, folder: Path):
+        # In the chunks they were read in: one array of texts or bytes holds at most 2 GiB.
+        self.images, self.captions = images, captions
+        self.rows = _grouped(images) if images.type == TEXT else None
         self.folder = folder
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images if self.rows is None else self.rows)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        image, captions = self.images[index].as_py(), self.captions[index].as_py()
-        captions = captions if isinstance(captions, list) else [captions]
-        key = f"row {index}"
+        rows = [index] if self.rows is None else self.rows[index].as_py()
+        image = self.images[rows[0]].as_py()
+        key = f"row {rows[0]}"
         if isinstance(image, dict):  # as Hugging Face's data sets store pictures
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str) and image:
             key, image = image, self.folder / image
-        kept = [caption for caption in captions if caption is not None]
-        return Sample(key, image or None, kept, "" if image else "no image")
+        captions = [caption for row in rows for caption in self._captions(row) if caption is not None]
+        return Sample(key, image or None, captions, "" if image else "no image")
+
+    def _captions(self, row: int) -> list[str | None]:
+        captions = self.captions[row].as_py()
+        return captions if isinstance(captions, list) else [captions]
+
+
+def _grouped(paths: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The rows of each path, paths in the order they first occur; rows without one stand alone."""
+    rows = pa.array(np.arange(len(paths)))
+    alone = pc.if_else(pc.equal(pc.fill_null(paths, ""), ""), rows, -1)
+    table = pa.table({"path": paths, "alone": alone, "row": rows})
+    return table.group_by(["path", "alone"], use_threads=False).aggregate([("row", "list")])["row_list"]
+
+
+def _as_images(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths as TEXT, whatever Arrow type says text; bytes and {"bytes", "path"} as they are."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+        return column.cast(kind).cast(TEXT)
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
+        raise ValueError(f'{path}: its images are of type {kind}, wanted paths, encoded bytes or {{"bytes", "path"}}')
+    return column.cast(kind)
+
+
+def _as_captions(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Captions as TEXT or lists of TEXT."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    several = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    try:
+        return column.cast(kind).cast(pa.large_list(TEXT) if several else TEXT)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{path}: its captions are of type {kind}, wanted texts or lists of texts ({error})"
+        ) from error
 
 
 def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
