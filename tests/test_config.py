@@ -126,6 +126,13 @@ def test_changed_fields_are_named_in_full():
     assert changed_fields(TrainConfig(), new) == {"steps": (1000, 5000), "optimiser.lr": (1e-3, 1.0)}
 
 
+@pytest.mark.parametrize("field", ["image_column", "caption_column", "encoding"])
+def test_a_field_that_an_older_run_lacks_has_its_default(field):
+    old = to_dict(TrainConfig())
+    del old["data"][field]
+    assert changed_fields(from_dict(old), TrainConfig()) == {}  # so it can be resumed
+
+
 def test_image_size_follows_the_schedule():
     config = TrainConfig(steps=200, data=DataConfig(image_sizes=((0.0, 48), (0.6, 64), (0.9, 96))))
     sizes = [config.image_size(step) for step in range(200)]

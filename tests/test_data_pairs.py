@@ -19,6 +19,7 @@ import webdataset
 from PIL import Image
 from scipy.stats import chisquare
 
+from ssmclip.config import TrainConfig, apply_overrides
 from ssmclip.data import stream
 from ssmclip.data.images import open_image
 from ssmclip.data.pairs import NoUsableSamples, TableFormat, open_pairs, train_transform
@@ -26,6 +27,7 @@ from ssmclip.data.samples import generator_for, permutation
 from ssmclip.data.shards import count_samples, find_shards, read_shard
 from ssmclip.data.tables import table_source
 from ssmclip.registry import UnknownName
+from ssmclip.train.build import model_config, open_stream
 
 TRANSFORM = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
 
@@ -819,6 +821,52 @@ def test_every_row_without_a_picture_is_counted(tmp_path, name):
     passes = loader.cursor["states"][0]["pass"]
     assert 4 * passes <= loader.skipped["no image"] <= 4 * (passes + 1)
     assert set(loader.skipped_examples["no image"]) == {f"row {n}" for n in (1, 2, 3, 5)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (("Image", "Caption"), {}),
+        (("image", " caption"), {}),
+        (("FilePath ", "TITLE"), {}),
+        (("url", "alt_text"), {"image_column": "url", "caption_column": "alt_text"}),
+        (("Url", "Alt_Text "), {"image_column": "url", "caption_column": "alt_text"}),
+        (("Image", "caption", "CAPTION"), {}),  # the one that is named exactly so
+    ],
+)
+def test_columns_are_found_in_any_case_or_by_their_given_name(tmp_path, header, named, kind):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    row = ["1.jpg", "a cat", "another"][: len(header)]
+    (tmp_path / "a.csv").write_text(",".join(header) + "\n" + ",".join(row) + "\n")
+    pa.parquet.write_table(
+        pa.table({name: [value] for name, value in zip(header, row, strict=True)}), tmp_path / "a.parquet"
+    )
+    assert captions_of(next(opened(tmp_path / f"a.{kind}", 1, table_format=TableFormat(**named)))) == ["a cat"]
+
+
+def test_columns_that_can_not_be_told_apart_are_not_guessed(tmp_path):
+    (tmp_path / "a.csv").write_text("image,Caption,CAPTION\n1.jpg,a,b\n")
+    with pytest.raises(
+        ValueError, match=r"no caption column: .* its columns are image, Caption, CAPTION\. Name it: --set"
+    ):
+        opened(tmp_path / "a.csv")
+
+
+def test_messages_name_the_setting_that_would_do(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("url,words\n1.jpg,un café\n".encode("latin-1"))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    config = apply_overrides(TrainConfig(), [f"source={path}", "batch_size=1"])
+    for setting, value in (("image_column", "url"), ("caption_column", "words"), ("encoding", "latin-1")):
+        with pytest.raises(ValueError, match=f"--set data.{setting}="):
+            open_stream(config, model_config(config), 16, 0, 1)
+        config = apply_overrides(config, [f"data.{setting}={value}"])
+    assert next(open_stream(config, model_config(config), 16, 0, 1)).keys == ["1.jpg"]
+    with pytest.raises(
+        ValueError, match=r"a\.csv: unknown encoding: klingon; wanted one that Python knows, such as utf-8"
+    ):
+        open_stream(apply_overrides(config, ["encoding=klingon"]), model_config(config), 16, 0, 1)
 
 
 def test_rows_without_picture_or_caption_are_counted(table):

@@ -75,6 +75,9 @@ class DataConfig:
     shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
     captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
     views_per_image: int = 1  # augmented differently, each time an image is seen; the loss is the mean of theirs
+    image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.tables
+    caption_column: str = ""
+    encoding: str = "utf-8"  # of a csv or tsv file
 
     def __post_init__(self):
         starts = [start for start, _ in self.image_sizes]

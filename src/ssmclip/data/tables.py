@@ -25,7 +25,10 @@ TEXT = pa.large_string()  # the one kind of text that may be longer than 2 GiB i
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How to read a table when its header does not say. Empty names: the first known column name is taken."""
+    """How to read a table when its header does not say. Empty names: the first known column name is taken.
+
+    Names are found in any case, with or without spaces around them.
+    """
 
     image_column: str = ""
     caption_column: str = ""
@@ -169,7 +172,7 @@ def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
             include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
         )
         table = pa.csv.read_csv(_unpacked(path), read, parse, convert)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pa.ArrowInvalid, UnicodeDecodeError, LookupError) as error:
         _check_encoding(path, table_format.encoding)
         raise ValueError(f"{path} is not a readable table: {error}") from error
     return table.rename_columns(["image", "caption"])
@@ -180,16 +183,19 @@ def _unpacked(path: Path) -> pa.NativeFile:
 
 
 def _check_encoding(path: Path, encoding: str) -> None:
-    """Raises ValueError naming the first byte that is not in the encoding; does nothing when all are."""
+    """Raises ValueError for an unknown encoding, or naming the first byte that is not in it; else does nothing."""
     with _unpacked(path) as file:
         content = file.read()
     try:
         content.decode(encoding)
+    except LookupError as error:
+        raise ValueError(f"{path}: {error}; wanted one that Python knows, such as utf-8, latin-1, cp1252") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path} is not {encoding}: byte 0x{content[error.start]:02x} at position {error.start} (line {line}). "
-            "Give its encoding, e.g. TableFormat(encoding='latin-1'), or convert it: iconv -f latin1 -t utf-8"
+            "Give its encoding, e.g. --set data.encoding=latin-1 (TableFormat(encoding='latin-1')), or convert it: "
+            "iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -202,10 +208,11 @@ def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> tup
 
 def _column(path: Path, names: Sequence[str], kind: str, wanted: str, known: Sequence[str]) -> str:
     for name in (wanted,) if wanted else known:
-        if name in names:
-            return name
+        alike = [name] if name in names else [n for n in names if n.strip().lower() == name.strip().lower()]
+        if len(alike) == 1:
+            return alike[0]
     looked = wanted or ", ".join(known)
     raise ValueError(
         f"{path} has no {kind} column: looked for {looked}, its columns are {', '.join(names)}. "
-        f"Name it: TableFormat({kind}_column=...)"
+        f"Name it: --set data.{kind}_column=... (TableFormat({kind}_column=...))"
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
-from ssmclip.data.pairs import PairLoader, open_pairs, train_transform
+from ssmclip.data.pairs import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.train.optimiser import freeze_text_tower
 
 # SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
@@ -123,6 +123,7 @@ def open_stream(
         shuffle_buffer=config.data.shuffle_buffer,
         captions_per_image=config.data.captions_per_image,
         views_per_image=config.data.views_per_image,
+        table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
     )
 
 
