@@ -3,6 +3,9 @@
 import argparse
 import os
 import re
+import sys
+import types
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import timm
 import torch
 
 import ssmclip
-from ssmclip.models import CheckpointError, create_clip, simba, vmamba
+from ssmclip.models import CheckpointError, create_clip, load_state, simba, vmamba
 from ssmclip.models.mamba_text import LanguageModel, read_config
 from ssmclip.models.published import MAMBAOUTS, ClipText, build, read_published
 from ssmclip.models.registration import name_with_fields
@@ -356,23 +359,52 @@ def test_the_model_has_the_type_of_its_weights_but_float32_at_least(tiny_state, 
 
 
 class CfgNode(dict):
-    pass
+    """As in yacs: a dict whose entries are attributes too, and whose own attributes are pickled beside them."""
+
+    def __init__(self, entries):
+        super().__init__({key: CfgNode(value) if isinstance(value, dict) else value for key, value in entries.items()})
+        self.__dict__.update({"__immutable__": True, "__deprecated_keys__": set(), "__renamed_keys__": {}})
+
+    def __getattr__(self, name):
+        return self[name] if name in self else super().__getattribute__(name)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name} of a frozen config")
+
+
+@pytest.fixture
+def yacs(monkeypatch):
+    """yacs as those have it who save with it; who reads does not."""
+    config = types.ModuleType("yacs.config")
+    config.CfgNode = CfgNode
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    with monkeypatch.context() as saving:
+        saving.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        saving.setitem(sys.modules, "yacs.config", config)
+        yield saving
 
 
 @pytest.mark.parametrize("numpy_module", ["numpy._core.multiarray", "numpy.core.multiarray"])
-def test_what_training_scripts_save_beside_the_weights_is_read(tiny_state, tmp_path, numpy_module):
-    CfgNode.__module__ = "yacs.config"
+def test_what_training_scripts_save_beside_the_weights_is_read(tiny_state, tmp_path, yacs, numpy_module):
+    scalars = (np.float64(5e-4), np.float32(0.9), np.float16(2), np.bool_(True), np.str_("ä"))
+    integers = [np.dtype(f"{kind}{size}").type(3) for kind in "iu" for size in (1, 2, 4, 8)]
     held = {
         "model": tiny_state,
-        "args": argparse.Namespace(model="x", lr=0.1),
-        "optimizer": {"lr": np.float64(5e-4), "beta": np.float32(0.9), "step": np.int64(3)},
+        "args": argparse.Namespace(model="x", lr=0.1, out=Path("runs") / "a", share=PureWindowsPath("D:/runs")),
+        "optimizer": {"scalars": [*scalars, *integers]},
+        "config": CfgNode({"MODEL": {"NAME": "vmamba", "DEPTHS": [2, 2], "VSSM": {"RATIO": 2.0}}, "TAG": None}),
     }
     path = tmp_path / "checkpoint.pth"
-    # The older file format holds names as text, in which those of older NumPy and of yacs can be written.
+    # The older file format holds names as text, in which those of older NumPy can be written.
     torch.save(held, path, _use_new_zipfile_serialization=False)
+    yacs.undo()
     path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", f"c{numpy_module}\n".encode()))
     assert numpy_module.encode() in path.read_bytes()
     assert torch.equal(ssmclip.load_published(path).state_dict()[FIRST_NORM], tiny_state[FIRST_NORM])
+    read = load_state(path)
+    assert read["optimizer"] == held["optimizer"]
+    assert read["config"] == held["config"]
+    assert vars(read["args"]) == vars(held["args"]) | {"out": PurePosixPath("runs/a")}
 
 
 class Command:

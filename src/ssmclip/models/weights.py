@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from pathlib import Path
+from collections import OrderedDict
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,18 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, is cut short, belongs to another model, or would run code."""
 
 
-class ConfigNode(dict):
-    """What a yacs config becomes: the dict that it is."""
-
-
-# What a pickle may hold besides: none of it runs code when it is made. NumPy's scalars changed modules in NumPy 2.
+PATHLIB = ("pathlib", "pathlib._local")
+# What a pickle may hold besides: none of it runs code when it is made. NumPy's scalars changed modules in NumPy 2,
+# paths theirs in Python 3.13; those come back as their pure kind, which is but text and which every system can make.
 HARMLESS = [
     argparse.Namespace,
     np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?", "U")),
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (ConfigNode, "yacs.config.CfgNode"),
+    *((PurePosixPath, f"{module}.{kind}PosixPath") for module in PATHLIB for kind in ("", "Pure")),
+    *((PureWindowsPath, f"{module}.{kind}WindowsPath") for module in PATHLIB for kind in ("", "Pure")),
+    (OrderedDict, "yacs.config.CfgNode"),  # torch fills dicts and OrderedDicts, not what is derived from them
 ]
 
 
@@ -44,7 +45,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else).
 
     Pickles are read with `weights_only=True`: one that would run code is refused. Besides tensors and plain containers
-    they may hold what training scripts put beside the weights: an argparse.Namespace, NumPy scalars, a yacs config.
+    they may hold what training scripts put beside the weights: an argparse.Namespace, NumPy scalars, paths, a yacs
+    config.
     Raises FileNotFoundError, CheckpointError.
     """
     path = Path(path)
