@@ -14,7 +14,7 @@ from PIL import Image
 
 import ssmclip
 from ssmclip.__main__ import main
-from ssmclip.models import CheckpointError, create_clip, hub
+from ssmclip.models import CheckpointError, create_clip, hub, load_config
 from ssmclip.models.mamba_text import LanguageModel, load_language_model, read_config
 from ssmclip.models.registration import name_with_fields
 
@@ -32,6 +32,68 @@ def odd_checkpoint(tiny_config, tmp_path):
     state["module.image_projection"] = state.pop("module.visual.head.proj.weight").T
     torch.save({"epoch": 25, "state_dict": state}, tmp_path / "checkpoint_best.pt")
     return model, tmp_path / "checkpoint_best.pt"
+
+
+def with_clip_vit(config):
+    config["model_cfg"]["vision_cfg"] = dict(image_size=32, patch_size=8, width=32, layers=2, head_width=16)
+
+
+def with_timm_vit(config):
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "vit_nano_patch16"
+
+
+def with_bias(config):
+    config["model_cfg"] |= dict(custom_text=True, init_logit_bias=-3.0)
+
+
+def with_silu(config):
+    fields = {**ODD, "act_layer": "silu"}
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = name_with_fields("mambaout_femto_linear_head", fields)
+
+
+def with_mamba2(config):
+    fields = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=6, num_heads=4, head_dim=8, n_groups=2)
+    config["model_cfg"]["text_cfg"] = dict(mamba=dict(model_type="mamba2", layer_norm_epsilon=1e-2, **fields))
+
+
+@pytest.mark.parametrize("change", [dict, with_clip_vit, with_timm_vit, with_bias, with_silu, with_mamba2])
+@torch.no_grad()
+def test_a_saved_clip_is_read_and_converted_by_its_own_configuration(tiny_config, tmp_path, change):
+    change(tiny_config)
+    torch.manual_seed(0)
+    model = create_clip(tiny_config).eval()
+    for p in model.parameters():  # away from biases of 0, where activations and norms are nearly alike
+        p.add_(0.2 * torch.randn_like(p))
+    ssmclip.save_model(model, tiny_config, tmp_path)
+    assert ssmclip.convert(tmp_path, tmp_path / "again") == "clip"
+    config = {name: load_config(folder) for name, folder in (("of", tmp_path), ("again", tmp_path / "again"))}
+    assert config["again"] == config["of"]
+    image, text = torch.randn(2, 3, 32, 32), torch.randint(1, 60, (2, 77))
+    for read in (ssmclip.load_published(tmp_path), ssmclip.load(tmp_path / "again").model):
+        assert torch.equal(read.encode_image(image), model.encode_image(image))
+        assert torch.equal(read.encode_text(text), model.encode_text(text))
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in read.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_is_asked_for_is_preferred_to_the_configuration(tiny_config, tmp_path):
+    ssmclip.save_model(create_clip(tiny_config), tiny_config, tmp_path / "clip")
+    assert ssmclip.load_published(tmp_path / "clip").transformer.resblocks[0].attn.num_heads == 2
+    assert ssmclip.load_published(tmp_path / "clip", text_heads=4).transformer.resblocks[0].attn.num_heads == 4
+    with_mamba2(tiny_config)
+    model = create_clip(tiny_config).eval()
+    ssmclip.save_model(model, tiny_config, tmp_path / "mamba2")
+    mamba = ssmclip.load_published(tmp_path / "mamba2", n_groups=1, text_heads=3).text.transformer.config
+    assert (mamba.n_groups, mamba.state_size, mamba.layer_norm_epsilon) == (1, 12, 1e-2)
+    ssmclip.convert(model.text.transformer.state_dict(), tmp_path / "language", n_groups=4, layer_norm_epsilon=1e-3)
+    for asked, found in (({}, (4, 3, 1e-3)), (dict(n_groups=1, layer_norm_epsilon=1e-6), (1, 12, 1e-6))):
+        mamba = ssmclip.load_published(tmp_path / "language", **asked).config
+        assert (mamba.n_groups, mamba.state_size, mamba.layer_norm_epsilon) == found
+
+
+def test_a_bare_clip_may_have_a_bias_of_its_similarities(tiny_config):
+    model = create_clip(tiny_config | {"model_cfg": tiny_config["model_cfg"] | {"init_logit_bias": -7.0}})
+    assert ssmclip.load_published(model.state_dict()).logit_bias.item() == -7
 
 
 TEXT = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
@@ -63,13 +125,15 @@ def test_a_clip_is_read_back_by_open_clip_and_ssmclip(odd_checkpoint, tmp_path):
         ("vmamba", {**ODD, "num_classes": 5}),
         ("simba", {**ODD, "d_state": 5, "num_classes": 0, "in_chans": 1}),
         ("mambaout_femto", {**ODD, "num_classes": 4}),
+        ("mambaout_femto", {**ODD, "num_classes": 4, "act_layer": "silu"}),
     ],
 )
 @torch.no_grad()
 def test_an_encoder_is_read_back_by_timm(name, fields, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name, **fields).eval()
-    assert ssmclip.convert({"model": model.state_dict()}, tmp_path) == "encoder"
+    told = {key: fields[key] for key in fields if key == "act_layer"}
+    assert ssmclip.convert({"model": model.state_dict()}, tmp_path, **told) == "encoder"
     image = torch.randn(2, fields.get("in_chans", 3), 32, 40)
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     for read in (theirs, ssmclip.load_published(tmp_path)):

@@ -1,6 +1,7 @@
 """Published weights become the right model from nothing but their names and shapes."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from ssmclip.models.mamba_text import LanguageModel, read_config
 from ssmclip.models.published import MAMBAOUTS, ClipText, build, read_published
 from ssmclip.models.registration import name_with_fields
 from ssmclip.models.shapes import common_ratio
+from ssmclip.registry import UnknownName
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -275,11 +277,18 @@ def test_a_language_model_is_read_as_it_was_built(kind, fields, naming):
             ssmclip.load_published(state, n_groups=7)
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+OF_TRANSFORMERS = [
+    ("Mamba", {}),
+    ("Mamba", dict(layer_norm_epsilon=1e-2)),
+    ("Mamba2", dict(num_heads=8, head_dim=8, n_groups=1)),
+    ("Mamba2", dict(num_heads=8, head_dim=8, n_groups=2, state_size=5, time_step_limit=(0.01, 0.05))),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), OF_TRANSFORMERS)
 @torch.no_grad()
-def test_a_language_model_of_transformers_is_read_from_its_folder(kind, tmp_path):
+def test_a_language_model_of_transformers_is_read_from_its_folder(kind, more, tmp_path):
     transformers = pytest.importorskip("transformers")
-    more = dict(num_heads=8, head_dim=8, n_groups=1) if kind == "Mamba2" else {}
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, residual_in_fp32=False, **more
     )
@@ -289,6 +298,24 @@ def test_a_language_model_of_transformers_is_read_from_its_folder(kind, tmp_path
     tokens = torch.randint(0, 50, (2, 9))
     truth = theirs.backbone(tokens).last_hidden_state
     assert relative(ssmclip.load_published(tmp_path)(tokens), truth) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (dict(model_type="mamba", hidden_act="relu"), "'relu'; only 'silu' is known"),
+        (dict(model_type="falcon_mamba"), "unknown language model 'falcon_mamba'.*known: mamba, mamba2"),
+        (dict(model_type="mamba2"), "says mamba2, the weights are a mamba's"),
+        ([], "holds no configuration but a list"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(config, says, tmp_path):
+    ssmclip.convert(
+        LanguageModel(read_config(dict(model_type="mamba", **LANGUAGE_MODELS[0][1]))).state_dict(), tmp_path
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((CheckpointError, UnknownName), match=says):
+        ssmclip.load_published(tmp_path)
 
 
 # ---- what training and saving wrap around the weights

@@ -59,7 +59,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", default="online", help="online, ema, or ema_online_bn: the average with online batch statistics"
     )
     parser.add_argument("--text-heads", type=int, help="of CLIP's text transformer, where not 64 channels each")
-    parser.add_argument("--n-groups", type=int, default=1, help="of a Mamba-2 text tower")
+    parser.add_argument("--n-groups", type=int, help="of Mamba-2, where neither 1 nor told by its configuration")
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ssmclip.models.hub import download
 from ssmclip.models.mamba import Mamba, Mamba2, at_least_float32
-from ssmclip.models.weights import CheckpointError, load_into, load_state
+from ssmclip.models.weights import CheckpointError, load_into, load_state, read_json
 from ssmclip.registry import UnknownName
 
 __all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText", "load_language_model"]
@@ -230,14 +230,7 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     Raises FileNotFoundError, CheckpointError, UnknownName for a model_type that is none of these.
     """
     folder = Path(folder) if Path(folder).is_dir() else download(str(folder))
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=_infinity)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no model folder: config.json cannot be read ({error})") from error
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{folder}: hidden_act {config['hidden_act']!r}; only 'silu' is known")
-    known = {field.name for field in dataclasses.fields(_config_type(config.get("model_type", "")))}
-    model = LanguageModel(read_config({k: v for k, v in config.items() if k in known or k == "model_type"}))
+    model = LanguageModel(read_config(known_fields(read_json(folder / "config.json"), folder)))
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
@@ -247,6 +240,17 @@ def load_language_model(folder: str | Path) -> LanguageModel:
         state |= {own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
     load_into(model, state, folder)
     return model
+
+
+def known_fields(config: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Of Hugging Face's config.json the fields that decide what is computed, and the model_type.
+
+    Raises UnknownName for another model_type, CheckpointError for another activation.
+    """
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{source}: hidden_act {config['hidden_act']!r}; only 'silu' is known")
+    known = {field.name for field in dataclasses.fields(_config_type(config.get("model_type", "")))}
+    return {key: value for key, value in config.items() if key in known or key == "model_type"}
 
 
 def read_config(fields: dict[str, Any]) -> MambaConfig | Mamba2Config:
@@ -262,11 +266,6 @@ def _config_type(model_type: str) -> type:
     if model_type not in CONFIGS:
         raise UnknownName("language model", model_type, CONFIGS)
     return CONFIGS[model_type]
-
-
-def _infinity(value: dict[str, Any]) -> Any:
-    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def own_key(key: str) -> str:

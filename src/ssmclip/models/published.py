@@ -2,12 +2,14 @@
 
     file -> its state dict, online or averaged -> this package's names -> fields, from the shapes -> model
 
+Where weights lie in a folder of open_clip's, timm's or Hugging Face's, its configuration says what shapes cannot.
 Known are: CLIP-Mamba's training checkpoints, VMamba in both its key layouts and its older names, SiMBA, CLIMP, timm's
 and the original MambaOut, Hugging Face's and mamba_ssm's language models, and what this package itself saves.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from ssmclip.models import simba, vmamba
 from ssmclip.models.clip import clip_config, create_clip
 from ssmclip.models.hub import HUB, WEIGHT_FILES, download
-from ssmclip.models.mamba_text import LanguageModel, own_key, read_config
+from ssmclip.models.mamba_text import LanguageModel, known_fields, own_key, read_config
 from ssmclip.models.registration import name_with_fields
 from ssmclip.models.shapes import (
     State,
@@ -40,7 +42,8 @@ from ssmclip.models.shapes import (
     vmamba_fields,
 )
 from ssmclip.models.tokenizer import FILE_NAME as TOKENIZER_NAME
-from ssmclip.models.weights import CheckpointError, load_into, load_state, save_model
+from ssmclip.models.weights import CheckpointError, config_beside, load_into, load_state, save_model
+from ssmclip.registry import UnknownName
 
 __all__ = ["Architecture", "ClipText", "build", "convert", "load_published", "read_published"]
 
@@ -75,8 +78,8 @@ def load_published(
     weights: str = "online",
     *,
     text_heads: int | None = None,
-    n_groups: int = 1,
-    layer_norm_epsilon: float = 1e-5,
+    n_groups: int | None = None,
+    layer_norm_epsilon: float | None = None,
     act_layer: str | None = None,
 ) -> nn.Module:
     """The model that published weights belong to, with those weights, in evaluation mode.
@@ -88,16 +91,18 @@ def load_published(
     with the batch statistics of the online weights: CLIP-Mamba averages parameters alone, so that the averaged SiMBA
     tower still has the statistics it began with.
 
-    What shapes cannot tell: text_heads, of CLIP's text transformer, None for 64 channels each (16 where it has fewer
-    than 256); n_groups and layer_norm_epsilon, of a Mamba language model; act_layer, of a MambaOut whose shapes are
-    none of timm's models', None for "gelu".
+    What shapes cannot tell is what was asked for here, else what the configuration says that lies beside weights
+    which have the name open_clip, timm or Hugging Face give them (open_clip_model.safetensors, model.safetensors), else
+    a default: text_heads, of CLIP's text transformer, 64 channels each (16 where it has fewer than 256); n_groups and
+    layer_norm_epsilon, of a Mamba language model, 1 and 1e-5; act_layer, of a MambaOut, "gelu" where its shapes are
+    none of timm's models'. With a configuration of open_clip's or timm's the model may be any that those know.
 
     Returns, for a CLIP, an open_clip model with `encode_image` and `encode_text`; for an image encoder, the timm model,
     which gives logits where the file has a classifier, else features; for CLIP's text tower alone, `ClipText`; for a
     language model, `LanguageModel`, which gives hidden states. The type is that of the weights, at least float32.
 
     Raises CheckpointError where nothing of this is known, and, key by key, where weights do not fit; FileNotFoundError;
-    ValueError for another `weights`.
+    UnknownName for a configuration of another language model; ValueError for another `weights`.
     """
     architecture, state = read_published(
         source,
@@ -168,24 +173,28 @@ def read_published(
     weights: str = "online",
     *,
     text_heads: int | None = None,
-    n_groups: int = 1,
-    layer_norm_epsilon: float = 1e-5,
+    n_groups: int | None = None,
+    layer_norm_epsilon: float | None = None,
     act_layer: str | None = None,
 ) -> tuple[Architecture, State]:
     """The architecture of published weights, and the weights in this package's names. Arguments: `load_published`'s."""
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r}: one of {', '.join(map(repr, WEIGHTS))}")
-    held = load_state(find_weights(source)) if isinstance(source, str | Path) else source
-    state = select_weights(held, weights, _told(source))
+    path = find_weights(source) if isinstance(source, str | Path) else None
+    state = select_weights(source if path is None else load_state(path), weights, _told(source))
+    config = {} if path is None else config_beside(path)
     try:
-        if _has(state, "visual.", "vision_encoder."):
-            return _read_clip(state, text_heads, n_groups, layer_norm_epsilon)
-        if "token_embedding.weight" in state:
-            return _read_text(state, text_heads)
+        if "model_cfg" in config:
+            return _configured_clip(config, state, text_heads, n_groups, layer_norm_epsilon), state
+        if timm.is_model(config.get("architecture", "")):
+            return _configured_encoder(config, act_layer), state
         if "layers.0.norm.weight" in own_keys(state):
             state = own_keys(state)
-            return Architecture("language_model", _language_model(state, n_groups, layer_norm_epsilon)), state
-        name, state = _read_encoder(state, act_layer)
+            said = known_fields(config, _told(source)) if "model_type" in config else {}
+            return Architecture("language_model", _language_model(state, n_groups, layer_norm_epsilon, said)), state
+        return _read_bare(state, text_heads, n_groups, layer_norm_epsilon, act_layer)
+    except UnknownName:
+        raise
     except KeyError as error:
         raise CheckpointError(
             f"{_told(source)} lacks {error.args[0]!r}, from which the architecture would be read"
@@ -196,7 +205,6 @@ def read_published(
             f"{_told(source)} is none of the checkpoints known: CLIP-Mamba, VMamba, SiMBA, CLIMP, MambaOut, Mamba or "
             f"Mamba-2 language models. Its {len(state)} keys begin with: {some}"
         ) from error
-    return Architecture("encoder", name), state
 
 
 class UnknownLayout(ValueError):
@@ -268,11 +276,51 @@ def _online_name(key: str) -> str:
     return first.removesuffix("_e") + dot + rest
 
 
+# ---- what a configuration beside the weights says
+
+
+def _configured_clip(
+    config: dict[str, Any],
+    state: State,
+    text_heads: int | None,
+    n_groups: int | None,
+    layer_norm_epsilon: float | None,
+) -> Architecture:
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if "mamba" not in text_cfg:
+        text_cfg |= {"heads": text_heads} if text_heads is not None else {}
+    elif (n_groups, layer_norm_epsilon) != (None, None):
+        own = _under(state, "text.transformer.")
+        text_cfg["mamba"] = _language_model(own, n_groups, layer_norm_epsilon, text_cfg["mamba"])
+    return Architecture("clip", config)
+
+
+def _configured_encoder(config: dict[str, Any], act_layer: str | None) -> Architecture:
+    told = {"num_classes": config.get("num_classes"), "act_layer": act_layer}
+    arguments = config.get("model_args", {}) | {key: value for key, value in told.items() if value is not None}
+    return Architecture("encoder", {"architecture": config["architecture"], "model_args": arguments})
+
+
 # ---- the layouts
 
 
+def _read_bare(
+    state: State,
+    text_heads: int | None,
+    n_groups: int | None,
+    layer_norm_epsilon: float | None,
+    act_layer: str | None,
+) -> tuple[Architecture, State]:
+    if _has(state, "visual.", "vision_encoder."):
+        return _read_clip(state, text_heads, n_groups, layer_norm_epsilon)
+    if "token_embedding.weight" in state:
+        return _read_text(state, text_heads)
+    encoder, state = _read_encoder(state, act_layer)
+    return Architecture("encoder", encoder), state
+
+
 def _read_clip(
-    state: State, text_heads: int | None, n_groups: int, layer_norm_epsilon: float
+    state: State, text_heads: int | None, n_groups: int | None, layer_norm_epsilon: float | None
 ) -> tuple[Architecture, State]:
     """CLIP-Mamba's, CLIMP's and this package's CLIPs in open_clip's names."""
     if _has(state, "vision_encoder."):
@@ -296,6 +344,8 @@ def _read_clip(
         timm_proj_bias="visual.head.proj.bias" in state,
     )
     model_cfg["vision_cfg"].pop("timm_drop_path", None)
+    if "logit_bias" in state:
+        model_cfg["init_logit_bias"] = 0.0
     if _has(state, "text.transformer.layers."):
         fields = _language_model(_under(state, "text.transformer."), n_groups, layer_norm_epsilon)
         known = model_cfg["text_cfg"]
@@ -336,8 +386,19 @@ def _read_encoder(state: State, act_layer: str | None = None) -> tuple[dict[str,
     raise UnknownLayout
 
 
-def _language_model(state: State, n_groups: int, layer_norm_epsilon: float) -> dict[str, Any]:
-    return language_model_fields(state, n_groups) | dict(layer_norm_epsilon=layer_norm_epsilon)
+def _language_model(
+    state: State, n_groups: int | None, layer_norm_epsilon: float | None, said: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields that shapes tell; of the others those asked for, else those a configuration said, else defaults."""
+    known = dataclasses.asdict(read_config(said)) if said else dict(layer_norm_epsilon=1e-5)
+    if layer_norm_epsilon is not None:
+        known["layer_norm_epsilon"] = layer_norm_epsilon
+    fields = language_model_fields(state, n_groups or known.get("n_groups", 1))
+    if said and said.get("model_type", "mamba") != fields["model_type"]:
+        raise CheckpointError(
+            f"the configuration says {said['model_type']}, the weights are a {fields['model_type']}'s"
+        )
+    return known | fields
 
 
 def own_keys(state: State) -> State:

@@ -17,6 +17,15 @@ from torch import Tensor, nn
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+# Weights under the names that open_clip, timm and Hugging Face give them: the configuration beside them. A folder may
+# hold both forms; open_clip's is then taken, of which there is one reading.
+CONFIGS = {
+    WEIGHTS_NAME: CONFIG_NAME,
+    "open_clip_pytorch_model.bin": CONFIG_NAME,
+    "model.safetensors": "config.json",
+    "model.safetensors.index.json": "config.json",
+    "pytorch_model.bin": "config.json",
+}
 # A key of configurations whose text tower open_clip cannot build, and has no place to add one: it is the argument that
 # open_clip's error says it does not know.
 OURS_ALONE = "made by ssmclip.load and ssmclip.create_clip, not by open_clip"
@@ -117,13 +126,34 @@ def has_own_text(text_cfg: dict[str, Any]) -> bool:
     return "mamba" in text_cfg or text_cfg.get("layers") == 0
 
 
+def config_beside(path: Path) -> dict[str, Any]:
+    """The configuration of weights that have the name their library gives them; {} of any others, or where there is
+    none. Raises CheckpointError when it cannot be read.
+    """
+    name = CONFIGS.get(path.name)
+    return read_json(path.with_name(name)) if name and path.with_name(name).is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A configuration. Raises CheckpointError when it is missing, or no JSON object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_infinity)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.parent} is no model folder: {path.name} cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no configuration but a {type(config).__name__}")
+    return config
+
+
+def _infinity(value: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+
 def load_config(folder: str | Path) -> dict[str, Any]:
     """The configuration `save_model` wrote. Raises CheckpointError when it is missing or has no model in it."""
     path = Path(folder) / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no model folder: {CONFIG_NAME} cannot be read ({error})") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
+    config = read_json(path)
+    if "model_cfg" not in config:
         raise CheckpointError(f"{path} has no 'model_cfg'; it is not an open_clip configuration")
     return config
