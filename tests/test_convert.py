@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import open_clip
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -246,8 +247,39 @@ def test_one_file_of_several_is_named(fake_hub):
     with pytest.raises(CheckpointError, match=r"broken\.pt of someone/checkpoints came with the checksum"):
         hub.download("someone/checkpoints/broken.pt")
     (folder / "broken.pt").unlink()
+    fake_hub.asked.clear()
     with pytest.raises(CheckpointError, match=r"several checkpoints.*name one"):
         ssmclip.load_published("hf-hub:someone/checkpoints")
+    assert not fake_hub.asked
+
+
+def test_weights_in_shards_come_from_the_hub_without_their_neighbours(fake_hub):
+    state = timm.create_model("test_vmamba").state_dict()
+    folder = fake_hub.root / "someone" / "large"
+    folder.mkdir(parents=True)
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(state)}
+    for name in set(names.values()):
+        safetensors.torch.save_file({key: state[key].clone() for key in state if names[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.fp16.safetensors").write_bytes(b"another precision")
+    (folder / "pytorch_model.bin").write_bytes(b"the same again")
+    for file in ("", "/model.safetensors.index.json"):
+        read = ssmclip.load_published(f"hf-hub:someone/large{file}").state_dict()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+    assert set(fake_hub.asked) == {*names.values(), "model.safetensors.index.json"}
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no file model-00002-of-00002"):
+        ssmclip.load_published("hf-hub:someone/large")
+
+
+def test_a_clip_comes_from_a_repository_that_holds_another_librarys_form_too(fake_hub, tiny_clip, tiny_config):
+    folder = fake_hub.root / "someone" / "both"
+    ssmclip.save_model(tiny_clip[0], tiny_config, folder)
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    (folder / "model.safetensors").write_bytes(b"the same in other names")
+    for read in (ssmclip.load("hf-hub:someone/both").model, ssmclip.load_published("hf-hub:someone/both")):
+        assert torch.equal(read.text_projection, tiny_clip[0].text_projection)
+    assert "model.safetensors" not in fake_hub.asked
 
 
 def test_a_language_model_comes_from_the_hub_by_its_name(fake_hub):

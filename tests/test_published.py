@@ -294,10 +294,14 @@ def test_a_language_model_of_transformers_is_read_from_its_folder(kind, more, tm
     )
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    ssmclip.convert(tmp_path / "shards", tmp_path / "again")
     tokens = torch.randint(0, 50, (2, 9))
     truth = theirs.backbone(tokens).last_hidden_state
-    assert relative(ssmclip.load_published(tmp_path)(tokens), truth) < 1e-5
+    for folder in ("whole", "shards", "again"):
+        assert relative(ssmclip.load_published(tmp_path / folder)(tokens), truth) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -483,3 +487,12 @@ def test_a_folder_must_hold_one_checkpoint(tmp_path, tiny_state):
     with pytest.raises(CheckpointError, match=r"several checkpoints, a\.pt, b\.pt"):
         ssmclip.load_published(tmp_path)
     assert torch.equal(ssmclip.load_published(tmp_path / "a.pt").state_dict()[FIRST_NORM], tiny_state[FIRST_NORM])
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no 'weight_map'"):
+        ssmclip.load_published(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "last.pth", "last.ckpt", "checkpoint.pth.tar", "pytorch_model.bin"])
+def test_a_folder_is_read_whatever_its_checkpoint_is_called(tmp_path, tiny_state, name):
+    torch.save(tiny_state, tmp_path / name)
+    assert torch.equal(ssmclip.load_published(tmp_path).state_dict()[FIRST_NORM], tiny_state[FIRST_NORM])

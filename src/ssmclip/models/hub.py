@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from ssmclip.models.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError
+from ssmclip.models.weights import CONFIG_NAME, CONFIGS, INDEX, WEIGHTS_NAME, CheckpointError, shards
 
 HUB = "hf-hub:"
 # In the order of preference: where there is one of the first kind, those of the others are left alone.
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.pth.tar", "*.ckpt")
 
 
 def download(name: str) -> Path:
     """The files of a repository of the hub, in a folder on this machine; or one file of it.
 
     name: OWNER/NAME, or OWNER/NAME/FILE, with or without "hf-hub:" before it. Of a whole repository its configurations
-    and weights. Files come with a progress bar, are compared with the hub's SHA-256 and kept in its cache; when the hub
-    cannot be reached, what is in the cache is taken.
+    and weights, whole or in shards. Files come with a progress bar, are compared with the hub's SHA-256 and kept in its
+    cache; when the hub cannot be reached, what is in the cache is taken.
 
-    Raises FileNotFoundError where there is neither, CheckpointError for a file that is not what the hub says.
+    Raises FileNotFoundError where there is neither, CheckpointError for a file that is not what the hub says, and, with
+    nothing downloaded, for several checkpoints of which none is named.
     """
     owner, _, rest = name.removeprefix(HUB).partition("/")
     repository, _, file = rest.partition("/")
@@ -36,19 +38,40 @@ def download(name: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         return _from_cache(repo, file, error)
     checksums = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in info.siblings}
-    wanted = [file] if file else _wanted(list(checksums))
-    if not set(wanted) <= set(checksums):
-        raise FileNotFoundError(f"{repo} has no file {file}; it has {', '.join(checksums)}")
+
+    def fetch(name: str) -> Path:
+        if name not in checksums:
+            raise FileNotFoundError(f"{repo} has no file {name}; it has {', '.join(checksums)}")
+        return _fetch(repo, name, info.sha, checksums[name])
+
+    top = [name for name in checksums if "/" not in name]
+    weights = file or choose_weights(top, repo)
+    wanted = [file] if file else [*fnmatch.filter(top, "*.json"), *([weights] if weights else [])]
     if not wanted:
         raise FileNotFoundError(f"{repo} has neither configurations nor weights; it has {', '.join(checksums)}")
-    paths = [_fetch(repo, name, info.sha, checksums[name]) for name in wanted]
+    paths = [fetch(name) for name in wanted]
+    if weights and weights.endswith(INDEX):
+        for shard in shards(paths[-1]):
+            fetch(str(PurePosixPath(weights).parent / shard))
     return paths[0] if file else paths[0].parent
 
 
-def _wanted(names: list[str]) -> list[str]:
-    """Configurations, and the weights of the first kind there is."""
-    weights = next((found for kind in WEIGHT_FILES if (found := fnmatch.filter(names, kind))), [])
-    return [name for name in [*fnmatch.filter(names, "*.json"), *weights] if "/" not in name]
+def choose_weights(names: Sequence[str], source: str | Path) -> str | None:
+    """The checkpoint among the files of a folder or repository: the one whose configuration is there too, else the only
+    one of the first kind there is; of one in shards, its index. None where there is none.
+
+    Raises CheckpointError where there are several.
+    """
+    for name, config in CONFIGS.items():
+        if {name, config} <= set(names):
+            return name
+    for kind in WEIGHT_FILES:
+        files = fnmatch.filter(names, kind + INDEX) or fnmatch.filter(names, kind)
+        if len(files) > 1:
+            raise CheckpointError(f"{source} holds several checkpoints, {', '.join(files)}: name one")
+        if files:
+            return files[0]
+    return None
 
 
 def _fetch(repo: str, name: str, revision: str | None, sha256: str | None) -> Path:

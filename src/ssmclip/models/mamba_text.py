@@ -13,7 +13,6 @@ B batch · L positions · E embedding dimensions. There is no positional table: 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from ssmclip.models.hub import download
 from ssmclip.models.mamba import Mamba, Mamba2, at_least_float32
-from ssmclip.models.weights import CheckpointError, load_into, load_state, read_json
+from ssmclip.models.weights import INDEX, CheckpointError, load_into, load_state, read_json
 from ssmclip.registry import UnknownName
 
 __all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText", "load_language_model"]
@@ -231,14 +230,9 @@ def load_language_model(folder: str | Path) -> LanguageModel:
     """
     folder = Path(folder) if Path(folder).is_dir() else download(str(folder))
     model = LanguageModel(read_config(known_fields(read_json(folder / "config.json"), folder)))
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    state = {}
-    for name in names:
-        state |= {own_key(k): v for k, v in load_state(folder / name).items() if k != "lm_head.weight"}
-    load_into(model, state, folder)
+    index = folder / f"model.safetensors{INDEX}"
+    state = load_state(index if index.is_file() else folder / "model.safetensors")
+    load_into(model, own_keys(state), folder)
     return model
 
 
@@ -268,6 +262,10 @@ def _config_type(model_type: str) -> type:
     return CONFIGS[model_type]
 
 
-def own_key(key: str) -> str:
-    """Of a `...ForCausalLM`, or of the first converted checkpoints, which said "embedding"."""
-    return key.removeprefix("backbone.").replace("embedding.", "embeddings.")
+def own_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a `...ForCausalLM` without its output head; the first converted checkpoints said "embedding"."""
+    return {
+        key.removeprefix("backbone.").replace("embedding.", "embeddings."): value
+        for key, value in state.items()
+        if key != "lm_head.weight"
+    }

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from ssmclip.models import simba, vmamba
 from ssmclip.models.clip import clip_config, create_clip
-from ssmclip.models.hub import HUB, WEIGHT_FILES, download
-from ssmclip.models.mamba_text import LanguageModel, known_fields, own_key, read_config
+from ssmclip.models.hub import HUB, WEIGHT_FILES, choose_weights, download
+from ssmclip.models.mamba_text import LanguageModel, known_fields, own_keys, read_config
 from ssmclip.models.registration import name_with_fields
 from ssmclip.models.shapes import (
     State,
@@ -84,9 +84,9 @@ def load_published(
 ) -> nn.Module:
     """The model that published weights belong to, with those weights, in evaluation mode.
 
-    source: a checkpoint file (.safetensors, or what torch.save wrote: no pickled code is run), a folder that holds
-    one, `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FILE` (downloaded once), or what a file contains, a state dict or a
-    dict around one;
+    source: a checkpoint file (.safetensors, the .index.json of one in shards, or what torch.save wrote: no pickled code
+    is run), a folder that holds one, `hf-hub:OWNER/NAME` or `hf-hub:OWNER/NAME/FILE` (downloaded once), or what a file
+    contains, a state dict or a dict around one;
     weights: "online" | "ema", the moving average a training run kept, exactly as saved | "ema_online_bn", the average
     with the batch statistics of the online weights: CLIP-Mamba averages parameters alone, so that the averaged SiMBA
     tower still has the statistics it began with.
@@ -218,13 +218,10 @@ def find_weights(source: str | Path) -> Path:
     path = download(str(source)) if str(source).startswith(HUB) else Path(source)
     if not path.is_dir():
         return path
-    for pattern in WEIGHT_FILES:
-        files = sorted(path.glob(pattern))
-        if len(files) == 1:
-            return files[0]
-        if files:
-            raise CheckpointError(f"{path} holds several checkpoints, {', '.join(f.name for f in files)}: name one")
-    raise CheckpointError(f"{path} holds no checkpoint: no {', '.join(WEIGHT_FILES)}")
+    name = choose_weights(sorted(file.name for file in path.iterdir()), path)
+    if name is None:
+        raise CheckpointError(f"{path} holds no checkpoint: no {', '.join(WEIGHT_FILES)}")
+    return path / name
 
 
 # ---- which of the weights in a file
@@ -399,11 +396,6 @@ def _language_model(
             f"the configuration says {said['model_type']}, the weights are a {fields['model_type']}'s"
         )
     return known | fields
-
-
-def own_keys(state: State) -> State:
-    """A language model's weights in Hugging Face's names, without its output head."""
-    return {own_key(key): value for key, value in state.items() if key != "lm_head.weight"}
 
 
 def _name_as_vmamba(state: State) -> State:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+INDEX = ".index.json"  # the end of the name of what says which weights are in which shard
 # Weights under the names that open_clip, timm and Hugging Face give them: the configuration beside them. A folder may
 # hold both forms; open_clip's is then taken, of which there is one reading.
 CONFIGS = {
     WEIGHTS_NAME: CONFIG_NAME,
     "open_clip_pytorch_model.bin": CONFIG_NAME,
     "model.safetensors": "config.json",
-    "model.safetensors.index.json": "config.json",
+    f"model.safetensors{INDEX}": "config.json",
     "pytorch_model.bin": "config.json",
 }
 # A key of configurations whose text tower open_clip cannot build, and has no place to add one: it is the argument that
@@ -51,7 +52,8 @@ HARMLESS = [
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else).
+    """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else); of
+    the index of one in shards (.index.json), what all of them hold.
 
     Pickles are read with `weights_only=True`: one that would run code is refused. Besides tensors and plain containers
     they may hold what training scripts put beside the weights: an argparse.Namespace, NumPy scalars, paths, a yacs
@@ -61,6 +63,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
+    if path.name.endswith(INDEX):
+        return {key: value for shard in shards(path) for key, value in load_state(path.parent / shard).items()}
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
@@ -79,6 +83,14 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})"
         ) from error
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names. Raises CheckpointError."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{index} has no 'weight_map': it is no index of weights in shards")
+    return sorted(set(named.values()))
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, told: int | None = 4) -> None:
