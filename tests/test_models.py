@@ -6,6 +6,7 @@ import pickle
 import open_clip
 import pytest
 import timm
+import tokenizers
 import torch
 from einops import rearrange
 from timm.models._manipulate import group_parameters
@@ -13,7 +14,17 @@ from torch import nn
 
 import ssmclip
 from ssmclip import ops
-from ssmclip.models import CheckpointError, build_tokenizer, clip_config, create_clip, load_config, load_state, vmamba
+from ssmclip.models import (
+    CheckpointError,
+    build_tokenizer,
+    clip_config,
+    create_clip,
+    load_config,
+    load_state,
+    load_tokenizer,
+    save_tokenizer,
+    vmamba,
+)
 from ssmclip.models.weights import WEIGHTS_NAME, load_into
 from ssmclip.registry import UnknownName
 
@@ -213,6 +224,75 @@ def test_long_captions_keep_their_end_token():
     short, long = tokenizer(["a dog", "dog " * 10_000])
     assert long[-1] == short.max() == 49407
     assert long[1] == long[2] == short[2]
+
+
+WORDS = ["[PAD]", "[END]", "[UNK]", "a", "dog", "two", "cats"]
+CAPTIONS = ["A dog!", "two cats", "a " * 20, ""]
+IDS = [[3, 4, 1, 0, 0], [5, 6, 1, 0, 0], [3, 3, 3, 3, 1], [1, 0, 0, 0, 0]]
+
+
+@pytest.fixture
+def own_tokenizer(tmp_path, tiny_config):
+    """The folder of a tokenizer of seven words, which `tiny_config` names."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A [END]", special_tokens=[("[END]", 1)])
+    folder = tmp_path / "tokenizer"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    how = dict(hf_tokenizer_name=str(folder), tokenizer_kwargs={"clean": "canonicalize"})
+    tiny_config["model_cfg"]["text_cfg"] |= dict(context_length=5, vocab_size=len(WORDS), **how)
+    return folder
+
+
+def test_a_model_that_names_its_own_tokenizer_has_it_and_takes_it_along(tmp_path, tiny_config, own_tokenizer):
+    model = create_clip(tiny_config)
+    for name in ("saved", "again"):
+        if name == "saved":
+            ssmclip.save_model(model, tiny_config, tmp_path / name)
+            save_tokenizer(tiny_config, tmp_path / name)
+            assert build_tokenizer(tiny_config)(CAPTIONS).tolist() == IDS
+            own_tokenizer.rename(tmp_path / "elsewhere")
+        else:
+            ssmclip.convert(tmp_path / "saved", tmp_path / name)
+        for read in (ssmclip.load(tmp_path / name).tokenizer, load_tokenizer(tmp_path / name)):
+            assert read(CAPTIONS).tolist() == IDS
+        assert open_clip.get_tokenizer(f"local-dir:{tmp_path / name}")(CAPTIONS).tolist() == IDS
+    with pytest.raises(FileNotFoundError, match=r"neither on disk.*Give the path of a folder.*hf_tokenizer_name"):
+        build_tokenizer(tiny_config)
+
+
+def test_a_model_of_open_clip_by_its_name_has_its_own_tokenizer(tiny_config, own_tokenizer, monkeypatch):
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: tiny_config["model_cfg"])
+    assert load_tokenizer("open_clip:mine/pretrained")(CAPTIONS).tolist() == IDS
+    assert build_tokenizer(clip_config("open_clip:mine"))(CAPTIONS).tolist() == IDS
+
+
+def test_every_open_clip_model_with_clips_own_tokenizer_has_open_clips():
+    for name in ("ViT-B-32", "ViT-S-32-alt", "coca_ViT-B-32"):
+        ours, theirs = load_tokenizer(f"open_clip:{name}"), open_clip.get_tokenizer(name)
+        assert torch.equal(ours(["two cats", "dog " * 100]), theirs(["two cats", "dog " * 100]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"text_cf": {"width": 16}}, "unknown key of model_cfg 'text_cf'; did you mean 'text_cfg'.*vision_cfg"),
+        ({"vision_cfg": {"foo": 1}}, "unknown key of vision_cfg 'foo'; known: .*image_size"),
+        ({"text_cfg": {"widht": 16}}, "unknown key of text_cfg 'widht'; did you mean 'width'"),
+        ({"text_cfg": {"mamba": {}, "width": 16}}, "unknown key of text_cfg 'width'; known: .*pad_id"),
+    ],
+)
+def test_an_unknown_key_of_a_configuration_lists_the_known(tiny_config, change, says):
+    with pytest.raises(UnknownName, match=says):
+        create_clip({"model_cfg": tiny_config["model_cfg"] | change})
+
+
+def test_a_model_that_writes_captions_is_refused():
+    with pytest.raises(ValueError, match=r"multimodal_cfg.*open_clip\.create_model"):
+        create_clip("open_clip:coca_ViT-B-32")
 
 
 def test_saved_model_loads_here_and_in_open_clip(tmp_path, tiny_clip, tiny_config):

@@ -7,6 +7,8 @@ its own differs. Where open_clip cannot build its text tower, its first key says
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from ssmclip.models.bag_of_words import BagOfWords
 from ssmclip.models.hub import HUB, download
 from ssmclip.models.mamba_text import MambaText
-from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer
+from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer, named_tokenizer
 from ssmclip.models.weights import (
     CONFIG_NAME,
     OURS_ALONE,
@@ -98,9 +100,11 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     """A CLIP with fresh weights. config: a name, or what `clip_config` returned.
 
     The model's forward returns {"image_features": (B, E), "text_features": (B, E), "logit_scale": (), ...}.
+    Raises UnknownName for a key that no configuration has, ValueError for open_clip's models that also write captions.
     """
     config = clip_config(config) if isinstance(config, str) else config
     model_cfg = copy.deepcopy(config["model_cfg"])
+    _check_keys(model_cfg)
     text_cfg = model_cfg.get("text_cfg", {})
     custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
     model_cfg.pop(OURS_ALONE, None)
@@ -111,6 +115,23 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     if grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def _check_keys(model_cfg: dict[str, Any]) -> None:
+    if "multimodal_cfg" in model_cfg:
+        raise ValueError(
+            "a model with multimodal_cfg writes captions as well, which is made by open_clip.create_model alone: "
+            "leave multimodal_cfg out for its two encoders, or ask for another model"
+        )
+    top = {*inspect.signature(open_clip.CustomTextCLIP).parameters, "custom_text", OURS_ALONE}
+    text = {field.name for field in dataclasses.fields(open_clip.CLIPTextCfg)}
+    if "mamba" in model_cfg.get("text_cfg", {}):
+        text = {*inspect.signature(MambaText).parameters, "hf_tokenizer_name"}
+    vision = {field.name for field in dataclasses.fields(open_clip.CLIPVisionCfg)}
+    for part, known in (("", top - {"output_dict"}), ("text_cfg", text - {"embed_dim"}), ("vision_cfg", vision)):
+        for key in model_cfg.get(part, {}) if part else model_cfg:
+            if key not in known:
+                raise UnknownName(f"key of {part or 'model_cfg'}", key, known)
 
 
 def _create_with_own_text(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any) -> open_clip.CustomTextCLIP:
@@ -159,31 +180,37 @@ def image_transform(size: int | Sequence[int], interpolation: str | None = None,
 
 def build_tokenizer(
     config: dict[str, Any], folder: Path | None = None
-) -> open_clip.SimpleTokenizer | LanguageModelTokenizer:
-    """The model's tokenizer at its context length: a language model's own where `text_cfg.hf_tokenizer_name` names it
-    or `folder` holds its tokenizer.json, else CLIP's byte pairs, where a caption that is cut keeps its end token.
+) -> open_clip.SimpleTokenizer | open_clip.tokenizer.HFTokenizer | LanguageModelTokenizer:
+    """The model's tokenizer at its context length: the one that `text_cfg.hf_tokenizer_name` names, or whose
+    tokenizer.json is in `folder`, a language model's as it is and any other as open_clip makes it; else CLIP's byte
+    pairs, where a caption that is cut keeps its end token.
 
-    Raises FileNotFoundError when a language model's tokenizer is not on disk and cannot be downloaded.
+    Raises FileNotFoundError when a tokenizer is not on disk and cannot be downloaded.
     """
     text_cfg = config["model_cfg"]["text_cfg"]
-    if "mamba" in text_cfg:
-        beside = folder is not None and (folder / FILE_NAME).is_file()
-        name = str(folder / FILE_NAME) if beside else text_cfg.get("hf_tokenizer_name")
-        if name:
-            return LanguageModelTokenizer(
-                find_tokenizer(name), text_cfg.get("context_length"), text_cfg.get("pad_id", 0)
-            )
-    return open_clip.SimpleTokenizer(context_length=text_cfg.get("context_length") or 77)
+    name = text_cfg.get("hf_tokenizer_name")
+    beside = folder is not None and (folder / FILE_NAME).is_file()
+    if "mamba" in text_cfg and (name or beside):
+        file = folder / FILE_NAME if beside else find_tokenizer(name)
+        return LanguageModelTokenizer(file, text_cfg.get("context_length"), text_cfg.get("pad_id", 0))
+    how = dict(context_length=text_cfg.get("context_length") or 77, **(text_cfg.get("tokenizer_kwargs") or {}))
+    if "mamba" in text_cfg or not name:
+        return open_clip.SimpleTokenizer(**how)
+    return named_tokenizer(str(folder) if beside else name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **how)
 
 
 def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
-    """Put a language model's tokenizer.json beside the weights in `folder`, where `load` looks first.
+    """Put the files of the tokenizer that a configuration names beside the weights, where `load` looks first.
 
     CLIP's own byte pairs come with the package: nothing to do for them. Raises FileNotFoundError as `build_tokenizer`.
     """
     text_cfg = config["model_cfg"]["text_cfg"]
-    if "mamba" in text_cfg and text_cfg.get("hf_tokenizer_name"):
+    if not text_cfg.get("hf_tokenizer_name"):
+        return
+    if "mamba" in text_cfg:
         shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
+    else:
+        build_tokenizer(config).save_pretrained(str(folder))
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | tuple[int, int] | None = None) -> Loaded:
@@ -219,7 +246,7 @@ def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
     """
     name = str(name)
     if name.startswith(OPEN_CLIP):
-        return open_clip.get_tokenizer(name.removeprefix(OPEN_CLIP).partition("/")[0])
+        return build_tokenizer(clip_config(name.partition("/")[0]))
     config, folder = _configured(name)
     text_cfg = config["model_cfg"]["text_cfg"]
     if file is None or "mamba" not in text_cfg:
@@ -258,4 +285,4 @@ def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | 
         name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
     )
     preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
-    return Loaded(model.eval(), preprocess, open_clip.get_tokenizer(name))
+    return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": _open_clip_config(name)}))

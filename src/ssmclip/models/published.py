@@ -41,7 +41,7 @@ from ssmclip.models.shapes import (
     simba_fields,
     vmamba_fields,
 )
-from ssmclip.models.tokenizer import FILE_NAME as TOKENIZER_NAME
+from ssmclip.models.tokenizer import FILES as TOKENIZER_FILES
 from ssmclip.models.weights import CheckpointError, config_beside, load_into, load_state, save_model
 from ssmclip.registry import UnknownName
 
@@ -136,7 +136,7 @@ def convert(
     """Write published weights as a folder that others read without this function: safetensors and a configuration.
 
     source, weights, and what shapes cannot tell: as in `load_published`. Of a CLIP `open_clip_config.json` and weights,
-    and the tokenizer.json beside the original where there is one, which `ssmclip.load(folder)` reads, and
+    and the tokenizer's files beside the original where there is one, which `ssmclip.load(folder)` reads, and
     `open_clip.create_model_and_transforms("local-dir:" + folder)` too once ssmclip is imported (but for text towers
     that are no transformers: open_clip cannot build them, and its error names `ssmclip.load`); of an image encoder
     timm's form, `timm.create_model("local-dir:" + folder, pretrained=True)`; of a language model Hugging Face's.
@@ -152,8 +152,11 @@ def convert(
     folder.mkdir(parents=True, exist_ok=True)
     if architecture.kind == "clip":
         save_model(model, architecture.config, folder)
-        if isinstance(source, str | Path) and (tokenizer := find_weights(source).with_name(TOKENIZER_NAME)).is_file():
-            shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
+        if isinstance(source, str | Path):
+            beside = find_weights(source).parent
+            for name in TOKENIZER_FILES:
+                if (beside / name).is_file():
+                    shutil.copyfile(beside / name, folder / name)
     elif architecture.kind == "encoder":
         arguments = {k: v for k, v in architecture.config["model_args"].items() if k != "num_classes"}
         name = {"architecture": architecture.config["architecture"]}

@@ -1,16 +1,20 @@
-"""Tokenizers of language models, from the checkpoint's own `tokenizer.json`."""
+"""Tokenizers that come as files: of language models, and of the open_clip models that name one of their own."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+import open_clip
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
 FILE_NAME = "tokenizer.json"
+# And what Hugging Face puts beside it: which tokens fill up and end a text, and which class reads them.
+FILES = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json")
 
 
 class LanguageModelTokenizer:
@@ -61,3 +65,19 @@ def find_tokenizer(name: str) -> Path:
             f"the tokenizer of {name} is neither on disk nor to be had from the hub ({str(error).splitlines()[0]}). "
             f"Give the path of its {FILE_NAME}, or of the folder that holds it, as text_cfg.hf_tokenizer_name"
         ) from error
+
+
+def named_tokenizer(name: str, **how: Any) -> open_clip.tokenizer.HFTokenizer:
+    """open_clip's tokenizer of a folder or a repository of the Hugging Face hub; how: its other arguments.
+
+    Raises FileNotFoundError when it is not on disk and cannot be downloaded, ImportError without transformers.
+    """
+    try:
+        return open_clip.tokenizer.HFTokenizer(name, **how)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise FileNotFoundError(
+            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({str(error).splitlines()[0]}). "
+            f"Give the path of a folder with its {' and '.join(FILES[:2])} as text_cfg.hf_tokenizer_name"
+        ) from error
+    except ImportError as error:
+        raise ImportError(f"the tokenizer of {name} needs transformers: pip install transformers") from error
