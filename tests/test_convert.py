@@ -302,14 +302,19 @@ def test_push_makes_the_repository_and_sends_the_folder(tiny_clip, tiny_config, 
         assert exist_ok
         return f"https://huggingface.co/{repo}"
 
-    def upload_folder(self, folder_path, repo_id, commit_message):
-        sent[repo_id] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+    def upload_folder(self, folder_path, repo_id, commit_message, ignore_patterns=None):
+        names = [path.name for path in Path(folder_path).iterdir()]
+        names = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        sent[repo_id] = {name: (Path(folder_path) / name).read_bytes() for name in names}
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     ssmclip.save_model(tiny_clip[0], tiny_config, tmp_path / "clip")
+    for name in ("state.pt", ".notes", "tokenizer.json"):
+        (tmp_path / "clip" / name).write_text("{}")
     assert main(["push", str(tmp_path / "clip"), "someone/clip", "--private"]) == 0
     assert sent["private"]
+    assert set(sent["someone/clip"]) == {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"}
     assert json.loads(sent["someone/clip"]["open_clip_config.json"]) == tiny_config
     with pytest.raises(CheckpointError, match=r"holds no model: neither open_clip_config\.json and"):
         ssmclip.push(tmp_path, "someone/clip")

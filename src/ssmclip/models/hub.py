@@ -17,6 +17,9 @@ HUB = "hf-hub:"
 # In the order of preference: where there is one of the first kind, those of the others are left alone.
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.pth.tar", "*.ckpt")
 
+# Of a training run's checkpoint the optimizer's state, twice the model, from which nothing but that run goes on.
+NOT_SENT = ["state.pt", ".*"]
+
 
 def download(name: str) -> Path:
     """The files of a repository of the hub, in a folder on this machine; or one file of it.
@@ -110,8 +113,8 @@ def _from_cache(repo: str, file: str, reason: Exception) -> Path:
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload a model folder (`convert` and `save_model` write them) to the hub; returns the repository's address.
 
-    repo: OWNER/NAME, made where it does not exist. The token is the one `hf auth login` keeps. Raises CheckpointError
-    for a folder that holds no model.
+    repo: OWNER/NAME, made where it does not exist. What a training run goes on from, and hidden files, stay here. The
+    token is the one `hf auth login` keeps. Raises CheckpointError for a folder that holds no model.
     """
     folder = Path(folder)
     forms = [(CONFIG_NAME, WEIGHTS_NAME), ("config.json", "model.safetensors")]
@@ -122,5 +125,5 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
         )
     api = huggingface_hub.HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Add model")
+    api.upload_folder(folder_path=folder, repo_id=repo, commit_message="Add model", ignore_patterns=NOT_SENT)
     return str(url)
