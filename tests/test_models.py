@@ -93,6 +93,23 @@ def test_reset_classifier_gives_pooled_features_then_a_new_head(name):
     assert model(image).shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["test_vmamba", "test_simba"])
+@torch.no_grad()
+def test_drop_rate_is_a_dropout_before_the_head(name):
+    model = timm.create_model(name, num_classes=7, drop_rate=0.4)
+    model.get_classifier().bias.normal_()
+    image = torch.randn(2, 3, 32, 32)
+    features = model.forward_head(model.forward_features(image), pre_logits=True)
+    torch.manual_seed(5)
+    truth = model.get_classifier()(nn.Dropout(0.4)(features))
+    assert not torch.equal(truth, model.get_classifier()(features))
+    torch.manual_seed(5)
+    torch.testing.assert_close(model.forward_head(model.forward_features(image)), truth)
+    model.eval()  # from here on without it
+    features = model.forward_head(model.forward_features(image), pre_logits=True)
+    torch.testing.assert_close(model(image), model.get_classifier()(features))
+
+
 @torch.no_grad()
 def test_features_only_gives_what_the_blocks_gave():
     model = timm.create_model("test_vmamba").eval()

@@ -149,8 +149,8 @@ class SiMBA(nn.Module):
 
     depths, dims, mlp_ratios: blocks, channels and hidden channels over dim of the stages; stem_dim: channels of the
     stem; d_state, d_conv, expand: see `Mamba`; channel_mixer: "mlp" (with a depthwise convolution, as in CLIP-Mamba) |
-    "einfft"; drop_path_rate: of the last block, growing linearly from 0; global_pool: "token" (the mean of the last
-    map, through the class block) | "" for that map itself.
+    "einfft"; drop_rate: dropout before the head; drop_path_rate: of the last block, growing linearly from 0;
+    global_pool: "token" (the mean of the last map, through the class block) | "" for that map itself.
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
     """
@@ -165,6 +165,7 @@ class SiMBA(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         channel_mixer: Literal["mlp", "einfft"] = "mlp",
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -179,6 +180,7 @@ class SiMBA(nn.Module):
             raise ValueError(f"channel_mixer {channel_mixer!r}: 'mlp' or 'einfft'")
         self.num_features = self.head_hidden_size = dims[-1]
         self.num_stages = len(dims)
+        self.drop_rate = drop_rate
         self.grad_checkpointing = False
         mamba = dict(d_state=d_state, d_conv=d_conv, expand=expand)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
@@ -222,7 +224,7 @@ class SiMBA(nn.Module):
             for block in self.post_network:
                 x = block(x)
             x = getattr(self, f"norm{self.num_stages}")(x[:, 0, 0])
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(F.dropout(x, self.drop_rate, self.training))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
         return self.forward_head(self.forward_features(x))

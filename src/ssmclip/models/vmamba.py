@@ -232,10 +232,11 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """LN at every position, then the mean over positions, then the linear head (none when num_classes is 0)."""
+    """LN at every position, then the mean over positions, then dropout and the linear head (no head for 0 classes)."""
 
-    def __init__(self, dim: int, num_classes: int, global_pool: str = "avg"):
+    def __init__(self, dim: int, num_classes: int, global_pool: str = "avg", drop_rate: float = 0.0):
         super().__init__()
+        self.drop_rate = drop_rate
         self.norm = nn.LayerNorm(dim)
         self.reset(dim, num_classes, global_pool)
 
@@ -250,7 +251,7 @@ class Classifier(nn.Module):
         """x: normalised map."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self.head(F.dropout(x, self.drop_rate, self.training))
 
 
 class VMamba(nn.Module):
@@ -262,7 +263,7 @@ class VMamba(nn.Module):
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch"; conv_act: and then a GELU, where the
     published ones have none, but in the middle of the stem. Both make it learn faster from few images;
-    drop_path_rate: of the last block, growing linearly from 0.
+    drop_rate: dropout before the head; drop_path_rate: of the last block, growing linearly from 0.
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
     """
@@ -282,6 +283,7 @@ class VMamba(nn.Module):
         downsample: Literal["v1", "v3"] = "v3",
         conv_norm: Literal["layer", "batch"] = "layer",
         conv_act: bool = False,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -314,7 +316,7 @@ class VMamba(nn.Module):
             if i + 1 < len(dims):
                 halving = build_downsample(dim, dims[i + 1], downsample, CONV_NORMS[conv_norm], conv_act)
             self.layers.append(Stage(blocks, halving))
-        self.classifier = Classifier(dims[-1], num_classes, global_pool)
+        self.classifier = Classifier(dims[-1], num_classes, global_pool, drop_rate)
         self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f"layers.{i}") for i, dim in enumerate(dims)]
         self.apply(_init_linear)
 
