@@ -217,6 +217,10 @@ def test_a_ratio_is_found_for_all_dims_at_once(dims, ratio):
         ("mambaout_femto", dict(depths=(1, 1), dims=(12, 16), num_classes=0, expansion_ratio=3.0, kernel_size=5)),
         ("mambaout_small_rw", dict(depths=(1, 1, 1), dims=(12, 16, 20), num_classes=3, conv_ratio=1.25)),
         ("test_mambaout", dict(num_classes=5)),  # SiLU, which its exact shapes tell
+        # ... and those which differ in depths and widths alone
+        *((name, dict(depths=(1, 1), dims=(12, 20), num_classes=3)) for name in timm.list_models("*mambaout*_rw")),
+        ("test_mambaout", dict(depths=(1, 2), dims=(12, 20), num_classes=3)),
+        ("mambaout_small_rw", dict(depths=(1, 1), dims=(16, 16), num_classes=3)),
         ("mambaout_femto_linear_head", dict(depths=(1, 1, 1, 1), dims=(9, 14, 20, 33), num_classes=0)),
     ],
 )

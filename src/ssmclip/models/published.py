@@ -91,11 +91,12 @@ def load_published(
     with the batch statistics of the online weights: CLIP-Mamba averages parameters alone, so that the averaged SiMBA
     tower still has the statistics it began with.
 
-    What shapes cannot tell is what was asked for here, else what the configuration says that lies beside weights
-    which have the name open_clip, timm or Hugging Face give them (open_clip_model.safetensors, model.safetensors), else
-    a default: text_heads, of CLIP's text transformer, 64 channels each (16 where it has fewer than 256); n_groups and
-    layer_norm_epsilon, of a Mamba language model, 1 and 1e-5; act_layer, of a MambaOut, "gelu" where its shapes are
-    none of timm's models'. With a configuration of open_clip's or timm's the model may be any that those know.
+    What shapes cannot tell is what was asked for here, else what the configuration says that lies beside weights which
+    have the name open_clip, timm or Hugging Face give them (open_clip_model.safetensors, model.safetensors), else a
+    default: text_heads, of CLIP's text transformer, 64 channels each (16 where it has fewer than 256); n_groups and
+    layer_norm_epsilon, of a Mamba language model, 1 and 1e-5; act_layer, of a MambaOut, that of timm's model which
+    differs in depths and widths at most, "gelu" where there is none. With a configuration of open_clip's or timm's the
+    model may be any that those know.
 
     Returns, for a CLIP, an open_clip model with `encode_image` and `encode_text`; for an image encoder, the timm model,
     which gives logits where the file has a classifier, else features; for CLIP's text tower alone, `ClipText`; for a
@@ -443,21 +444,32 @@ def _defaults(encoder: type) -> dict[str, Any]:
 
 
 def _name_mambaout(state: State, act_layer: str | None) -> dict[str, Any]:
-    """timm's model of exactly these shapes, which knows its activation; else the arguments that give them."""
+    """timm's model of exactly these shapes; else the arguments that give them, the activation of timm's nearest kin."""
     fields = mambaout_fields(state)
     ours = {"num_classes": fields.pop("num_classes")}
     if (in_chans := fields.pop("in_chans")) != 3:
         ours["in_chans"] = in_chans
     linear_head = "head.pre_logits.fc.weight" not in state
-    for name in timm.list_models(MAMBAOUTS):
-        if name.endswith("_linear_head") != linear_head:
-            continue
+    names = [name for name in timm.list_models(MAMBAOUTS) if name.endswith("_linear_head") == linear_head]
+    for name in names:
         if _timm_fields(name) == fields:
             return {"architecture": name, "model_args": ours | ({"act_layer": act_layer} if act_layer else {})}
+    # But for depths and widths timm's models are of few kinds, each with its activation.
+    kin = next((name for name in names if _kind(_timm_fields(name)) == _kind(fields)), None)
+    act_layer = act_layer or (_timm_activation(kin) if kin else "gelu")
     family = "mambaout_femto_linear_head" if linear_head else "mambaout_femto"
     if linear_head:
         del fields["head_fn"]
-    return {"architecture": family, "model_args": fields | dict(act_layer=act_layer or "gelu") | ours}
+    return {"architecture": family, "model_args": fields | dict(act_layer=act_layer) | ours}
+
+
+def _kind(fields: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in fields.items() if field not in ("depths", "dims")}
+
+
+def _timm_activation(name: str) -> str:
+    with torch.device("meta"):
+        return type(timm.create_model(name).stages[0].blocks[0].act).__name__.lower()
 
 
 @functools.cache

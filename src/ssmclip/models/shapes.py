@@ -111,17 +111,20 @@ def mambaout_fields(state: State) -> dict[str, Any]:
     dims = tuple(len(state[f"{block}.norm.weight"]) for block in first)
     hidden = [state[f"{block}.fc2.weight"].shape[1] for block in first]
     convolved = [len(state[f"{block}.conv.weight"]) for block in first]
-    # "conv" normalises what the convolution made, "conv_nf" what it is given.
+    stem_mid_norm, layer_scale = "stem.norm1.weight" in state, "stages.0.blocks.0.ls.gamma" in state
+    # "conv" normalises what the convolution made, "conv_nf" what it is given. Where all widths are equal that leaves no
+    # trace; timm's models with "conv_nf" are those with layer scale and one norm in the stem.
     before = [i for i in stages[1:] if len(state[f"stages.{i}.downsample.norm.weight"]) != dims[i]]
+    likely = len(set(dims)) == 1 and layer_scale and not stem_mid_norm
     return dict(
         depths=tuple(count(state, f"stages.{i}.blocks.") for i in stages),
         dims=dims,
         expansion_ratio=common_ratio(list(zip(dims, hidden, strict=True))),
         conv_ratio=common_ratio(list(zip(dims, convolved, strict=True))),
         kernel_size=state["stages.0.blocks.0.conv.weight"].shape[2],
-        stem_mid_norm="stem.norm1.weight" in state,
-        ls_init_value=1e-6 if "stages.0.blocks.0.ls.gamma" in state else None,
-        downsample="conv_nf" if before else "conv",
+        stem_mid_norm=stem_mid_norm,
+        ls_init_value=1e-6 if layer_scale else None,
+        downsample="conv_nf" if before or likely else "conv",
         head_fn="default" if "head.pre_logits.norm.weight" in state else "norm_mlp",
         num_classes=classes(state, "head.fc"),
         in_chans=state["stem.conv1.weight"].shape[1],
