@@ -377,14 +377,48 @@ def test_an_older_vmamba_has_other_names_for_the_same(tiny_state):
         assert torch.equal(value, model.state_dict()[key])
 
 
-def test_matrices_kept_as_1x1_convolutions_are_matrices(tiny_state):
+@pytest.mark.parametrize("downsample", ["v1", "v3"])
+def test_matrices_kept_as_1x1_convolutions_are_matrices(downsample):
+    matrices = perturbed(timm.create_model("test_vmamba", num_classes=0, downsample=downsample)).state_dict()
     state = {
-        k: v[:, :, None, None] if re.search(r"(in|out)_proj|fc", k) and v.ndim == 2 else v
-        for k, v in tiny_state.items()
+        k: v[:, :, None, None] if re.search(r"(in|out)_proj|fc|reduction", k) and v.ndim == 2 else v
+        for k, v in matrices.items()
     }
     assert state["layers.0.blocks.0.mlp.fc1.weight"].ndim == 4
     for key, value in ssmclip.load_published(state).state_dict().items():
-        assert torch.equal(value, tiny_state[key])
+        assert torch.equal(value, matrices[key])
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"patch_embed.0.weight": torch.zeros(8)}, r"other shapes.*patch_embed\.0\.weight \(8,\)"),
+        ({"layers.0.blocks.0.op.x_proj.weight": torch.zeros(7, 3)}, r"other shapes.*\[4, -1, 3\]"),
+        ({1: torch.zeros(2)}, "1 are no tensors with a name"),
+    ],
+)
+def test_weights_of_other_shapes_than_their_names_say_are_refused(tiny_state, changed, says):
+    with pytest.raises(CheckpointError, match=says):
+        ssmclip.load_published(tiny_state | changed)
+
+
+@pytest.mark.parametrize("key", ["token_embedding.weight", "positional_embedding", "text_projection"])
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
+def test_a_text_tower_of_other_shapes_is_refused(key, shape):
+    state = {
+        "token_embedding.weight": torch.zeros(50, 16),
+        "positional_embedding": torch.zeros(7, 16),
+        "text_projection": torch.zeros(16, 8),
+        "transformer.resblocks.0.mlp.c_fc.weight": torch.zeros(64, 16),
+    }
+    with pytest.raises(CheckpointError, match=r"other shapes|does not fit|missing"):
+        ssmclip.load_published(state | {key: torch.zeros(shape)})
+
+
+def test_a_file_of_something_else_says_what_it_holds(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list; read are a state dict"):
+        ssmclip.load_published(tmp_path / "list.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -197,7 +197,7 @@ def read_published(
             said = known_fields(config, _told(source)) if "model_type" in config else {}
             return Architecture("language_model", _language_model(state, n_groups, layer_norm_epsilon, said)), state
         return _read_bare(state, text_heads, n_groups, layer_norm_epsilon, act_layer)
-    except UnknownName:
+    except (CheckpointError, UnknownName):
         raise
     except KeyError as error:
         raise CheckpointError(
@@ -208,6 +208,12 @@ def read_published(
         raise CheckpointError(
             f"{_told(source)} is none of the checkpoints known: CLIP-Mamba, VMamba, SiMBA, CLIMP, MambaOut, Mamba or "
             f"Mamba-2 language models. Its {len(state)} keys begin with: {some}"
+        ) from error
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # a weight with other axes
+        some = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:4])
+        raise CheckpointError(
+            f"{_told(source)} has the names of a checkpoint that is known but other shapes, of which no architecture "
+            f"can be made ({error}). Its {len(state)} weights begin with: {some}"
         ) from error
 
 
@@ -259,16 +265,16 @@ def select_weights(held: Mapping[str, Any], weights: str, source: str = "the sta
 
 def unwrap(state: Mapping[str, Any], source: str) -> State:
     """Without the prefixes of DistributedDataParallel and torch.compile. Raises CheckpointError for no tensors."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    other = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
     if other or not state:
-        told = f"{', '.join(map(str, other[:4]))} are no tensors" if other else "it is empty"
+        told = f"{', '.join(map(str, other[:4]))} are no tensors with a name" if other else "it is empty"
         raise CheckpointError(
             f"{source} holds no state dict: {told}. Known are a flat dict of tensors, and one under any of "
             f"{', '.join(ONLINE + AVERAGED)}"
         )
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return dict(state)
 
 
@@ -423,7 +429,7 @@ VMAMBA = [
     (r"\.self_attention\.", ".op."),
     (r"^(norm|head)\.", r"classifier.\1."),
 ]
-LINEAR = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+LINEAR = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")
 
 
 def _named(variants: dict[str, dict], family: str, encoder: type, fields: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ssmclip.models.weights import CheckpointError
+
 State = dict[str, Tensor]
 
 # CLIP's text transformers have heads of 64 channels (OpenAI's, open_clip's and CLIP-Mamba's). Narrower ones than any
@@ -155,7 +157,8 @@ def clip_text_fields(state: State, heads: int | None = None) -> dict[str, Any]:
 def language_model_fields(state: State, n_groups: int = 1) -> dict[str, Any]:
     """The fields of a language model's config, with its `model_type`.
 
-    n_groups: of Mamba-2, whose weights tell n_groups * state_size but not the two.
+    n_groups: of Mamba-2, whose weights tell n_groups * state_size but not the two. Raises CheckpointError where it does
+    not divide that.
     """
     mixer = "layers.0.mixer"
     vocab_size, hidden_size = state["embeddings.weight"].shape
@@ -179,7 +182,7 @@ def language_model_fields(state: State, n_groups: int = 1) -> dict[str, Any]:
     inner, num_heads = state[f"{mixer}.out_proj.weight"].shape[1], len(state[f"{mixer}.A_log"])
     both = (len(state[f"{mixer}.conv1d.weight"]) - inner) // 2  # of B, as of C: n_groups * state_size
     if both % n_groups:
-        raise ValueError(f"n_groups={n_groups} does not divide n_groups * state_size = {both} of these weights")
+        raise CheckpointError(f"n_groups={n_groups} does not divide n_groups * state_size = {both} of these weights")
     return fields | dict(
         model_type="mamba2",
         state_size=both // n_groups,

@@ -72,7 +72,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is cut short or is no safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is no torch checkpoint, or unpickling it would run code "
@@ -83,6 +83,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})"
         ) from error
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{path} holds a {type(held).__name__}; read are a state dict, and a dict around one")
+    return held
 
 
 def shards(index: Path) -> list[str]:
