@@ -127,6 +127,8 @@ def test_a_clip_is_read_back_by_open_clip_and_ssmclip(odd_checkpoint, tmp_path):
         ("simba", {**ODD, "d_state": 5, "num_classes": 0, "in_chans": 1}),
         ("mambaout_femto", {**ODD, "num_classes": 4}),
         ("mambaout_femto", {**ODD, "num_classes": 4, "act_layer": "silu"}),
+        ("mambaout_femto_linear_head", {**ODD, "num_classes": 4}),
+        ("mambaout_femto_linear_head", {**ODD, "num_classes": 0, "in_chans": 1}),
     ],
 )
 @torch.no_grad()

@@ -9,8 +9,9 @@ gated convolution. timm's head has a hidden layer, so that its output without cl
 from __future__ import annotations
 
 import timm
-from timm.models import register_model
-from torch import nn
+from timm.models import load_pretrained, register_model
+from timm.models.mambaout import checkpoint_filter_fn as name_as_timm
+from torch import Tensor, nn
 
 from ssmclip.models.registration import take_fields
 
@@ -23,17 +24,37 @@ def _register(size: str) -> None:
     original = f"mambaout_{size}"
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
-        model = timm.create_model(original, pretrained=pretrained, **take_fields(kwargs))
-        if hasattr(model, "head"):  # features_only leaves none
-            model.head.pre_logits = nn.Identity()
-            model.head.num_features = model.num_features
-            model.reset_classifier(model.num_classes)
+        if kwargs.get("features_only"):  # no head
+            return timm.create_model(original, pretrained=pretrained, **take_fields(kwargs))
+        model = timm.create_model(original, **take_fields(kwargs))
+        model.head.pre_logits = nn.Identity()
+        model.head.num_features = model.num_features
+        model.reset_classifier(model.num_classes)
+        if pretrained:
+            load_pretrained(
+                model,
+                num_classes=model.num_classes,
+                in_chans=model.stem.conv1.in_channels,
+                filter_fn=_with_linear_head,
+                cache_dir=kwargs.get("cache_dir"),
+            )
         return model
 
     entrypoint.__name__ = f"{original}_linear_head"
     entrypoint.__module__ = __name__
-    entrypoint.__doc__ = f"timm's {original}, its keys and arguments; head: mean -> LN -> Linear, new where pretrained."
+    entrypoint.__doc__ = (
+        f"timm's {original}, its keys and arguments; head: mean -> LN -> Linear, new for timm's weights."
+    )
     register_model(entrypoint)
+
+
+def _with_linear_head(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of this model as they are; of timm's, the model's own last layer in place of a head of two."""
+    state = name_as_timm(state, model)
+    if "head.pre_logits.fc.weight" not in state:
+        return state
+    kept = {key: value for key, value in state.items() if not key.startswith(("head.fc.", "head.pre_logits."))}
+    return kept | {key: value for key, value in model.state_dict().items() if key.startswith("head.fc.")}
 
 
 for _size in SIZES:
