@@ -125,6 +125,7 @@ def test_a_clip_is_read_back_by_open_clip_and_ssmclip(odd_checkpoint, tmp_path):
         ("test_vmamba", {}),
         ("vmamba", {**ODD, "num_classes": 5}),
         ("simba", {**ODD, "d_state": 5, "num_classes": 0, "in_chans": 1}),
+        ("simba", {**ODD, "num_classes": 3, "aux_head": True}),
         ("mambaout_femto", {**ODD, "num_classes": 4}),
         ("mambaout_femto", {**ODD, "num_classes": 4, "act_layer": "silu"}),
         ("mambaout_femto_linear_head", {**ODD, "num_classes": 4}),

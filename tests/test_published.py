@@ -131,6 +131,7 @@ SIMBAS = [
     dict(d_state=5, d_conv=3, expand=3, num_classes=4, mlp_ratios=(1, 2.5, 3, 1.2)),
     dict(channel_mixer="einfft", dims=(8, 12, 16, 20), stem_dim=3, in_chans=2),
     dict(depths=(1, 11), dims=(10, 14), mlp_ratios=(0.7, 2), num_classes=2),
+    dict(aux_head=True, num_classes=3),
 ]
 TINY = dict(depths=(1, 2, 1, 1), dims=(8, 14, 20, 36), num_classes=0)
 ENCODERS = [("vmamba", fields) for fields in VMAMBAS] + [("simba", fields) for fields in SIMBAS]

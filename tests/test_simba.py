@@ -42,8 +42,26 @@ def test_parameter_counts_are_those_of_the_original(name):
 def test_parameter_count_with_einfft_is_that_of_the_original():
     """The original was counted with an auxiliary head of 1000 classes beside the head."""
     with torch.device("meta"):
-        model = timm.create_model("simba_large", channel_mixer="einfft")
-    assert parameters(model) + parameters(model.get_classifier()) == 36_641_264
+        assert parameters(timm.create_model("simba_large", channel_mixer="einfft", aux_head=True)) == 36_641_264
+        assert parameters(timm.create_model("simba_large", aux_head=True)) == 66_762_512
+
+
+@torch.no_grad()
+def test_the_second_head_adds_half_of_its_largest_logits_over_the_map():
+    torch.manual_seed(0)
+    model = SiMBA(**TINY_FIELDS, aux_head=True).double().eval()
+    image = torch.randn(2, 3, 70, 40, dtype=torch.float64)
+    features = model.forward_features(image)
+    truth = model.head(model.forward_head(features, pre_logits=True))
+    for row, own in zip(truth, features.flatten(1, 2), strict=True):
+        normed = (own - own.mean(1, keepdim=True)) / (own.var(1, keepdim=True, correction=0) + 1e-6).sqrt()
+        at_positions = (normed * model.norm4.weight + model.norm4.bias) @ model.aux_head.weight.T + model.aux_head.bias
+        row += torch.stack([logits.max() for logits in at_positions.T]) / 2
+    torch.testing.assert_close(model(image), truth, rtol=1e-9, atol=1e-12)
+    model.reset_classifier(3)
+    model.double()
+    assert not any("aux" in key for key in model.state_dict())
+    torch.testing.assert_close(model(image), model.head(model.forward_head(features, pre_logits=True)))
 
 
 @pytest.mark.parametrize("length", [1, 3, 29])

@@ -103,6 +103,7 @@ def simba_fields(state: State) -> dict[str, Any]:
         channel_mixer="einfft" if einfft else "mlp",
         num_classes=classes(state, "head"),
         in_chans=state["patch_embed1.conv.0.weight"].shape[1],
+        aux_head="aux_head.weight" in state,
     )
 
 

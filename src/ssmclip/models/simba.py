@@ -150,7 +150,9 @@ class SiMBA(nn.Module):
     depths, dims, mlp_ratios: blocks, channels and hidden channels over dim of the stages; stem_dim: channels of the
     stem; d_state, d_conv, expand: see `Mamba`; channel_mixer: "mlp" (with a depthwise convolution, as in CLIP-Mamba) |
     "einfft"; drop_rate: dropout before the head; drop_path_rate: of the last block, growing linearly from 0;
-    global_pool: "token" (the mean of the last map, through the class block) | "" for that map itself.
+    global_pool: "token" (the mean of the last map, through the class block) | "" for that map itself; aux_head: the
+    second head of models trained with token labelling, whose logits at each position, the largest of each class over
+    the pooled map, are added by half (in training too, where the original gives the parts to a loss of its own).
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
     """
@@ -170,6 +172,7 @@ class SiMBA(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "token",
+        aux_head: bool = False,
     ):
         super().__init__()
         if not len(depths) == len(dims) == len(mlp_ratios):
@@ -197,6 +200,8 @@ class SiMBA(nn.Module):
             channels = dim
         self.post_network = nn.ModuleList([Block(dims[-1], mixer(dims[-1], mlp_ratios[-1], conv=False), **mamba)])
         self.reset_classifier(num_classes, global_pool)
+        if aux_head and num_classes > 0:
+            self.aux_head = nn.Linear(self.num_features, num_classes)
         self.feature_info = [
             dict(num_chs=dim, reduction=4 * 2**i, module=f"block{i + 1}") for i, dim in enumerate(dims)
         ]
@@ -218,13 +223,19 @@ class SiMBA(nn.Module):
         return x
 
     def forward_head(self, x: Float[Tensor, "b h w d"], pre_logits: bool = False) -> Tensor:
-        """The class block on a map of one position, the mean of all, and its norm; then the head."""
+        """The class block on a map of one position, the mean of all, and its norm; then the head, or both heads."""
+        positions = x
         if self.global_pool == "token":
             x = x.mean(dim=(1, 2), keepdim=True)
             for block in self.post_network:
                 x = block(x)
             x = getattr(self, f"norm{self.num_stages}")(x[:, 0, 0])
-        return x if pre_logits else self.head(F.dropout(x, self.drop_rate, self.training))
+        if pre_logits:
+            return x
+        logits = self.head(F.dropout(x, self.drop_rate, self.training))
+        if self.aux_head is None or self.global_pool != "token":
+            return logits
+        return logits + 0.5 * self.aux_head(getattr(self, f"norm{self.num_stages}")(positions)).amax(dim=(1, 2))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -275,6 +286,7 @@ class SiMBA(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes
+        self.aux_head = None  # a new task has labels for images, not for positions
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     @torch.jit.ignore
@@ -319,6 +331,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "simba": dict(dims=(64, 128, 320, 448)),  # for whatever fields it is given
 }
 default_cfgs = generate_default_cfgs(
-    {name: default_cfg(first_conv="patch_embed1.conv.0", classifier="head") for name in VARIANTS}
+    {name: default_cfg(first_conv="patch_embed1.conv.0", classifier=("head", "aux_head")) for name in VARIANTS}
 )
 register_variants(SiMBA, VARIANTS)
