@@ -73,6 +73,7 @@ RUNS ?= CLIP-VMamba-Nano=runs/flickr8k,CLIP-ViT-Nano=runs/flickr8k-vit
 DATA ?= ../shared/data
 TEXTS ?= $(DATA)/longcaps/*/data.jsonl
 TOKENIZER ?= $(DATA)/tokenizers/20B_tokenizer.json
+# Rows of other settings in the file are refused: remove it to begin anew.
 
 eval26: setup  ## every data set there is a copy of under DATA
 	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl

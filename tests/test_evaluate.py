@@ -415,6 +415,29 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path)))
 
 
+def test_rows_of_the_file_stay_until_they_are_measured_anew(world, tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr("ssmclip.load", lambda *a, **k: (Seer(), see, read), raising=False)
+    command.run(parse("--model", "A,B", "--tasks", "levels,captions", "--out", str(out)))
+    _, whole = read_rows(out)
+    world["captions"][1].broken |= set(range(6))  # as a kill after the first data set
+    with pytest.raises(ValueError, match="none of the 6 images"):
+        command.run(parse("--model", "A,B", "--tasks", "levels,captions", "--out", str(out)))
+    assert read_rows(out)[1] == whole
+    command.run(parse("--model", "C", "--tasks", "levels", "--out", str(out)))
+    _, rows = read_rows(out)
+    assert [row for row in rows if row.model in "AB" and row.condition != "minus C"] == whole
+    assert {(row.model, row.condition) for row in rows if row not in whole} == {
+        ("A", "minus C"), ("B", "minus C"), ("C", ""),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"rows measured otherwise \(max_images was None, is 5\).*another --out"):
+        command.run(parse("--model", "A", "--tasks", "levels", "--max-images", "5", "--out", str(out)))
+    assert read_rows(out)[1] == rows
+    out.write_text("notes")
+    with pytest.raises(ValueError, match="line 1: not a result row"):
+        command.run(parse("--model", "A", "--tasks", "levels", "--out", str(out)))
+
+
 def test_the_embedded_sets_are_evaluated_as_their_cards_say(tiny_clip, tmp_path):
     rows = evaluate(*tiny_clip, ["digits", "scenes"], tmp_path, model_name="tiny", max_images=20, examples=2)
     digits, scenes = (next(row for row in rows if row.task == task) for task in ("digits", "scenes"))

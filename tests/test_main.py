@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ssmclip.__main__ import main
+from ssmclip.evaluate.paired import marked
 from ssmclip.models import create_clip, list_clips
+from ssmclip.results import Result, write_rows
 
 
 def test_models_prints_every_clip_and_the_readme_shows_it(capsys, request):
@@ -48,3 +50,24 @@ def test_a_mistake_is_told_in_one_line(capsys, monkeypatch, tmp_path, request, a
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"ssmclip {arguments[0]}: ")
     assert says in error
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "compare a.jsonl b.jsonl --out sub/../b.jsonl",
+        "captions --model CLIP-VMamba-Nano --texts b.jsonl --out b.jsonl",
+        "ood score --decisions b.jsonl --humans a.jsonl --out b.jsonl",
+    ],
+)
+def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    right = torch.tensor([True, False])
+    for model, name in (("A", "a.jsonl"), ("B", "b.jsonl")):
+        extra = marked(right, ["0", "1"])
+        write_rows(name, [Result(model, "t", "", "top1", 0.5, n=2, extra=extra)])
+    before = (tmp_path / "b.jsonl").read_bytes()
+    assert main(command.split()) == 1
+    assert "is one of the files that are read: give another" in capsys.readouterr().err
+    assert (tmp_path / "b.jsonl").read_bytes() == before

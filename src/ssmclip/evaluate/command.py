@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ssmclip.config import image_size, labelled
+from ssmclip.results import Result, read_rows
 
 OOD = "ood"
 DISTORTED = "distorted:"
+SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # of all rows of a file
 
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
@@ -41,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--truncate", type=int, default=77, help="tokens at which captions are cut besides (default: 77)"
     )
-    parser.add_argument("--out", required=True, type=Path, help="the rows file to write (JSON lines)")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="the rows file (JSON lines); rows it has stay, but for those measured anew; other settings are refused",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
@@ -88,27 +98,29 @@ def run(args: argparse.Namespace) -> int:
     )
     names = args.distortions.split(",") if args.distortions else None
     how = choose(names, args.amplitude, args.gamma, args.seed) if distorted else None
-    require_writable(args.out)  # before the hours, not after
+    require_writable(args.out, args.humans or ())  # before the hours, not after
     ood = open_ood(args) if OOD in asked else None
     rank, device = launched(args.device)
     more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
     described = describe_run(args.seed, args.device, tasks=asked, **more)
-    kept = None if args.cache == "none" else Path(args.cache)
+    kept = {_key(row): row for row in rows_before(args.out, described)}
+    cache = None if args.cache == "none" else Path(args.cache)
     settings = Settings(
-        args.batch_size, args.workers, args.seed, args.max_images, args.examples, kept, args.truncate or None
+        args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, args.truncate or None
     )
     rows = []
 
     def keep(made) -> None:  # after every data set: a later one's failure costs nothing
         rows.extend(made)
+        kept.update((_key(row), row) for row in made)
         if rank == 0:
-            write_rows(args.out, rows, described)
+            write_rows(args.out, kept.values(), described)
 
     for label, name in models.items() if opened else ():
         loaded = ssmclip.load(name, device=device, image_size=args.image_size)
         for made in evaluations(loaded, opened, settings, label, args.protocol, args.image_size):
             keep(made)
-    keep(paired_rows(rows, seed=args.seed))
+    keep(paired_rows(list(kept.values()), seed=args.seed))
     if to_distort:
         loaded = {k: ssmclip.load(name, device=device, image_size=args.image_size) for k, name in models.items()}
         for made in distorted_evaluations(loaded, to_distort, how, settings, args.protocol, args.image_size):
@@ -117,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         keep(decide_and_score(models, *ood, args))
     if rank == 0:
         shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
-        sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
+        sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(kept)} rows in {args.out}\n")
     return 0
 
 
@@ -126,8 +138,39 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
 
 
-def require_writable(path: Path) -> None:
-    """Raise OSError now if `path` can't be written later. Leaves a file that is there as it is."""
+def rows_before(path: Path, described: dict[str, Any]) -> list[Result]:
+    """The rows that `path` has already: none where there is no file.
+
+    They stay until they are measured anew: a run that was killed begins again, with the embeddings that are kept, and
+    loses nothing if it is killed again, nor does one that is asked for other models or data sets.
+    described: the run that measures now, whose first line will speak of all rows: ValueError where that would be wrong.
+    """
+    if not path.exists():
+        return []
+    was, rows = read_rows(path)
+    now = json.loads(json.dumps(described))
+    differing = [
+        f"{name} was {was[name]!r}, is {now[name]!r}" for name in SAME if name in was and was[name] != now[name]
+    ]
+    if rows and differing:
+        raise ValueError(
+            f"{path} has {len(rows)} rows measured otherwise ({'; '.join(differing)}): give the same settings, "
+            "another --out, or remove it"
+        )
+    return rows
+
+
+def _key(row: Result) -> tuple[str, ...]:
+    return row.model, row.task, row.condition, row.metric
+
+
+def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
+    """Raise OSError now if `path` can't be written later, ValueError if it is one of the files that are read.
+
+    Leaves a file that is there as it is.
+    """
+    if path.resolve() in {file.resolve() for file in read}:
+        raise ValueError(f"--out {path} is one of the files that are read: give another")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; --out takes a file")

@@ -69,10 +69,12 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 def captions(args: argparse.Namespace) -> int:
     from ssmclip.config import labelled
     from ssmclip.evaluate.captions import caption_rows
-    from ssmclip.evaluate.command import line
+    from ssmclip.evaluate.command import line, require_writable
     from ssmclip.models import load_tokenizer
     from ssmclip.results import describe_run, write_rows
 
+    if args.out:
+        require_writable(args.out, args.texts)
     texts = {path: read_texts(path, args.field) for path in args.texts}
     rows = []
     for label, name in labelled(args.model).items():
@@ -114,10 +116,12 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.command import line
+    from ssmclip.evaluate.command import line, require_writable
     from ssmclip.evaluate.paired import paired_rows
     from ssmclip.results import describe_run, read_rows, write_rows
 
+    if args.out:
+        require_writable(args.out, args.rows)
     rows = paired_rows([row for path in args.rows for row in read_rows(path)[1]])
     if not rows:
         raise ValueError("no two models in these files have the same measure of the same images")

@@ -177,7 +177,7 @@ def _score(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.ood import LEVEL, TASK, score_decisions
     from ssmclip.results import describe_run, write_rows
 
-    require_writable(args.out)
+    require_writable(args.out, [*args.decisions, *args.humans])
     rows = score_decisions(
         read_trials(args.humans), read_trials(args.decisions), resamples=args.resamples, seed=args.seed
     )
