@@ -413,6 +413,10 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path / "file" / "rows.jsonl")))
     with pytest.raises(IsADirectoryError, match="takes a file"):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path)))
+    for nothing in ("", ","):
+        with pytest.raises(ValueError, match=r"names no data set: `ssmclip datasets` lists them"):
+            command.run(parse("--model", "A", "--tasks", nothing, "--out", out))
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
 def test_rows_of_the_file_stay_until_they_are_measured_anew(world, tmp_path, monkeypatch):

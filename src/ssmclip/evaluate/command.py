@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     models = labelled(args.model)
     prompts = PROTOCOLS[args.protocol].prompts(read_prompts(args.prompts) if args.prompts else None)
     asked = [task for task in args.tasks.split(",") if task]
+    if not asked:
+        raise ValueError(f"--tasks {args.tasks!r} names no data set: `ssmclip datasets` lists them")
     distorted = [task.removeprefix(DISTORTED) for task in asked if task.startswith(DISTORTED)]
     plain = [task for task in asked if task != OOD and not task.startswith(DISTORTED)]
     opened, to_distort = (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ssmclip.data.prompts import Prompts
-from ssmclip.data.sources import list_cards, load_card, open_dataset
+from ssmclip.data.sources import HUB, list_cards, load_card, open_dataset
 from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
@@ -122,7 +122,7 @@ def training_validation(
 
 def task_names(names: str, root: str | Path) -> list[str]:
     """The data sets of a list with commas, in which "table1" stands for CLIP-Mamba's 26 and "found" for all that are
-    under `root` and can be opened."""
+    under `root` and can be opened. Raises FileNotFoundError for "found" where there is no folder `root`."""
     spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
 
     def there(name: str) -> bool:
@@ -132,6 +132,8 @@ def task_names(names: str, root: str | Path) -> list[str]:
             return False
 
     parts = [part for part in names.split(",") if part]
+    if "found" in parts and not str(root).startswith(HUB) and not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root} to find data sets under: give another --data")
     return list(dict.fromkeys(name for part in parts for name in spelled.get(part, lambda part=part: [part])()))
 
 
