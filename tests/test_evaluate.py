@@ -419,6 +419,16 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
 
+@pytest.mark.parametrize(
+    "option", ["batch-size 0", "workers -1", "max-images 0", "max-images -5", "examples -3", "truncate -3"]
+)
+def test_numbers_too_small_are_told_before_a_model_is_loaded(world, tmp_path, monkeypatch, option):
+    monkeypatch.setattr("ssmclip.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
+    name, value = option.split()
+    with pytest.raises(ValueError, match=f"^{name.replace('-', '_')} {value}: at least [01]$"):
+        command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path / "rows"), f"--{name}", value))
+
+
 def test_rows_of_the_file_stay_until_they_are_measured_anew(world, tmp_path, monkeypatch):
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr("ssmclip.load", lambda *a, **k: (Seer(), see, read), raising=False)

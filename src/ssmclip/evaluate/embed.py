@@ -70,6 +70,7 @@ class Settings:
     examples: how many images go into the rows as thumbnails (0: none, for data whose pictures may not be passed on);
     truncate: captions longer than so many tokens are also evaluated cut there, if the text tower sees more of them;
     cache: a folder where embeddings are kept, for a model whose weights stay as they are while the Clip lives.
+    Raises ValueError for a number below what it can be.
     """
 
     batch_size: int = 64
@@ -79,6 +80,13 @@ class Settings:
     examples: int = 8
     cache: Path | None = None
     truncate: int | None = 77
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "workers": 0, "max_images": 1, "examples": 0, "truncate": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} {value}: at least {bound}")
 
 
 @dataclass(frozen=True)
