@@ -422,6 +422,17 @@ def test_the_last_of_several_equal_measurements_counts(tmp_path):
     )
 
 
+def test_two_training_runs_of_one_name_are_not_one_curve(tmp_path):
+    for lr in ("lr1", "lr2"):
+        write_rows(tmp_path / lr / "rows.jsonl", training("mine", float(lr[2:])), RUN | {"model": "CLIP-VMamba-Nano"})
+    files = [tmp_path / lr / "rows.jsonl" for lr in ("lr1", "lr2")]
+    with pytest.raises(ValueError, match=r"lr1/rows.jsonl and .*lr2/rows.jsonl are two training runs called 'mine'"):
+        read_store(files)
+    assert read_store([files[0], files[0]]).replaced == 0
+    write_rows(files[1], training("other", 2.0), RUN | {"model": "CLIP-VMamba-Nano"})
+    assert read_store(files).models == ["mine", "other"]
+
+
 def test_the_readme_table_is_the_rows(rows_file, tmp_path):
     lines = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in table(ROWS).splitlines()]
     assert lines[0][:3] == ["data set", "measure", "n"]

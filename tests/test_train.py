@@ -258,6 +258,7 @@ def test_run_folder_and_rows(tmp_path, eight_pairs):
     names = {"loss", "grad_norm", "logit_scale", "lr", "images_per_s", "memory_mib", "image_size", "samples_skipped"}
     rows = read_rows(tmp_path / "rows.jsonl")[1]
     assert {r.metric for r in rows} == names
+    assert {r.model for r in rows} == {tmp_path.name}
     assert series(tmp_path, "lr") == {n: lr_schedule(7, config.schedule, config.optimiser.lr)[n - 1] for n in (3, 6, 7)}
     state = load_training_state(checkpoints(tmp_path)[-1])
     assert state["step"] == 7
@@ -284,6 +285,7 @@ def test_best_checkpoint_is_kept_and_validation_leaves_no_trace(tmp_path, eight_
     assert (folder / "best").read_text().strip() == "step_00000004"
     assert [p.name for p in checkpoints(tmp_path / "validated")] == ["step_00000004", "step_00000008"]
     rows = [r for r in read_rows(tmp_path / "validated" / "rows.jsonl")[1] if r.task == "digits"]
+    assert {r.model for r in rows} == {"validated"}
     assert [r.condition for r in rows][:2] == ["step=2", "step=2 level=2"]
 
     values = iter([0.1] * 4)

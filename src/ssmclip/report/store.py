@@ -43,16 +43,25 @@ class Store:
 def read_store(files: Sequence[str | Path]) -> Store:
     """Read rows files together.
 
-    Raises FileNotFoundError, and ValueError for a line that is no row and for no rows at all.
+    Raises FileNotFoundError, and ValueError for a line that is no row, for no rows at all, and for two training runs
+    of one name: their steps would be spliced into one curve.
     """
     rows: list[Result] = []
     sources = []
+    runs: dict[str, Path] = {}  # a training run's name -> its rows file
     paths = [Path(path) for path in files]
     same_name = Counter(path.name for path in paths)
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"there is no rows file {path}")
         run, found = read_rows(path)
+        # Only a run's own file names its model in the first line.
+        for name in {row.model for row in found if row.task == "train" and "model" in run}:
+            if runs.setdefault(name, path) != path:
+                raise ValueError(
+                    f"{runs[name]} and {path} are two training runs called {name!r}: report them one by one, or give "
+                    "the model another name in the rows of one"
+                )
         sources.append(
             Source(path.name if same_name[path.name] == 1 else f"{path.parent.name}/{path.name}", run, len(found))
         )

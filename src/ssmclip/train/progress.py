@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,10 +67,14 @@ def _finite(value: float) -> bool:
 
 
 class Log:
-    """The main process's rows.jsonl, TensorBoard and bar; in any other process it says nothing."""
+    """The main process's rows.jsonl, TensorBoard and bar; in any other process it says nothing.
+
+    Rows carry the name of the run's folder, as those of `ssmclip evaluate` do: two runs of one model are two curves.
+    """
 
     def __init__(self, out: Path, config: TrainConfig, start: int, device: str, speaks: bool):
         self._out, self._config, self._speaks, self._writer = out, config, speaks, None
+        self._name = out.absolute().name
         if not speaks:
             return
         truncate_rows(out / "rows.jsonl", start)
@@ -105,9 +109,7 @@ class Log:
         seconds = time.perf_counter() - self._since
         speed = {"images_per_s": self._steps * self._config.batch_size / seconds, "memory_mib": peak_memory_mib(device)}
         numbers = {**numbers, **speed}
-        self.rows(
-            step, [Result(self._config.model.name, "train", f"step={step}", k, float(v)) for k, v in numbers.items()]
-        )
+        self.rows(step, [Result(self._name, "train", f"step={step}", k, float(v)) for k, v in numbers.items()])
         shown = {
             "images/s": "images_per_s",
             "loss": "loss",
@@ -119,8 +121,8 @@ class Log:
         self._restart_clock()
 
     def rows(self, step: int, rows: Iterable[Result]) -> None:
-        """Write rows that carry their step in `condition`."""
-        rows = list(rows)
+        """Write rows that carry their step in `condition`, under the run's name."""
+        rows = [replace(row, model=self._name) for row in rows]
         append_rows(self._out / "rows.jsonl", rows)
         if self._writer:
             for row in rows:
