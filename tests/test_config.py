@@ -157,3 +157,21 @@ def test_recipe_is_one_function_that_returns_a_config(tmp_path):
             load_recipe(bad)
     with pytest.raises(FileNotFoundError, match=r"no recipe .*gone.py; recipes in .*: bad.py, good.py"):
         load_recipe(tmp_path / "gone.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("notes.md", "# Notes\n", "notes.md is no Python file: a recipe is one, NAME.py"),
+        ("r.py", "import json\n\ndef a(:\n", r"r.py, line 3: invalid syntax"),
+        ("r.py", "import json\nimport nobody_has_this\n", "r.py, line 2: No module named 'nobody_has_this'"),
+        ("r.py", "from ssmclip.config import NoSuchConfig\n", "r.py, line 1: cannot import name 'NoSuchConfig'"),
+        ("r.py", "\nimport broken_helper\n", r"r.py, line 2: invalid syntax \(broken_helper.py, line 1\)"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_told_with_its_line(tmp_path, monkeypatch, name, text, said):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_helper.py").write_text("def (\n")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_recipe(tmp_path / name)

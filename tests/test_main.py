@@ -7,7 +7,7 @@ import torch
 
 from ssmclip.__main__ import main
 from ssmclip.evaluate.paired import marked
-from ssmclip.models import create_clip, list_clips
+from ssmclip.models import CheckpointError, create_clip, list_clips, load
 from ssmclip.results import Result, write_rows
 
 
@@ -39,6 +39,7 @@ def test_ops_prints_every_back_end(capsys):
         (["train", "recipes/tiny.py", "--set", "learning_rte=1"], "unknown"),
         (["evaluate", "--model", "CLIP-VMamba-Nanno", "--tasks", "digits", "--out", "x.jsonl"], "CLIP-VMamba-Nano"),
         (["evaluate", "--model", "CLIP-VMamba-Nano", "--tasks", "digit", "--out", "x.jsonl"], "did you mean 'digits'"),
+        (["evaluate", "--model", "open_clip:ViT-B-32/foo", "--tasks", "digits", "--out", "x.jsonl"], "openai"),
         (["report", "none.jsonl", "--out", "."], "none.jsonl"),
     ],
 )
@@ -71,3 +72,40 @@ def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command
     assert main(command.split()) == 1
     assert "is one of the files that are read: give another" in capsys.readouterr().err
     assert (tmp_path / "b.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate --model A --tasks digits --out x",
+        "ood decide --model A --data x --out x",
+        "embed x --model A --out x",
+        "search dog x",
+        "analyze hessian --model A --data x --out x",
+        "analyze landscape --model A --data x --out x",
+        "analyze efficiency --model A --out x",
+    ],
+)
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("gpu", "gpu: wanted cpu, cuda or cuda:1 ("),
+        ("meta", "meta: wanted"),
+        ("cuda:99", "CUDA devices; cpu is always"),
+    ],
+)
+def test_a_device_that_is_not_there_is_told_by_every_command(capsys, command, device, says):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--device", device])
+    assert stopped.value.code == 2
+    assert f"error: argument --device: {device}: " in (told := capsys.readouterr().err)
+    assert says in told
+
+
+def test_open_clips_weights_that_cannot_be_loaded_are_told(monkeypatch):
+    def fail(*args, **more):
+        raise RuntimeError("Failed to download weights for tag 'openai'")
+
+    monkeypatch.setattr("open_clip.create_model", fail)
+    with pytest.raises(CheckpointError, match="open_clip:ViT-B-32/openai can't be loaded: Failed to download"):
+        load("open_clip:ViT-B-32/openai")

@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import operator
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -242,14 +243,23 @@ class TrainConfig:
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Call the recipe in a Python file: the one public function defined there. ValueError when there isn't one."""
+    """Call the recipe in a Python file: the one public function defined there.
+
+    Raises FileNotFoundError, and ValueError for a file that is no Python, can't be imported or has no such function.
+    """
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no recipe {path}; recipes in {path.parent}: {', '.join(beside) or 'none'}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ValueError(f"{path} is no Python file: a recipe is one, NAME.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        raise ValueError(f"{path}, line {lines[-1] if lines else error.lineno}: {error}") from error
     made_here = [
         function
         for name, function in inspect.getmembers(module, inspect.isfunction)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ssmclip.config import image_size, labelled
+from ssmclip.options import add_device
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
@@ -41,7 +42,7 @@ def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a size may take (default: %(default)s)")
     parser.add_argument("--attention", choices=["fused", "plain"], default="fused", help="plain: all pairs in memory")
     parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(parser)
 
 
 def run_efficiency(args: argparse.Namespace) -> int:
@@ -52,7 +53,6 @@ def run_efficiency(args: argparse.Namespace) -> int:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: at least 1")
-    _require_device(args.device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
@@ -71,19 +71,6 @@ def run_efficiency(args: argparse.Namespace) -> int:
         sys.stdout.write(f"{row.model:32} {row.condition:24} {row.metric:24} {row.value:,.6g}{note}\n")
     sys.stdout.write(f"{len(rows)} rows in {args.out}\n")
     return 0
-
-
-def _require_device(name: str) -> None:
-    """Raise ValueError now, rather than write it into every row, when there is no such device."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: cpu, cuda or cuda:1") from error
-    there = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise ValueError(f"--device {name}: this machine has {there} CUDA devices; --device cpu is always there")
 
 
 def _number(text: str) -> int:

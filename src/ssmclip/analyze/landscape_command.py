@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ssmclip.options import add_device, image_size
+
 HELP = "a model's loss landscape: Hessian eigenvalues, spectral density, loss surfaces, as rows"
 
 
@@ -43,9 +45,11 @@ def _shared(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> N
     parser.add_argument("--out", required=True, type=Path, help="the rows file; goes on, with other models too")
     parser.add_argument("--batches", type=int, default=batches, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="pairs (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, help="pixels; default: what the model was trained at")
+    parser.add_argument(
+        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
+    )
     parser.add_argument("--precision", choices=("float32", "float64"), default="float32", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of batches, weights, directions (default: %(default)s)")
 
 

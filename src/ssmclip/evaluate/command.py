@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ssmclip.config import image_size, labelled
+from ssmclip.config import labelled
+from ssmclip.options import add_device, image_size
 from ssmclip.results import Result, read_rows
 
 OOD = "ood"
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of intervals, examples and subsets (default: %(default)s)")
     parser.add_argument(
         "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssmclip.config import image_size
+from ssmclip.options import add_device, image_size
 
 EMBED_HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
 SEARCH_HELP = "the pictures of an index that are nearest to a text"
@@ -20,7 +20,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the index to write (Parquet)")
     parser.add_argument("--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(parser)
 
 
 def run_embed(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", type=Path, help="what ssmclip embed wrote")
     parser.add_argument("-k", type=int, default=10, help="results (default: %(default)s)")
     parser.add_argument("--model", help="where the model is now, if not where it was when the index was made")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(parser)
 
 
 def run_search(args: argparse.Namespace) -> int:

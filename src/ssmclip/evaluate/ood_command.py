@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssmclip.config import image_size, labelled
+from ssmclip.config import labelled
 from ssmclip.evaluate.command import default_cache, line, require_writable
+from ssmclip.options import add_device, image_size
 from ssmclip.results import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decide.add_argument("--cache", default=str(default_cache()), help="where embedded prompts are kept; none: nowhere")
     decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
-    decide.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    add_device(decide)
     decide.add_argument(
         "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
     )

@@ -279,10 +279,15 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
-    name, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
+    asked, (name, _, pretrained) = name, name.removeprefix(OPEN_CLIP).partition("/")
     _open_clip_config(name)
-    model = open_clip.create_model(
-        name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
-    )
+    if pretrained and not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        raise UnknownName(f"weights of {name}", pretrained, open_clip.list_pretrained_tags_by_model(name))
+    try:
+        model = open_clip.create_model(
+            name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
+        )
+    except RuntimeError as error:  # a download that failed, or a file of another model
+        raise CheckpointError(f"{asked} can't be loaded: {error}") from error
     preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
     return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": _open_clip_config(name)}))

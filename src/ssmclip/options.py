@@ -1,0 +1,35 @@
+"""Options that several commands have. Argparse tells the reason of an ArgumentTypeError, and of no other error."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError
+
+import torch
+
+from ssmclip import config
+
+
+def add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+
+
+def device(name: str) -> str:
+    """A device this machine has. Raises ArgumentTypeError."""
+    try:
+        found = torch.device(name)
+        if found.type != "cuda":  # there a first tensor takes memory for good, also from a process that measures it
+            torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # whatever a build without that device says
+        raise ArgumentTypeError(f"{name}: wanted cpu, cuda or cuda:1 ({str(error).split('. ')[0]})") from error
+    there = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise ArgumentTypeError(f"{name}: this machine has {there} CUDA devices; cpu is always there")
+    return name
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """`config.image_size`. Raises ArgumentTypeError."""
+    try:
+        return config.image_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
