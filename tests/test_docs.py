@@ -1,5 +1,6 @@
 """The README says what is so: its tree, its results, its commands. (Its Python lines run as a doctest.)"""
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ssmclip.__main__ import build_parser
+from ssmclip.analyze.spectrum import check_search
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.report.tables import BEGIN, END, update_readme
 
@@ -77,6 +79,36 @@ def test_every_command_has_a_help_text(command, capsys):
         build_parser().parse_args([*command.split(), "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: ssmclip {command}".rstrip())
+
+
+def parsers(parser: argparse.ArgumentParser, says: str = ""):
+    """(parser, its line in the list of commands) of the command line and of every command, however deep."""
+    yield parser, says
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for line in action._choices_actions:
+                yield from parsers(action.choices[line.dest], line.help)
+
+
+def test_every_command_says_of_itself_what_the_list_says_of_it():
+    told = [(parser.description, says) for parser, says in parsers(build_parser()) if says]
+    assert len(told) > len(COMMANDS)
+    assert [description for description, _ in told] == [says for _, says in told]
+
+
+def test_every_option_says_its_default():
+    for parser, _ in parsers(build_parser()):
+        for action in parser._actions:
+            if action.option_strings and action.default not in (None, False, "", [], argparse.SUPPRESS):
+                assert "default: " in (action.help or ""), f"{parser.prog} {action.option_strings[0]}"
+
+
+def test_the_help_of_hessian_names_every_end():
+    (hessian,) = (parser for parser, _ in parsers(build_parser()) if parser.prog == "ssmclip analyze hessian")
+    (which,) = (action for action in hessian._actions if action.dest == "which")
+    for name in ("both", "largest", "smallest", "magnitude"):
+        check_search(1e-3, name)
+        assert name in which.help
 
 
 def test_constraints_name_every_direct_dependency():

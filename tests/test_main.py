@@ -109,3 +109,27 @@ def test_open_clips_weights_that_cannot_be_loaded_are_told(monkeypatch):
     monkeypatch.setattr("open_clip.create_model", fail)
     with pytest.raises(CheckpointError, match="open_clip:ViT-B-32/openai can't be loaded: Failed to download"):
         load("open_clip:ViT-B-32/openai")
+
+
+@pytest.mark.parametrize(
+    "command", ["evaluate --tasks digits", "embed x", "analyze hessian --data x", "ood decide --data x"]
+)
+def test_a_size_that_is_none_is_told_with_its_reason(capsys, command):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--model", "A", "--out", "x", "--image-size", "0"])
+    assert "argument --image-size: image size '0': wanted pixels, or HEIGHTxWIDTH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("analyze hessian --model no/model --data x --k 0", "k=0: wanted at least one eigenvalue"),
+        ("analyze hessian --model no/model --data x --which foo", "which='foo': wanted 'both', 'largest', 'smallest'"),
+        ("analyze landscape --model no/model --data x --points 1", "1 points over"),
+        ("analyze efficiency --model A --batch-size 0", "--batch-size 0: at least 1"),
+        ("ood score --decisions none --humans none", ""),
+    ],
+)
+def test_the_command_below_is_named_and_options_are_checked_before_a_model_is_loaded(capsys, tmp_path, command, says):
+    assert main([*command.split(), "--out", str(tmp_path / "x")]) == 1
+    assert capsys.readouterr().err.startswith(f"ssmclip {' '.join(command.split()[:2])}: {says}")

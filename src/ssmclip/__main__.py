@@ -24,15 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("ssmclip").setLevel(logging.INFO)
+    name = " ".join(filter(None, ["ssmclip", args.command, getattr(args, "subcommand", None)]))
     try:
         return args.run(args) or 0
     except (ValueError, KeyError, OSError) as error:
         if args.verbose:
             raise
-        print(f"ssmclip {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"ssmclip {args.command}: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
 
 

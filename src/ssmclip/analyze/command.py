@@ -10,7 +10,7 @@ HELP = "what a model costs, and what its loss looks like around it, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="analysis", required=True, metavar="ANALYSIS")
+    kinds = parser.add_subparsers(dest="subcommand", required=True, metavar="ANALYSIS")
     efficiency_command.add_analyses(kinds)
     landscape_command.add_analyses(kinds)
 

@@ -40,8 +40,15 @@ def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="of memory and throughput (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each timing (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a size may take (default: %(default)s)")
-    parser.add_argument("--attention", choices=["fused", "plain"], default="fused", help="plain: all pairs in memory")
-    parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--attention",
+        choices=["fused", "plain"],
+        default="fused",
+        help="plain: all pairs in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s"
+    )
     add_device(parser)
 
 

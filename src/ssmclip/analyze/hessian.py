@@ -15,7 +15,7 @@ from ssmclip.analyze.batches import contrastive_loss, only_read_rows, read_batch
 from ssmclip.analyze.estimate import density, trace
 from ssmclip.analyze.landscape import surface
 from ssmclip.analyze.product import Hessian, OutOfMemory
-from ssmclip.analyze.spectrum import extreme_eigenvalues
+from ssmclip.analyze.spectrum import check_k, check_search, extreme_eigenvalues
 from ssmclip.analyze.summary import TASK, summary_rows
 from ssmclip.results import Result
 
@@ -30,7 +30,7 @@ class HessianStudy:
     `analyze/park_kim.py`);
     which: what Lanczos has to converge, "both" ends or, in fewer products, "magnitude"; copies: as in
     `hessian_eigenvalues`; weight_decay: of an L2 term in the loss; density_probes: of the spectral density and the
-    trace, none of either for 0.
+    trace, none of either for 0. Raises ValueError for values that no model could be measured with.
     """
 
     protocol: str = "lanczos"
@@ -47,6 +47,8 @@ class HessianStudy:
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol {self.protocol!r}: wanted one of {', '.join(PROTOCOLS)}")
+        check_k(self.k)
+        check_search(self.tol, self.which)
 
 
 def batch_rows(

@@ -12,25 +12,27 @@ from typing import Any
 
 from ssmclip.options import add_device, image_size
 
-HELP = "a model's loss landscape: Hessian eigenvalues, spectral density, loss surfaces, as rows"
-
 
 def add_analyses(kinds: argparse._SubParsersAction) -> None:
-    hessian = kinds.add_parser("hessian", help="eigenvalues of the loss's Hessian, batch by batch", description=HELP)
+    says = "eigenvalues of the loss's Hessian, batch by batch"
+    hessian = kinds.add_parser("hessian", help=says, description=says)
     hessian.set_defaults(analyse=_hessian)
     _shared(hessian, batches=200, batch_size=15)
     hessian.add_argument("--k", type=int, default=5, help="eigenvalues at each end (default: %(default)s)")
     protocols = "lanczos, park-kim (the paper's), power (that one, to --tol), with commas (default: lanczos)"
     hessian.add_argument("--protocol", default="lanczos", help=protocols)
-    hessian.add_argument("--which", default="both", help="both ends, or magnitude: fewer products (default: both)")
+    which = "both ends, largest, smallest, or magnitude: fewer products (default: %(default)s)"
+    hessian.add_argument("--which", default="both", help=which)
     hessian.add_argument("--tol", type=float, default=1e-3, help="relative residual to reach (default: %(default)s)")
-    hessian.add_argument("--max-products", type=int, default=200, help="per batch; what is unconverged then is marked")
+    products = "per batch; what is unconverged then is marked (default: %(default)s)"
+    hessian.add_argument("--max-products", type=int, default=200, help=products)
     hessian.add_argument("--copies", action="store_true", help="search for equal eigenvalues too: half as much again")
     hessian.add_argument("--towers", default="whole", help="whole, image, text, with commas (default: whole)")
     hessian.add_argument("--density", type=int, default=0, metavar="PROBES", help="of density and trace (default: 0)")
     hessian.add_argument("--weight-decay", type=float, help="of an L2 term (default: none; park-kim 0.05)")
     hessian.add_argument("--along-training", action="store_true", help="every checkpoint of the run, and its beginning")
-    landscape = kinds.add_parser("landscape", help="loss surfaces along filter-normalised directions", description=HELP)
+    says = "loss surfaces along filter-normalised directions"
+    landscape = kinds.add_parser("landscape", help=says, description=says)
     landscape.set_defaults(analyse=_landscape)
     _shared(landscape, batches=1, batch_size=60)
     landscape.add_argument("--dimensions", type=int, choices=(1, 2), default=2, help="default: %(default)s")
@@ -198,7 +200,7 @@ def _collect(
 
     state = PartialState(cpu=args.device == "cpu")
     rank, world, label = state.process_index, state.num_processes, _label(args)
-    data = {"data": args.data, "batch_size": args.batch_size, "precision": args.precision, "analysis": args.analysis}
+    data = {"data": args.data, "batch_size": args.batch_size, "precision": args.precision, "analysis": args.subcommand}
     asked = {**asked, **data}
     described = describe_run(args.seed, args.device, analysis=asked)
     part = args.out if world == 1 else args.out.with_name(f"{args.out.name}.rank{rank}")
@@ -212,7 +214,7 @@ def _collect(
         finished |= {row.condition for row in rows if row.model == label} - {row.condition for row in rows[-1:]}
     state.wait_for_everyone()  # before anyone writes
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=total, desc=args.analysis, unit="unit", disable=None if rank == 0 else True) as told:
+    with tqdm(total=total, desc=args.subcommand, unit="unit", disable=None if rank == 0 else True) as told:
         for place, (condition, measure) in enumerate(units):
             places[condition] = place
             if condition not in finished and place % world == rank:

@@ -111,7 +111,7 @@ def extreme_eigenvalues(
 ) -> Spectrum:
     """`hessian_eigenvalues` of a Hessian that is there already."""
     check_k(k, hessian.size)
-    _check(tol, which)
+    check_search(tol, which)
     before = hessian.products
     basis = Basis(hessian, seed, least=4 * k + 12)
     enough = min(hessian.size, 2 * k if which == "both" else k)  # with fewer, both ends would be the same values
@@ -148,18 +148,19 @@ def extreme_eigenvalues(
     return _spectrum(hessian, basis, ritz, k, tol, found, vectors, taken)
 
 
-def _check(tol: float, which: str) -> None:
+def check_search(tol: float, which: str) -> None:
+    """Raise ValueError unless `hessian_eigenvalues` takes these."""
     if not tol > 0:
         raise ValueError(f"tol={tol}: wanted a relative residual to reach, such as 1e-3")
     if which not in ("both", "largest", "smallest", "magnitude"):
         raise ValueError(f"which={which!r}: wanted 'both', 'largest', 'smallest' or 'magnitude'")
 
 
-def check_k(k: int, size: int) -> None:
-    """Raise ValueError unless 1 <= k <= size."""
+def check_k(k: int, size: int | None = None) -> None:
+    """Raise ValueError unless 1 <= k, and k <= size where the size is known."""
     if k < 1:
         raise ValueError(f"k={k}: wanted at least one eigenvalue")
-    if k > size:
+    if size is not None and k > size:
         raise ValueError(f"k={k}: a Hessian of {size} parameters has {size} eigenvalues; ask for at most {size}")
 
 

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol", default="own", help="own, clip-mamba or clip-benchmark: whose prompts and sizes (default: own)"
     )
     parser.add_argument("--prompts", help="labels and templates: JSON files with commas, or the folder that holds them")
-    parser.add_argument("--cache", default=str(default_cache()), help="where embeddings are kept; none: nowhere")
+    parser.add_argument(
+        "--cache", default=str(default_cache()), help="where embeddings are kept; none: nowhere (default: %(default)s)"
+    )
     parser.add_argument(
         "--truncate", type=int, default=77, help="tokens at which captions are cut besides (default: 77)"
     )

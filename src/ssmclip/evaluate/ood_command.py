@@ -19,7 +19,7 @@ RESAMPLES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="ood_command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
     says = "accuracy, consistency with people and shape bias, as rows"
     score = commands.add_parser("score", help=says, description=says)
     score.add_argument(
@@ -46,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="imagenet",
         help="of a CLIP: imagenet, 207 classes with 80 templates, or categories, 16 (default: %(default)s)",
     )
-    decide.add_argument("--cache", default=str(default_cache()), help="where embedded prompts are kept; none: nowhere")
+    decide.add_argument(
+        "--cache",
+        default=str(default_cache()),
+        help="where embedded prompts are kept; none: nowhere (default: %(default)s)",
+    )
     decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
     add_device(decide)
@@ -64,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"score": _score, "decide": _decide, "download": _download}[args.ood_command](args)
+    return {"score": _score, "decide": _decide, "download": _download}[args.subcommand](args)
 
 
 def _download(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ssmclip.config import image_size
+from ssmclip.options import image_size
 
 MODELS_HELP = "the CLIP models there are: towers, parameters, operations, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
@@ -56,10 +56,12 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint file, its folder, or hf-hub:OWNER/NAME[/FILE]")
     parser.add_argument("folder", metavar="DST", help="folder to write")
     parser.add_argument(
-        "--weights", default="online", help="online, ema, or ema_online_bn: the average with online batch statistics"
+        "--weights",
+        default="online",
+        help="online, ema, or ema_online_bn: the average with online batch statistics (default: %(default)s)",
     )
     parser.add_argument("--text-heads", type=int, help="of CLIP's text transformer, where not 64 channels each")
-    parser.add_argument("--n-groups", type=int, help="of Mamba-2, where neither 1 nor told by its configuration")
+    parser.add_argument("--n-groups", type=int, help="of Mamba-2 (default: what its configuration says, else 1)")
 
 
 def run_convert(args: argparse.Namespace) -> None:

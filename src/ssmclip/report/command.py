@@ -11,7 +11,7 @@ HELP = "one HTML page of tables and figures from rows files"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", type=Path, help="rows files (JSON lines), of any command that writes them")
-    parser.add_argument("--out", type=Path, help="the folder that gets report.html")
+    parser.add_argument("--out", type=Path, help="the folder that gets report.html (default: none)")
     parser.add_argument(
         "--readme", type=Path, help="a README whose results table, between its markers, is written anew"
     )
