@@ -12,6 +12,7 @@ except ModuleNotFoundError:  # Python 3.10
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 from ssmclip.__main__ import build_parser
 from ssmclip.analyze.spectrum import check_search
@@ -109,6 +110,23 @@ def test_the_help_of_hessian_names_every_end():
     for name in ("both", "largest", "smallest", "magnitude"):
         check_search(1e-3, name)
         assert name in which.help
+
+
+def test_an_installed_package_has_its_recipes_types_and_data(monkeypatch, tmp_path):
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = packed["package-data"]["ssmclip"]
+    assert "py.typed" in patterns
+    assert all(list((ROOT / "src/ssmclip").glob(pattern)) for pattern in patterns)
+    assert "ssmclip.recipes" in find_namespace_packages(ROOT / packed["packages"]["find"]["where"][0])
+    assert build_parser().parse_args(["quickstart"]).recipe == Path("recipes/quickstart.py")
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "tiny"):
+        assert load_recipe(f"recipes/{name}.py") == load_recipe(ROOT / "recipes" / f"{name}.py")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/tiny.py").write_text(
+        "from ssmclip.config import *\ndef own(): return TrainConfig(steps=777)\n"
+    )
+    assert load_recipe("recipes/tiny.py").steps == 777  # one's own comes first
 
 
 def test_constraints_name_every_direct_dependency():

@@ -245,9 +245,12 @@ class TrainConfig:
 def load_recipe(path: str | Path) -> TrainConfig:
     """Call the recipe in a Python file: the one public function defined there.
 
+    path: as it stands, else beside this file, where recipes/ is too: recipes/tiny.py is found from any folder.
     Raises FileNotFoundError, and ValueError for a file that is no Python, can't be imported or has no such function.
     """
     path = Path(path)
+    installed = Path(__file__).parent / path
+    path = installed if installed.is_file() and not path.is_file() else path
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise FileNotFoundError(f"no recipe {path}; recipes in {path.parent}: {', '.join(beside) or 'none'}")
