@@ -48,7 +48,7 @@ def described(card: Card, root: str) -> str:
             )
         return f"{start}{'-':>15} {size:>9}  get it: {card.source}"
     except (OSError, ValueError) as error:
-        return f"{start}{'can not be read':>15} {size:>9}  {str(error).splitlines()[0]}"
+        return f"{start}{'can not be read':>15} {size:>9}  {(str(error) or type(error).__name__).splitlines()[0]}"
     short = {True: ", partial", False: ", another split" if found.n > found.expected else ""}[found.partial]
     said = f" ({found.said})" if found.said else ""
     return f"{start}{found.n:>15,} {size:>9}  {found.where}{short}{said}"

@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from ssmclip.models.weights import CONFIG_NAME, CONFIGS, INDEX, WEIGHTS_NAME, CheckpointError, shards
+from ssmclip.models.weights import CONFIG_NAME, CONFIGS, INDEX, WEIGHTS_NAME, CheckpointError, first_line, shards
 
 HUB = "hf-hub:"
 # In the order of preference: where there is one of the first kind, those of the others are left alone.
@@ -103,8 +103,9 @@ def _from_cache(repo: str, file: str, reason: Exception) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
     except (OSError, ValueError) as error:
-        told = str(reason).splitlines()[0] if str(reason) else type(reason).__name__
-        raise FileNotFoundError(f"{repo} is neither on disk nor to be had from the hub ({told})") from error
+        raise FileNotFoundError(
+            f"{repo} is neither on disk nor to be had from the hub ({first_line(reason)})"
+        ) from error
     if file and not (folder / file).is_file():
         raise FileNotFoundError(f"the hub cannot be reached, and {file} of {repo} is not among what is on disk")
     return folder / file if file else folder

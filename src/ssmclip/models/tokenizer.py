@@ -12,6 +12,8 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ssmclip.models.weights import first_line
+
 FILE_NAME = "tokenizer.json"
 # And what Hugging Face puts beside it: which tokens fill up and end a text, and which class reads them.
 FILES = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json")
@@ -62,7 +64,7 @@ def find_tokenizer(name: str) -> Path:
         return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(name, FILE_NAME))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({str(error).splitlines()[0]}). "
+            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({first_line(error)}). "
             f"Give the path of its {FILE_NAME}, or of the folder that holds it, as text_cfg.hf_tokenizer_name"
         ) from error
 
@@ -76,7 +78,7 @@ def named_tokenizer(name: str, **how: Any) -> open_clip.tokenizer.HFTokenizer:
         return open_clip.tokenizer.HFTokenizer(name, **how)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({str(error).splitlines()[0]}). "
+            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({first_line(error)}). "
             f"Give the path of a folder with its {' and '.join(FILES[:2])} as text_cfg.hf_tokenizer_name"
         ) from error
     except ImportError as error:

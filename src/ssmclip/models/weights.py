@@ -51,6 +51,11 @@ HARMLESS = [
 ]
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def load_state(path: str | Path) -> dict[str, Any]:
     """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else); of
     the index of one in shards (.index.json), what all of them hold.
@@ -76,13 +81,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is no torch checkpoint, or unpickling it would run code "
-            f"({str(error).splitlines()[0]}). Only tensors and plain containers are read; have its author save the "
+            f"({first_line(error)}). Only tensors and plain containers are read; have its author save the "
             "state_dict, or a .safetensors file"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:  # torch's zip reader on a cut or foreign file
-        raise CheckpointError(
-            f"{path} is cut short or is no torch checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+        raise CheckpointError(f"{path} is cut short or is no torch checkpoint ({first_line(error)})") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} holds a {type(held).__name__}; read are a state dict, and a dict around one")
     return held

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
 from ssmclip.models import CheckpointError
+from ssmclip.models.weights import first_line
 from ssmclip.results import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -161,9 +162,8 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every way a file can be broken
-        told = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path}: no training state ({told}); remove its folder to resume from the one before"
+            f"{path}: no training state ({first_line(error)}); remove its folder to resume from the one before"
         ) from error
 
 
