@@ -109,8 +109,6 @@ def run(args: argparse.Namespace) -> int:
     more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
     described = describe_run(args.seed, args.device, tasks=asked, **more)
     kept = {_key(row): row for row in rows_before(args.out, described)}
-    if kept and rank == 0:
-        sys.stderr.write(f"{args.out} has {len(kept)} rows: they stay but where they are measured anew\n")
     cache = None if args.cache == "none" else Path(args.cache)
     settings = Settings(
         args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, args.truncate or None
@@ -164,6 +162,8 @@ def rows_before(path: Path, described: dict[str, Any]) -> list[Result]:
             f"{path} has {len(rows)} rows measured otherwise ({'; '.join(differing)}): give the same settings, "
             "another --out, or remove it"
         )
+    if rows:
+        sys.stderr.write(f"{path} has {len(rows)} rows: they stay but where they are measured anew\n")
     return rows
 
 
