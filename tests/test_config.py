@@ -68,7 +68,6 @@ def test_override_has_the_fields_type(override, read, expected):
         ("betas=[0.9, 1]", r"optimiser.betas=\(0.9, 1.0\): wanted at least 0, less than 1"),
         ("scale=[2, 3]", r"data.augment.scale=\(2.0, 3.0\): wanted two shares"),
         ("scale=[0.9, 0.1]", r"data.augment.scale=\(0.9, 0.1\): wanted two shares"),
-        ("best=digits/top1", r"validation.best='digits/top1': wanted validation.every and validation.tasks"),
         ("lr=fast", r"optimiser.lr=fast: wanted a number"),
         ("compile=1", r"model.compile=1: wanted true or false"),
         ("precision=fp8", r"precision='fp8': wanted one of no, bf16, fp16"),

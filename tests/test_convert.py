@@ -256,6 +256,26 @@ def test_one_file_of_several_is_named(fake_hub):
     assert not fake_hub.asked
 
 
+def test_a_file_of_the_hub_comes_with_its_configuration(fake_hub):
+    folder = fake_hub.root / "someone" / "mamba"
+    config = dict(model_type="mamba2", hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=2)
+    model = LanguageModel(read_config(config | dict(vocab_size=20, num_hidden_layers=1)))
+    ssmclip.convert(model.state_dict(), folder, n_groups=2)
+    read = ssmclip.load_published("hf-hub:someone/mamba/model.safetensors")
+    assert set(fake_hub.asked) == {"model.safetensors", "config.json"}
+    tokens = torch.arange(7)[None]
+    assert torch.equal(read(tokens), model.eval()(tokens))
+
+
+def test_timms_own_folder_of_a_linear_head_is_read(tmp_path):
+    model = timm.create_model("mambaout_femto_linear_head", num_classes=7).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    images = torch.randn(1, 3, 64, 64)
+    truth = model(images)
+    assert torch.equal(ssmclip.load_published(tmp_path)(images), truth)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), truth)
+
+
 def test_weights_in_shards_come_from_the_hub_without_their_neighbours(fake_hub):
     state = timm.create_model("test_vmamba").state_dict()
     folder = fake_hub.root / "someone" / "large"

@@ -845,6 +845,26 @@ def test_columns_are_found_in_any_case_or_by_their_given_name(tmp_path, header, 
     assert captions_of(next(opened(tmp_path / f"a.{kind}", 1, table_format=TableFormat(**named)))) == ["a cat"]
 
 
+def test_a_known_name_as_it_is_comes_before_one_in_another_case(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "a.csv").write_text("Image,filepath,Caption,title\nhttp://x/1,1.jpg,no,a cat\n")
+    assert captions_of(next(opened(tmp_path / "a.csv", 1))) == ["a cat"]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_paths_of_a_table_are_in_the_order_that_arrow_groups_them(tmp_path, kind):
+    """Runs of older versions go on from places in it."""
+    names = [f"{n % 150:03d}.jpg" for n in np.random.default_rng(0).permutation(300)]
+    table = pa.table({"image": names, "caption": [f"words {n}" for n in range(300)]})
+    pa.parquet.write_table(table.set_column(0, "image", table["image"].cast(kind)), tmp_path / "a.parquet")
+    source = table_source(tmp_path / "a.parquet", TableFormat(), seed=0, resident_bytes=0)
+    wanted = table.group_by("image", use_threads=False).aggregate([("caption", "list")])
+    assert (
+        [sample.key for sample in source.samples] == wanted["image"].to_pylist() != sorted(set(names), key=names.index)
+    )
+    assert [sample.captions for sample in source.samples] == wanted["caption_list"].to_pylist()
+
+
 def test_columns_that_can_not_be_told_apart_are_not_guessed(tmp_path):
     (tmp_path / "a.csv").write_text("image,Caption,CAPTION\n1.jpg,a,b\n")
     with pytest.raises(

@@ -342,6 +342,7 @@ def test_third_derivatives_agree():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own call, at the first tangent
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
 @pytest.mark.parametrize("op", list(BACKENDS))
 def test_forward_mode_and_function_transforms(op):
     """Registered operators have no tangents: PyTorch takes zeros for them."""

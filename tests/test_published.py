@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 
@@ -315,7 +316,6 @@ def test_a_language_model_of_transformers_is_read_from_its_folder(kind, more, tm
         (dict(model_type="mamba", hidden_act="relu"), "'relu'; only 'silu' is known"),
         (dict(model_type="falcon_mamba"), "unknown language model 'falcon_mamba'.*known: mamba, mamba2"),
         (dict(model_type="mamba2"), "says mamba2, the weights are a mamba's"),
-        ([], "holds no configuration but a list"),
     ],
 )
 def test_a_configuration_of_another_model_is_refused(config, says, tmp_path):
@@ -325,6 +325,28 @@ def test_a_configuration_of_another_model_is_refused(config, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((CheckpointError, UnknownName), match=says):
         ssmclip.load_published(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        "\ufeff{}",
+        "[1]",
+        '{"architecture": null}',
+        '{"architecture": {"vision": "vmamba"}}',
+        '{"architecture": "resnet50"}',
+        '{"architecture": "test_vmamba", "num_classes": 1234}',
+        '{"architecture": "test_vmamba", "model_args": null}',
+        '{"model_cfg": null}',
+    ],
+)
+def test_a_configuration_of_another_library_is_passed_over(config, tmp_path, tiny_state):
+    safetensors.torch.save_file(tiny_state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    read = ssmclip.load_published(tmp_path).state_dict()
+    assert read.keys() == tiny_state.keys()
+    assert all(torch.equal(read[key], tiny_state[key]) for key in read)
 
 
 # ---- what training and saving wrap around the weights

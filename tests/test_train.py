@@ -1,5 +1,6 @@
 """Training: schedules and groups against the original's, losses against its outputs, the loop on a handful of pairs."""
 
+import errno
 import json
 import math
 import os
@@ -462,6 +463,8 @@ def test_refuses_before_any_work(tmp_path, monkeypatch):
     for out in unwritable:
         with pytest.raises(PermissionError, match=r"can't write there.*choose another --out"):
             train(tiny(), out)
+    with pytest.raises(ValueError, match=r"validation.best='digits/top1': wanted validation.every and validation.task"):
+        train(tiny("best=digits/top1"), tmp_path / "unmeasured")
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(tiny(), tmp_path / "new", resume=True)
     append_rows(tmp_path / "old" / "rows.jsonl", [Result("tiny", "train", "step=1", "loss", 1.0)])
@@ -515,9 +518,38 @@ def test_the_best_is_of_one_metric(tmp_path, eight_pairs):
     train(tiny("steps=6", *usual, "best=digits/big"), tmp_path, validate=validate)
     named = tmp_path / "checkpoints" / "best"
     assert named.read_text().strip() == "step_00000004"  # not the NaN before it
+    shutil.copytree(tmp_path, tmp_path.with_name("none"))
     shutil.rmtree(checkpoints(tmp_path)[-1])
     train(tiny("steps=6", *usual, "best=digits/small"), tmp_path, resume=True, validate=validate)
     assert named.read_text().strip() == "step_00000006"
+
+    tmp_path = tmp_path.with_name("none")  # the best of a metric that is no longer asked for is kept
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    train(tiny("steps=6", "checkpoint.every=2", "keep=1"), tmp_path, resume=True)
+    named = tmp_path / "checkpoints" / "best"
+    assert named.read_text().strip() == "step_00000004"
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000004", "step_00000006"]
+
+
+def test_the_rows_of_a_continued_run_have_one_name(tmp_path, eight_pairs):
+    train(tiny("steps=4", "checkpoint.every=2"), tmp_path / "mine")
+    rows = tmp_path / "mine" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"mine"', '"CLIP-VMamba-Nano"'))
+    shutil.rmtree(checkpoints(tmp_path / "mine")[-1])
+    train(tiny("steps=4", "checkpoint.every=2"), tmp_path / "mine", resume=True)
+    assert {row.model for row in read_rows(rows)[1]} == {"mine"}
+    assert list(series(tmp_path / "mine", "loss")) == [1, 2, 3, 4]
+
+
+def test_a_file_system_without_locks_can_be_trained_on(tmp_path, eight_pairs, monkeypatch):
+    import fcntl
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    train(tiny("steps=3"), tmp_path)
+    assert list(series(tmp_path, "loss")) == [1, 2, 3]
 
 
 def test_unknown_model_lists_the_known_ones(tmp_path):

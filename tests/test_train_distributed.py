@@ -15,6 +15,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.evaluate.tasks import training_validation
 from ssmclip.results import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, is_sharded, model_config
@@ -63,7 +64,9 @@ def said(folder):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("what", ["clip whole", "clip cached", "siglip whole", "siglip cached"])
+@pytest.mark.parametrize(
+    "what", [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
+)
 def test_two_processes_have_the_doubled_batchs_gradient(said, what):
     assert f"{what}: same" in said
 
@@ -101,12 +104,20 @@ def test_what_every_process_skipped_is_told(folder, said):
         assert said.count(f"skipped {told}") == 1
 
 
+def test_real_validation_is_the_main_process_alone(folder, said):
+    """All pictures, once a step: the other process waits and takes none."""
+    rows = [r for r in read_rows(folder / "validated" / "rows.jsonl")[1] if (r.task, r.metric) == ("digits", "top1")]
+    assert [(r.condition, r.n) for r in rows] == [("step=2", 360), ("step=4", 360)]
+
+
 def main(out: Path) -> None:
     accelerator = build_accelerator(_config())
     _compare(accelerator)
     _resume(out)
     accelerator.print("resumed: same")
     _skip(out / "skips")
+    digits = training_validation(["digits"], "", model_name="tiny")
+    train(_config('tasks=["digits"]', "best=digits/top1"), out / "validated", validate=digits)
     loop.build_accelerator = _sharded
     _resume(out / "fsdp", "validation.every=0", "tasks=[]", "best=")
     accelerator.print("sharded, resumed: same")
@@ -116,8 +127,8 @@ def main(out: Path) -> None:
 def _compare(accelerator) -> None:
     assert accelerator.num_processes == 2
     for kind in ("clip", "siglip"):
-        for name, micro_batch in (("whole", None), ("cached", 3)):
-            _compare_gradients(accelerator, kind, micro_batch)
+        for name, micro_batch, captions in (("whole", None, 1), ("cached", 3, 1), ("several", 3, 2)):
+            _compare_gradients(accelerator, kind, micro_batch, captions)
             accelerator.print(f"{kind} {name}: same")
     if PARITY.is_dir():
         _compare_with_original(accelerator.process_index)
@@ -128,19 +139,26 @@ def _config(*overrides):
     return apply_overrides(load_recipe(ROOT / "recipes" / "tiny.py"), [*SETTINGS, *overrides])
 
 
-def _compare_gradients(accelerator, kind, micro_batch) -> None:
+def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     torch.manual_seed(0)
     model = models.create_clip(model_config(_config(f"kind={kind}", "drop_path_rate=0"))).double().train()
-    images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16, 32))
+    images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16 * captions, 32))
     texts[:, 9] = 49407
     alone = copy.deepcopy(model)
-    whole = build_loss(kind)(**alone(images, texts))
+    features = alone(images, texts[::captions])
+    whole = build_loss(kind)(**features)
+    for i in range(1, captions):  # the mean over captions, one at a time
+        whole = whole + build_loss(kind)(**alone(images, texts[i::captions]))
+    whole = whole / captions
     whole.backward()
 
     rank = accelerator.process_index
     mine = slice(8 * rank, 8 * rank + 8)
     spread = nn.parallel.DistributedDataParallel(model)
-    value = backward(accelerator, spread, build_loss(kind, rank, 2), images[mine], texts[mine], micro_batch)
+    words = texts.unflatten(0, (16, captions))[mine].flatten(0, 1)
+    value = backward(
+        accelerator, spread, build_loss(kind, rank, 2, captions=captions), images[mine], words, micro_batch
+    )
     torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")

@@ -224,10 +224,6 @@ class TrainConfig:
                     raise ValueError(f"{name}={value}: wanted {wanted} {bound}")
         if not all(0 <= beta < 1 for beta in self.optimiser.betas):
             raise ValueError(f"optimiser.betas={self.optimiser.betas}: wanted at least 0, less than 1")
-        if self.validation.best and not (self.validation.every and self.validation.tasks):
-            raise ValueError(
-                f"validation.best={self.validation.best!r}: wanted validation.every and validation.tasks to be set too"
-            )
         if self.loss.view_weight and self.data.views_per_image == 1:
             raise ValueError(
                 f"loss.view_weight={self.loss.view_weight}: wanted 0, or data.views_per_image of 2 or more"
@@ -402,7 +398,7 @@ def _as_type(value: Any, kind: Any) -> Any:
         if isinstance(value, dict):
             return value
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
             return float(value)
     elif type(value) is kind:  # exact, since True is an int too
         return value

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -12,9 +14,22 @@ from torch import distributed
 T = TypeVar("T")
 
 
+_by_itself: ContextVar[bool] = ContextVar("ssmclip_evaluate_by_itself", default=False)
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this process does a task whole, whatever others it was launched with."""
+    token = _by_itself.set(True)
+    try:
+        yield
+    finally:
+        _by_itself.reset(token)
+
+
 def rank() -> tuple[int, int]:
-    """(this process's number, how many there are); (0, 1) when nothing was launched."""
-    if distributed.is_available() and distributed.is_initialized():
+    """(this process's number, how many there are); (0, 1) when nothing was launched, and for a task done by itself."""
+    if not _by_itself.get() and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 

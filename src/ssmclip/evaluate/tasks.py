@@ -11,6 +11,7 @@ from torch import nn
 
 from ssmclip.data.prompts import Prompts
 from ssmclip.data.sources import HUB, list_cards, load_card, open_dataset
+from ssmclip.evaluate import ranks
 from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
@@ -114,7 +115,10 @@ def training_validation(
 
     def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
         clip = Clip(model, preprocess, tokenizer, model_name)
-        rows = [row for name, card, dataset in opened for row in KINDS[card.kind](clip, dataset, card, name, settings)]
+        rows: list[Result] = []
+        with ranks.by_itself():  # the others wait
+            for name, card, dataset in opened:
+                rows += KINDS[card.kind](clip, dataset, card, name, settings)
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate

@@ -53,6 +53,8 @@ def download(name: str) -> Path:
     if not wanted:
         raise FileNotFoundError(f"{repo} has neither configurations nor weights; it has {', '.join(checksums)}")
     paths = [fetch(name) for name in wanted]
+    if file and (config := str(PurePosixPath(file).parent / CONFIGS.get(PurePosixPath(file).name, "."))) in checksums:
+        fetch(config)  # which says what shapes cannot
     if weights and weights.endswith(INDEX):
         for shard in shards(paths[-1]):
             fetch(str(PurePosixPath(weights).parent / shard))
@@ -69,7 +71,9 @@ def choose_weights(names: Sequence[str], source: str | Path) -> str | None:
         if {name, config} <= set(names):
             return name
     for kind in WEIGHT_FILES:
-        files = fnmatch.filter(names, kind + INDEX) or fnmatch.filter(names, kind)
+        files, indices = fnmatch.filter(names, kind), fnmatch.filter(names, kind + INDEX)
+        if not {index.removesuffix(INDEX) for index in indices} & set(files):  # no whole one beside its shards
+            files = indices or files
         if len(files) > 1:
             raise CheckpointError(f"{source} holds several checkpoints, {', '.join(files)}: name one")
         if files:

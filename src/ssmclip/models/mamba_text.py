@@ -237,14 +237,16 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
 
 def known_fields(config: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Of Hugging Face's config.json the fields that decide what is computed, and the model_type.
+    """Of Hugging Face's config.json the model_type and the fields that decide what is computed, defaults among them.
 
     Raises UnknownName for another model_type, CheckpointError for another activation.
     """
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         raise CheckpointError(f"{source}: hidden_act {config['hidden_act']!r}; only 'silu' is known")
-    known = {field.name for field in dataclasses.fields(_config_type(config.get("model_type", "")))}
-    return {key: value for key, value in config.items() if key in known or key == "model_type"}
+    model_type = config.get("model_type", "")
+    known = {field.name: field.default for field in dataclasses.fields(_config_type(model_type))}
+    said = {key: value for key, value in config.items() if key in known and value is not None}
+    return {"model_type": model_type, **known, **said}
 
 
 def read_config(fields: dict[str, Any]) -> MambaConfig | Mamba2Config:

@@ -30,6 +30,7 @@ def _register(size: str) -> None:
         model.head.pre_logits = nn.Identity()
         model.head.num_features = model.num_features
         model.reset_classifier(model.num_classes)
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"{original}_linear_head"}
         if pretrained:
             load_pretrained(
                 model,

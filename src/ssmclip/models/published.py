@@ -9,7 +9,6 @@ and the original MambaOut, Hugging Face's and mamba_ssm's language models, and w
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -42,7 +41,15 @@ from ssmclip.models.shapes import (
     vmamba_fields,
 )
 from ssmclip.models.tokenizer import FILES as TOKENIZER_FILES
-from ssmclip.models.weights import CheckpointError, config_beside, load_into, load_state, save_model
+from ssmclip.models.weights import (
+    CONFIG_NAME,
+    CONFIGS,
+    CheckpointError,
+    config_beside,
+    load_into,
+    load_state,
+    save_model,
+)
 from ssmclip.registry import UnknownName
 
 __all__ = ["Architecture", "ClipText", "build", "convert", "load_published", "read_published"]
@@ -188,10 +195,10 @@ def read_published(
     state = select_weights(source if path is None else load_state(path), weights, _told(source))
     config = {} if path is None else config_beside(path)
     try:
-        if "model_cfg" in config:
+        if "model_cfg" in config and CONFIGS[path.name] == CONFIG_NAME:
             return _configured_clip(config, state, text_heads, n_groups, layer_norm_epsilon), state
-        if timm.is_model(config.get("architecture", "")):
-            return _configured_encoder(config, act_layer), state
+        if encoder := _configured_encoder(config, act_layer, state):
+            return encoder, state
         if "layers.0.norm.weight" in own_keys(state):
             state = own_keys(state)
             said = known_fields(config, _told(source)) if "model_type" in config else {}
@@ -294,18 +301,31 @@ def _configured_clip(
     layer_norm_epsilon: float | None,
 ) -> Architecture:
     text_cfg = config["model_cfg"]["text_cfg"]
+    config["model_cfg"]["vision_cfg"].pop("timm_model_pretrained", None)  # the weights are here
     if "mamba" not in text_cfg:
         text_cfg |= {"heads": text_heads} if text_heads is not None else {}
     elif (n_groups, layer_norm_epsilon) != (None, None):
         own = _under(state, "text.transformer.")
-        text_cfg["mamba"] = _language_model(own, n_groups, layer_norm_epsilon, text_cfg["mamba"])
+        said = known_fields({"model_type": "mamba"} | text_cfg["mamba"], "text_cfg.mamba")
+        text_cfg["mamba"] = _language_model(own, n_groups, layer_norm_epsilon, said)
     return Architecture("clip", config)
 
 
-def _configured_encoder(config: dict[str, Any], act_layer: str | None) -> Architecture:
+def _configured_encoder(config: dict[str, Any], act_layer: str | None, state: State) -> Architecture | None:
+    """None where the configuration names no model of timm's, or one with other weights: it may be another library's."""
+    name = config.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        return None
     told = {"num_classes": config.get("num_classes"), "act_layer": act_layer}
-    arguments = config.get("model_args", {}) | {key: value for key, value in told.items() if value is not None}
-    return Architecture("encoder", {"architecture": config["architecture"], "model_args": arguments})
+    arguments = (config.get("model_args") or {}) | {key: value for key, value in told.items() if value is not None}
+    try:
+        with torch.device("meta"):
+            wanted = timm.create_model(name, **arguments).state_dict()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if {key: value.shape for key, value in wanted.items()} != {key: value.shape for key, value in state.items()}:
+        return None
+    return Architecture("encoder", {"architecture": name, "model_args": arguments})
 
 
 # ---- the layouts
@@ -397,7 +417,7 @@ def _language_model(
     state: State, n_groups: int | None, layer_norm_epsilon: float | None, said: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The fields that shapes tell; of the others those asked for, else those a configuration said, else defaults."""
-    known = dataclasses.asdict(read_config(said)) if said else dict(layer_norm_epsilon=1e-5)
+    known = dict(said) if said else dict(layer_norm_epsilon=1e-5)
     if layer_norm_epsilon is not None:
         known["layer_norm_epsilon"] = layer_norm_epsilon
     fields = language_model_fields(state, n_groups or known.get("n_groups", 1))

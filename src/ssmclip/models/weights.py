@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import pickle
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,6 +15,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -145,17 +148,25 @@ def has_own_text(text_cfg: dict[str, Any]) -> bool:
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """The configuration of weights that have the name their library gives them; {} of any others, or where there is
-    none. Raises CheckpointError when it cannot be read.
+    """The configuration of weights that have the name their library gives them; {} of any others, where there is none,
+    and where it is another library's that cannot be read, with a warning. Raises CheckpointError for open_clip's.
     """
     name = CONFIGS.get(path.name)
-    return read_json(path.with_name(name)) if name and path.with_name(name).is_file() else {}
+    if not name or not path.with_name(name).is_file():
+        return {}
+    try:
+        return read_json(path.with_name(name))
+    except CheckpointError as error:
+        if name == CONFIG_NAME:
+            raise
+        log.warning("%s; the shapes of the weights are read alone", error)
+        return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A configuration. Raises CheckpointError when it is missing, or no JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_infinity)
+        config = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_infinity)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.parent} is no model folder: {path.name} cannot be read ({error})") from error
     if not isinstance(config, dict):

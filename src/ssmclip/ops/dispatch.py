@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from ssmclip.registry import UnknownName
@@ -35,7 +36,7 @@ class Backend:
         if self.devices and (device if device != "meta" else "cpu") not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
         # PyTorch would take the missing forward-mode derivative of a registered operator for zero, without a word.
-        if self.devices and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        if self.devices and _differentiating():
             return "has no derivative for torch.func or forward mode"
         if self.needs and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed (pip install {self.needs})"
@@ -48,6 +49,16 @@ class Backend:
             return "no GPU"
         reasons = [self.why_not(device) for device in (("cuda", "cpu") if gpu else ("cpu",))]
         return "" if "" in reasons else reasons[-1 if "cpu" in self.devices else 0]
+
+
+def _differentiating() -> bool:
+    """Whether a transform of torch.func that differentiates, or forward mode, is at work."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.compiler.is_compiling():  # which cannot look at the layers of transforms
+        return torch._C._are_functorch_transforms_active()
+    layers = torch._C._functorch.get_interpreter_stack() or ()
+    return any(layer.key() in (TransformType.Grad, TransformType.Jvp) for layer in layers)
 
 
 @contextmanager

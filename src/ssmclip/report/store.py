@@ -57,7 +57,7 @@ def read_store(files: Sequence[str | Path]) -> Store:
         run, found = read_rows(path)
         # Only a run's own file names its model in the first line.
         for name in {row.model for row in found if row.task == "train" and "model" in run}:
-            if runs.setdefault(name, path) != path:
+            if runs.setdefault(name, path).resolve() != path.resolve():
                 raise ValueError(
                     f"{runs[name]} and {path} are two training runs called {name!r}: report them one by one, or give "
                     "the model another name in the rows of one"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
@@ -31,7 +32,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ValueError('precision="fp16" needs a GPU; here "no" (float32) or "bf16" would do')
     AcceleratorState._reset_state()  # a process may train twice, with another precision; the process group stays
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu")
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # others wait while the main process validates
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[patient])
     world = accelerator.num_processes
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} doesn't divide over {world} processes")

@@ -69,6 +69,8 @@ def _lock(file: IO) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError:  # a file system without locks, as some of clusters
+        return True
     return True
 
 
@@ -132,8 +134,10 @@ def save_checkpoint(
                 else "There is none yet"
             )
         ) from error
+    best = folder / "best"  # which may be of a metric that is no longer asked for
+    named = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
     for old in checkpoints(run)[:-keep]:
-        if old.name != f"step_{best_step or 0:08d}":
+        if old.name != named:
             doomed = old.rename(folder / f".old-{old.name}")  # so that a half-deleted one never looks like one
             shutil.rmtree(doomed)
     return final

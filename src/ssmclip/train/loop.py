@@ -55,7 +55,9 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     Raises FileExistsError, FileNotFoundError, PermissionError and ValueError about `out` before any work
     (`run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
     """
-    out = Path(out)
+    out, asked = Path(out), config.validation
+    if asked.best and not (asked.every and asked.tasks):
+        raise ValueError(f"validation.best={asked.best!r}: wanted validation.every and validation.tasks to be set too")
     accelerator = build_accelerator(config)
     with run_folder(out, config, resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()

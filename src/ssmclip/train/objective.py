@@ -47,8 +47,9 @@ class Objective(nn.Module):
         self.loss, self.views, self.captions, self.view_weight = loss, views, captions, view_weight
 
     def forward(self, image_features: Tensor, text_features: Tensor, *scale: Tensor, **named: Tensor) -> Tensor:
-        views = [image_features[i :: self.views] for i in range(self.views)]
-        captions = [text_features[i :: self.captions] for i in range(self.captions)]
+        # Contiguous: the sigmoid loss sends them to other processes.
+        views = [image_features[i :: self.views].contiguous() for i in range(self.views)]
+        captions = [text_features[i :: self.captions].contiguous() for i in range(self.captions)]
         value = torch.stack([self.loss(v, c, *scale, **named) for v in views for c in captions]).mean()
         if self.view_weight:
             between = torch.stack([self.loss(v, w, *scale, **named) for v, w in combinations(views, 2)]).mean()

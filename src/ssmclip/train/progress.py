@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmclip.config import TrainConfig
-from ssmclip.results import Result, append_rows, describe_run
+from ssmclip.results import Result, append_rows, describe_run, read_rows, write_rows
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -74,10 +74,11 @@ class Log:
 
     def __init__(self, out: Path, config: TrainConfig, start: int, device: str, speaks: bool):
         self._out, self._config, self._speaks, self._writer = out, config, speaks, None
-        self._name = out.absolute().name
+        self._name = out.resolve().name
         if not speaks:
             return
         truncate_rows(out / "rows.jsonl", start)
+        _rename_rows(out / "rows.jsonl", self._name)
         if not (out / "rows.jsonl").exists():
             append_rows(out / "rows.jsonl", [], describe_run(config.seed, device, model=config.model.name))
         if config.logging.tensorboard:
@@ -171,6 +172,13 @@ def truncate_rows(path: Path, step: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _rename_rows(path: Path, name: str) -> None:
+    """Of a run begun when rows carried the model's name, or in a folder of another name."""
+    head, rows = read_rows(path) if path.exists() else ({}, [])
+    if any(row.model != name for row in rows):
+        write_rows(path, [replace(row, model=name) for row in rows], head)
 
 
 def peak_memory_mib(device: torch.device) -> float:

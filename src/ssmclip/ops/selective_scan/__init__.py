@@ -43,8 +43,8 @@ def selective_scan(
     return_last_state: return (y, h after the last position), h in the state's type.
 
     Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` and `triton` back
-    ends are computed by `chunked`: right, but slower and with (batch, dim, length, state) tensors. Under torch.func and
-    in forward mode everything is: "auto" takes `chunked`, the two raise RuntimeError.
+    ends are computed by `chunked`: right, but slower and with (batch, dim, length, state) tensors. Under
+    torch.func's derivatives and in forward mode everything is: "auto" takes `chunked`, the two raise RuntimeError.
 
     Raises ValueError for shapes, types and devices that do not fit together, UnknownName for an unknown back end.
     """

@@ -46,7 +46,7 @@ def ssd(
     for float64), y has x's type. return_final_states: return (y, h after the last position), h in the state's type.
 
     Differentiable any number of times on every back end. Second and higher derivatives of the `cpu` and `triton` back
-    ends are computed by `chunked`, and under torch.func and in forward mode everything is.
+    ends are computed by `chunked`, and under torch.func's derivatives and in forward mode everything is.
 
     Raises ValueError for shapes, types and devices that do not fit together, UnknownName for an unknown back end.
     """

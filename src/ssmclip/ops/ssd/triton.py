@@ -49,7 +49,8 @@ def _constants(kernel: str, x: Tensor, states: int) -> dict:
 
     double = x.dtype == torch.float64
     precision = {torch.float64: "ieee", torch.float32: "tf32x3"}.get(x.dtype, "tf32")
-    most = 64 if kernel == "forward" else 32
+    # Channels by states is what a block holds in shared memory: 256 states at 64 channels are more than cards have.
+    most = (64 if kernel == "forward" else 32) * 128 // max(128, power_of_two(states))
     return {
         "TYPE": tl.float64 if double else tl.float32,
         "PRECISION": precision,
