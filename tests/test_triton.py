@@ -99,6 +99,7 @@ def test_real_sizes_equal_the_definition_in_float64(operator, dtype):
 def test_kernels_compile_for_a_card_that_need_not_be_there(gpu_here):
     # sm_90, at VMamba's and Mamba's sizes, through the launch the operators themselves make; nothing spilled.
     code = f"""
+import json
 import sys
 import torch
 torch.cuda.is_available = lambda: {gpu_here}
@@ -109,6 +110,12 @@ gpu.SHAPES = {{name: gpu.SHAPES[name] for name in ("causal_conv1d", "cross_selec
 gpu.SHAPES["cross_selective_scan"] = [], gpu.SHAPES["cross_selective_scan"][1][:1]
 sys.argv = ["gpu.py", "--part", "registers"]
 gpu.main()
+wide = gpu.make_inputs("ssd", dict(batch=1, length=33, heads=2, width=64, state=256), torch.float32)
+found = []
+with gpu.Compiled(found):
+    gpu.call("ssd", "triton", wide).sum().backward()
+for which, counts in found:
+    print(json.dumps(dict(condition=f"ssd pass={{which}}", metric="shared_bytes", value=counts["shared_bytes"])))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
@@ -121,3 +128,5 @@ gpu.main()
         for which in ("forward", "backward"):
             assert 0 < found[which, operator, "registers"] <= 255
             assert found[which, operator, "stack_bytes"] == 0
+    for which in ("forward", "backward"):  # what a block may have on sm_86 and sm_89
+        assert 0 < found[which, "ssd", "shared_bytes"] <= 101_376

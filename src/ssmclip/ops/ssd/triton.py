@@ -55,7 +55,7 @@ def _constants(kernel: str, x: Tensor, states: int) -> dict:
         "TYPE": tl.float64 if double else tl.float32,
         "PRECISION": precision,
         "Q": CHUNK,
-        "P": min(most, max(SMALLEST, power_of_two(x.shape[3]))),
+        "P": max(SMALLEST, min(most, power_of_two(x.shape[3]))),
         "N": max(SMALLEST, power_of_two(states)),
         "num_warps": 8,
         "num_stages": 1,
