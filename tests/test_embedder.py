@@ -195,18 +195,24 @@ def test_an_index_holds_every_picture_that_can_be_read(embedder, folder, tmp_pat
     assert [p.name for p in tmp_path.iterdir() if "index" in p.name] == ["index.parquet"]
 
 
-def test_an_interrupted_index_goes_on_where_it_was(embedder, folder, tmp_path, monkeypatch):
-    whole = build_index(folder, embedder, tmp_path / "whole.parquet")
-    monkeypatch.setattr(index_module, "PART", 2)
-    encode, opened = embedder.encode_images, []
+def interrupt(embedder, monkeypatch, after):
+    """From now on the embedder is stopped once it was given so many pictures; returns (as it was, those given)."""
+    encode, given = embedder.encode_images, []
 
     def interrupted(images):
-        if len(opened) == 4:
+        if len(given) == after:
             raise KeyboardInterrupt
-        opened.extend(images)
+        given.extend(images)
         return encode(images)
 
     monkeypatch.setattr(embedder, "encode_images", interrupted)
+    return encode, given
+
+
+def test_an_interrupted_index_goes_on_where_it_was(embedder, folder, tmp_path, monkeypatch):
+    whole = build_index(folder, embedder, tmp_path / "whole.parquet")
+    monkeypatch.setattr(index_module, "PART", 2)
+    encode, opened = interrupt(embedder, monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, embedder, tmp_path / "index.parquet")
     before = len(opened)
@@ -219,15 +225,7 @@ def test_an_interrupted_index_goes_on_where_it_was(embedder, folder, tmp_path, m
 
 def test_a_picture_replaced_between_two_runs_is_embedded_anew(embedder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "PART", 2)
-    encode, calls = embedder.encode_images, []
-
-    def interrupted(images):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(images)
-        return encode(images)
-
-    monkeypatch.setattr(embedder, "encode_images", interrupted)
+    encode, _ = interrupt(embedder, monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         build_index(folder, embedder, tmp_path / "index.parquet")
     monkeypatch.setattr(embedder, "encode_images", encode)

@@ -321,7 +321,7 @@ def _configured_encoder(config: dict[str, Any], act_layer: str | None, state: St
     try:
         with torch.device("meta"):
             wanted = timm.create_model(name, **arguments).state_dict()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):  # arguments that timm's model does not take
         return None
     if {key: value.shape for key, value in wanted.items()} != {key: value.shape for key, value in state.items()}:
         return None

@@ -69,8 +69,8 @@ def _lock(file: IO) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a file system without locks, as some of clusters
-        return True
+    except OSError:  # a file system without locks, as some of clusters: no reason not to train there
+        pass
     return True
 
 
