@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from ssmclip.data.distortions import DISTORTIONS, distort, parse_level
 from ssmclip.data.distortions.reference import REFERENCE
-from ssmclip.results import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 
 BATCH = 4
 LEVELS = {

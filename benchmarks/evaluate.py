@@ -50,7 +50,7 @@ from PIL import Image
 import ssmclip
 from ssmclip.data.sources import open_dataset
 from ssmclip.evaluate.embed import Clip, Settings, embed_images, embed_texts, encode_batch, encode_tokens, inference
-from ssmclip.results import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 
 TASK = "evaluate"
 WORKERS = 2

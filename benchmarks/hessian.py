@@ -22,7 +22,7 @@ import torch
 import ssmclip
 from ssmclip.analyze.batches import contrastive_loss
 from ssmclip.analyze.product import Hessian, call
-from ssmclip.results import Result, describe_run, write_rows
+from ssmclip.rows.result import Result, describe_run, write_rows
 
 TASK = "hessian_cost"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")

@@ -30,7 +30,7 @@ from ssmclip.evaluate.decide import (
     open_stimuli,
     timm_decider,
 )
-from ssmclip.results import read_rows
+from ssmclip.rows.result import read_rows
 
 TEMPLATES = ["a photo of a {}.", "itap of the {}."]
 QUICK = Settings(batch_size=4)

@@ -19,7 +19,7 @@ from ssmclip.analyze.measure import Job, measure
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
 from ssmclip.report.efficiency import crossing
-from ssmclip.results import Result, read_rows, write_rows
+from ssmclip.rows.result import Result, read_rows, write_rows
 
 MEASURED = {
     "memory_mb": 100.0,

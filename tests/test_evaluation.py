@@ -29,8 +29,8 @@ from ssmclip.evaluate.paired import marked, mcnemar, paired_rows, unmarked
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.tasks import open_tasks, task_names
-from ssmclip.paper_tables import TABLE1
-from ssmclip.results import Result, read_rows
+from ssmclip.rows.paper_tables import TABLE1
+from ssmclip.rows.result import Result, read_rows
 
 SENTENCE = "a small brown dog runs over the wet grass while two children watch "
 

@@ -36,7 +36,7 @@ from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
 from ssmclip.report.landscape import Contour, EigenvaluesOverTraining
-from ssmclip.results import read_rows
+from ssmclip.rows.result import read_rows
 from ssmclip.train import train
 from ssmclip.train.objective import build_loss
 from ssmclip.train.state import seed_everything
@@ -685,7 +685,7 @@ def test_a_bad_clip_is_told():
 
 
 def test_summary_counts_negative_values():
-    from ssmclip.results import Result
+    from ssmclip.rows.result import Result
 
     rows = [
         Result(

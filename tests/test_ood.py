@@ -17,7 +17,7 @@ from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.data.trials import read_trials
 from ssmclip.evaluate import ood_command
 from ssmclip.evaluate.ood import EXCLUDED, score_decisions
-from ssmclip.results import read_rows
+from ssmclip.rows.result import read_rows
 
 AVERAGES = {
     "average_17_datasets": "17 data sets",

@@ -10,7 +10,7 @@ from PIL import Image
 from ssmclip.evaluate.pictures import thumbnail
 from ssmclip.report import FIGURES, drawings, ood_figures, read_store, write_report
 from ssmclip.report.style import INK, styles
-from ssmclip.results import Result, write_rows
+from ssmclip.rows.result import Result, write_rows
 
 SMALL = thumbnail(Image.new("RGB", (96, 96), (250, 20, 20)))
 MODELS = ["A", "b <i>", "humans"]

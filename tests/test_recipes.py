@@ -9,7 +9,7 @@ import pytest
 from ssmclip.__main__ import build_parser
 from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
 from ssmclip.models import clip_config
-from ssmclip.results import read_rows
+from ssmclip.rows.result import read_rows
 from ssmclip.train.optimiser import lr_schedule
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))

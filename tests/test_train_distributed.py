@@ -16,7 +16,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
-from ssmclip.results import Result, read_rows
+from ssmclip.rows.result import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, is_sharded, model_config
 from ssmclip.train.checkpoint import checkpoints

@@ -14,7 +14,7 @@ import torch
 
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
-from ssmclip.results import read_rows
+from ssmclip.rows.result import read_rows
 from ssmclip.train import train
 from ssmclip.train.checkpoint import checkpoints, load_training_state
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate import evaluate
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.report import write_report
-    from ssmclip.results import describe_run, write_rows
+    from ssmclip.rows.result import describe_run, write_rows
     from ssmclip.train import train
 
     keep_freed_memory()

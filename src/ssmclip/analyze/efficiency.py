@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ssmclip.analyze import towers
 from ssmclip.analyze.macs import count_macs, sequence_criterion
 from ssmclip.analyze.measure import Job, memory_limit, to_json
-from ssmclip.results import Result, append_rows, read_rows, write_rows
+from ssmclip.rows.result import Result, append_rows, read_rows, write_rows
 
 __all__ = ["in_fresh_process", "sweep"]
 

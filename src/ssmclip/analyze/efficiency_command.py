@@ -56,7 +56,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
     from functools import partial
 
     from ssmclip.analyze.efficiency import in_fresh_process, sweep
-    from ssmclip.results import describe_run
+    from ssmclip.rows.result import describe_run
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: at least 1")

@@ -17,7 +17,7 @@ from ssmclip.analyze.landscape import surface
 from ssmclip.analyze.product import Hessian, OutOfMemory
 from ssmclip.analyze.spectrum import check_k, check_search, extreme_eigenvalues
 from ssmclip.analyze.summary import TASK, summary_rows
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 PROTOCOLS = ("lanczos", "park-kim", "power")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmclip.analyze.batches import contrastive_loss, to_model
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 Direction = dict[str, Tensor]
 

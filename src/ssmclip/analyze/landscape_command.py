@@ -63,7 +63,7 @@ def _hessian(args: argparse.Namespace) -> int:
     from ssmclip.analyze.park_kim import WEIGHT_DECAY
     from ssmclip.analyze.summary import summary_rows
     from ssmclip.registry import UnknownName
-    from ssmclip.results import Result
+    from ssmclip.rows.result import Result
 
     studies = [
         HessianStudy(
@@ -117,7 +117,7 @@ def _hessian(args: argparse.Namespace) -> int:
 
 def _landscape(args: argparse.Namespace) -> int:
     from ssmclip.analyze.landscape import grid, surface
-    from ssmclip.results import Result
+    from ssmclip.rows.result import Result
 
     grid(args.points, args.distance)  # refuses before the model is loaded
 
@@ -196,7 +196,7 @@ def _collect(
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from ssmclip.results import append_rows, describe_run, read_rows, write_rows
+    from ssmclip.rows.result import append_rows, describe_run, read_rows, write_rows
 
     state = PartialState(cpu=args.device == "cpu")
     rank, world, label = state.process_index, state.num_processes, _label(args)

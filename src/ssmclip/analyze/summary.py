@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 TASK = "hessian"
 # In the conditions of what power iterations returned: the usual one, and one gone on with to a residual.

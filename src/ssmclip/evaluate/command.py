@@ -12,7 +12,7 @@ from typing import Any
 
 from ssmclip.config import labelled
 from ssmclip.options import add_device, image_size
-from ssmclip.results import Result, read_rows
+from ssmclip.rows.result import Result, read_rows
 
 OOD = "ood"
 DISTORTED = "distorted:"
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.ranks import launched
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
     from ssmclip.ops.memory import keep_freed_memory
-    from ssmclip.results import describe_run, write_rows
+    from ssmclip.rows.result import describe_run, write_rows
 
     keep_freed_memory()
     models = labelled(args.model)

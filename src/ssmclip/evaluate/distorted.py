@@ -32,7 +32,7 @@ from ssmclip.evaluate.ood import LEVEL, kept
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)
 

@@ -71,7 +71,7 @@ def captions(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.evaluate.command import line, require_writable
     from ssmclip.models import load_tokenizer
-    from ssmclip.results import describe_run, write_rows
+    from ssmclip.rows.result import describe_run, write_rows
 
     if args.out:
         require_writable(args.out, args.texts)
@@ -118,7 +118,7 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 def compare(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.command import line, require_writable
     from ssmclip.evaluate.paired import paired_rows
-    from ssmclip.results import describe_run, read_rows, write_rows
+    from ssmclip.rows.result import describe_run, read_rows, write_rows
 
     if args.out:
         require_writable(args.out, args.rows)

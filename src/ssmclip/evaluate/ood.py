@@ -25,7 +25,7 @@ import numpy as np
 
 from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.data.trials import NOT_SHOWN, Answers, Trials, match_trials
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ssmclip.config import labelled
 from ssmclip.evaluate.command import default_cache, line, require_writable
 from ssmclip.options import add_device, image_size
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"
 TIMM = "timm:"
@@ -180,7 +180,7 @@ def decide_model(
 def _score(args: argparse.Namespace) -> int:
     from ssmclip.data.trials import read_trials
     from ssmclip.evaluate.ood import LEVEL, TASK, score_decisions
-    from ssmclip.results import describe_run, write_rows
+    from ssmclip.rows.result import describe_run, write_rows
 
     require_writable(args.out, [*args.decisions, *args.humans])
     rows = score_decisions(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmclip.evaluate.cache import texts_hash
 from ssmclip.evaluate.metrics import bootstrap_interval
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 
 def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images
 from ssmclip.evaluate.geometry import geometry
 from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 KS = (1, 5, 10)
 SHOWN = 5  # best matches kept of an example

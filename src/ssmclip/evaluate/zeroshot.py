@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from ssmclip.evaluate import paired, pictures
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.metrics import METRICS, bootstrap_interval
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example

@@ -22,7 +22,7 @@ from ssmclip.report.store import Store, by_task, final, step_of
 from ssmclip.report.style import INK, LINE, WIDTH, Style, drawing, styles
 from ssmclip.report.table1 import points
 from ssmclip.report.words import RECALL, headline, is_fraction, kind_of, metric_name, title_of
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 NAME_STEP = 0.06  # of the height of the axes: a line of small letters
 MOST_CLASSES = 30  # bars of one figure that can still be read

@@ -14,7 +14,7 @@ import numpy as np
 from ssmclip.analyze.summary import LONG, USUAL
 from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")
 X_Y = re.compile(r"x=([-\d.e]+)(?:,y=([-\d.e]+))?")

@@ -17,7 +17,7 @@ from ssmclip.report.figures import Bars, Drawing, canvas, figure, legend, models
 from ssmclip.report.store import DISTORTED, final, level_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 HUMANS = "humans"
 SET = "ood/"  # begins the task of a data set

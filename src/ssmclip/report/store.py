@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssmclip.results import Result, read_rows
+from ssmclip.rows.result import Result, read_rows
 
 STEP = re.compile(r"step=(\d+)\b")
 LEVEL = "level="

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from ssmclip.paper_tables import TABLE1
 from ssmclip.report.store import final
 from ssmclip.report.words import headline
-from ssmclip.results import Result
+from ssmclip.rows.paper_tables import TABLE1
+from ssmclip.rows.result import Result
 
 ENOUGH = 2  # columns; one number next to 26 says nothing
 

@@ -10,7 +10,7 @@ from statistics import median
 
 from ssmclip.report.store import DISTORTED, Source, final, latest, level_of, read_store, step_of
 from ssmclip.report.words import caveats, distorted_title, interval, metric_name, number, title_of
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 VISIBLE = 12  # lines of a table, before some are folded away
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

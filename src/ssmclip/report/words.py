@@ -9,7 +9,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ssmclip.report.store import final, step_of
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 
 
 class Said(NamedTuple):

@@ -22,7 +22,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
-from ssmclip.results import Result
+from ssmclip.rows.result import Result
 from ssmclip.train import sharding
 from ssmclip.train.build import build_accelerator, build_model, is_sharded, load_start, model_config, open_stream
 from ssmclip.train.checkpoint import (

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmclip.config import TrainConfig
-from ssmclip.results import Result, append_rows, describe_run, read_rows, write_rows
+from ssmclip.rows.result import Result, append_rows, describe_run, read_rows, write_rows
 
 _STEP = re.compile(r"step=(\d+)")
 
