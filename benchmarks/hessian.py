@@ -20,8 +20,8 @@ from statistics import median, quantiles
 import torch
 
 import ssmclip
-from ssmclip.analyze.batches import contrastive_loss
-from ssmclip.analyze.product import Hessian, call
+from ssmclip.analyze.curvature.batches import contrastive_loss
+from ssmclip.analyze.curvature.product import Hessian, call
 from ssmclip.rows.result import Result, describe_run, write_rows
 
 TASK = "hessian_cost"

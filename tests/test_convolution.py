@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmclip.analyze.convolution import grouped_convolutions_by_convolutions
-from ssmclip.analyze.product import Hessian
+from ssmclip.analyze.curvature.convolution import grouped_convolutions_by_convolutions
+from ssmclip.analyze.curvature.product import Hessian
 
 CASES = {
     "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), (2, 4, 5, 6)),

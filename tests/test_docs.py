@@ -15,7 +15,7 @@ import pytest
 from setuptools import find_namespace_packages
 
 from ssmclip.__main__ import build_parser
-from ssmclip.analyze.spectrum import check_search
+from ssmclip.analyze.curvature.spectrum import check_search
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.report.tables import BEGIN, END, update_readme
 

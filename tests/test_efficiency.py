@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ssmclip.__main__ import main
-from ssmclip.analyze import measure as measuring
 from ssmclip.analyze import towers
-from ssmclip.analyze.efficiency import in_fresh_process, sweep
-from ssmclip.analyze.macs import count_macs
-from ssmclip.analyze.measure import Job, measure
+from ssmclip.analyze.cost import measure as measuring
+from ssmclip.analyze.cost.efficiency import in_fresh_process, sweep
+from ssmclip.analyze.cost.macs import count_macs
+from ssmclip.analyze.cost.measure import Job, measure
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
 from ssmclip.report.efficiency import crossing
@@ -76,7 +76,9 @@ def test_what_does_not_fit_says_so_and_the_sweep_goes_on(tmp_path):
 
 
 def test_a_killed_process_is_a_failure_with_its_reason(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/sh")  # "sh -m ssmclip.analyze.measure" reads its commands from a file
+    monkeypatch.setattr(
+        sys, "executable", "/bin/sh"
+    )  # "sh -m ssmclip.analyze.cost.measure" reads its commands from a file
     assert "failed" in in_fresh_process(Job("test_vmamba", image_size=(8, 8)))
 
 

@@ -17,21 +17,22 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ssmclip
-from ssmclip.analyze import command, park_kim
-from ssmclip.analyze.batches import (
+from ssmclip.analyze import command
+from ssmclip.analyze.curvature import park_kim
+from ssmclip.analyze.curvature.batches import (
     classification_loss,
     contrastive_loss,
     only_read_rows,
     read_batches,
     tower_parameters,
 )
-from ssmclip.analyze.estimate import density, trace
-from ssmclip.analyze.hessian import HessianStudy, batch_rows
-from ssmclip.analyze.landscape import filter_normalised_direction, loss_at
+from ssmclip.analyze.curvature.estimate import density, trace
+from ssmclip.analyze.curvature.hessian import HessianStudy, batch_rows
+from ssmclip.analyze.curvature.landscape import filter_normalised_direction, loss_at
+from ssmclip.analyze.curvature.product import Hessian, NotTwiceDifferentiable, OutOfMemory
+from ssmclip.analyze.curvature.spectrum import extreme_eigenvalues, hessian_eigenvalues
+from ssmclip.analyze.curvature.summary import summary_rows
 from ssmclip.analyze.landscape_command import files_of
-from ssmclip.analyze.product import Hessian, NotTwiceDifferentiable, OutOfMemory
-from ssmclip.analyze.spectrum import extreme_eigenvalues, hessian_eigenvalues
-from ssmclip.analyze.summary import summary_rows
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
@@ -120,7 +121,7 @@ def test_residuals_are_true_and_vectors_eigenvectors():
 
 
 def test_a_restarted_basis_finds_the_same(monkeypatch):
-    monkeypatch.setattr("ssmclip.analyze.spectrum.MAX_BASIS", 24)
+    monkeypatch.setattr("ssmclip.analyze.curvature.spectrum.MAX_BASIS", 24)
     eigenvalues = [20.0, 15, 12, *bulk(600, -8, 8), -11]
     loss, x = quadratic(eigenvalues)
     r = hessian_eigenvalues(loss, [x], k=3, copies=False)

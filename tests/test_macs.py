@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ssmclip
-from ssmclip.analyze.macs import count_macs, long_sequence, sequence_criterion, transformer_macs
+from ssmclip.analyze.cost.macs import count_macs, long_sequence, sequence_criterion, transformer_macs
 from ssmclip.models.mamba import Mamba, Mamba2
 from ssmclip.models.vmamba import SS2D
 from ssmclip.registry import UnknownName

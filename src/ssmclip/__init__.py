@@ -39,10 +39,10 @@ __all__ = [
 # What is not loaded before it is asked for: name -> its module.
 _LATER = {
     "Embedder": "ssmclip.evaluate.embedder",
-    "Spectrum": "ssmclip.analyze.spectrum",
-    "count_macs": "ssmclip.analyze.macs",
+    "Spectrum": "ssmclip.analyze.curvature.spectrum",
+    "count_macs": "ssmclip.analyze.cost.macs",
     "export_onnx": "ssmclip.models.export",
-    "hessian_eigenvalues": "ssmclip.analyze.spectrum",
+    "hessian_eigenvalues": "ssmclip.analyze.curvature.spectrum",
 }
 
 

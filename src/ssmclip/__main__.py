@@ -70,7 +70,7 @@ def _add(commands, name: str, help: str, run, add_arguments=lambda parser: None)
 
 
 def _models(args: argparse.Namespace) -> None:
-    from ssmclip.analyze.macs import count_macs
+    from ssmclip.analyze.cost.macs import count_macs
 
     models.run_models(args, count_macs)
 

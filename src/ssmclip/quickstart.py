@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
     import ssmclip
-    from ssmclip.analyze.hessian import quick_look
+    from ssmclip.analyze.curvature.hessian import quick_look
     from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.evaluate import evaluate
     from ssmclip.ops.memory import keep_freed_memory

@@ -55,7 +55,7 @@ def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
 def run_efficiency(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from ssmclip.analyze.efficiency import in_fresh_process, sweep
+    from ssmclip.analyze.cost.efficiency import in_fresh_process, sweep
     from ssmclip.rows.result import describe_run
 
     if args.batch_size < 1:

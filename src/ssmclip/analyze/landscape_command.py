@@ -58,10 +58,10 @@ def _shared(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> N
 def _hessian(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ssmclip.analyze.batches import TOWERS
-    from ssmclip.analyze.hessian import HessianStudy, batch_rows, settings
-    from ssmclip.analyze.park_kim import WEIGHT_DECAY
-    from ssmclip.analyze.summary import summary_rows
+    from ssmclip.analyze.curvature.batches import TOWERS
+    from ssmclip.analyze.curvature.hessian import HessianStudy, batch_rows, settings
+    from ssmclip.analyze.curvature.park_kim import WEIGHT_DECAY
+    from ssmclip.analyze.curvature.summary import summary_rows
     from ssmclip.registry import UnknownName
     from ssmclip.rows.result import Result
 
@@ -116,7 +116,7 @@ def _hessian(args: argparse.Namespace) -> int:
 
 
 def _landscape(args: argparse.Namespace) -> int:
-    from ssmclip.analyze.landscape import grid, surface
+    from ssmclip.analyze.curvature.landscape import grid, surface
     from ssmclip.rows.result import Result
 
     grid(args.points, args.distance)  # refuses before the model is loaded
@@ -160,7 +160,7 @@ def _open(args: argparse.Namespace, name: str) -> tuple[Any, Iterable[Any]]:
     import torch
 
     import ssmclip
-    from ssmclip.analyze.batches import read_batches
+    from ssmclip.analyze.curvature.batches import read_batches
 
     torch.manual_seed(args.seed)  # of a model with fresh weights
     model, preprocess, tokenizer = ssmclip.load(name, device=args.device, image_size=args.image_size)

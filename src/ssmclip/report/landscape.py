@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import matplotlib.ticker as ticker
 import numpy as np
 
-from ssmclip.analyze.summary import LONG, USUAL
+from ssmclip.analyze.curvature.summary import LONG, USUAL
 from ssmclip.report.figures import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
 from ssmclip.rows.result import Result

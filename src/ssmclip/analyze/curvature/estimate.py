@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssmclip.analyze.product import Hessian
-from ssmclip.analyze.spectrum import Basis
+from ssmclip.analyze.curvature.product import Hessian
+from ssmclip.analyze.curvature.spectrum import Basis
 
 
 class Estimate(NamedTuple):

@@ -22,8 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ssmclip.analyze import towers
-from ssmclip.analyze.macs import count_macs, sequence_criterion
-from ssmclip.analyze.measure import Job, memory_limit, to_json
+from ssmclip.analyze.cost.macs import count_macs, sequence_criterion
+from ssmclip.analyze.cost.measure import Job, memory_limit, to_json
 from ssmclip.rows.result import Result, append_rows, read_rows, write_rows
 
 __all__ = ["in_fresh_process", "sweep"]
@@ -151,7 +151,7 @@ def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
     """`measure(job)` in a new interpreter; {"failed": why} where that was killed, as happens when memory runs out."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "ssmclip.analyze.measure"],
+            [sys.executable, "-m", "ssmclip.analyze.cost.measure"],
             input=to_json(job),
             capture_output=True,
             text=True,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmclip.analyze.product import Hessian
+from ssmclip.analyze.curvature.product import Hessian
 
 BASIS_BYTES = 2**30  # memory for the basis before it is restarted
 MAX_BASIS = 300  # vectors of the basis, however small they are

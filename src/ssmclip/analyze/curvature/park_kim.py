@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssmclip.analyze.product import Hessian
-from ssmclip.analyze.spectrum import check_k
+from ssmclip.analyze.curvature.product import Hessian
+from ssmclip.analyze.curvature.spectrum import check_k
 
 SAMPLES, BATCH_SIZE, TOP = 3000, 15, 5
 WEIGHT_DECAY = 0.05  # of the authors' vision transformers

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ssmclip.analyze import park_kim
-from ssmclip.analyze.batches import contrastive_loss, only_read_rows, read_batches, to_model, tower_parameters
-from ssmclip.analyze.estimate import density, trace
-from ssmclip.analyze.landscape import surface
-from ssmclip.analyze.product import Hessian, OutOfMemory
-from ssmclip.analyze.spectrum import check_k, check_search, extreme_eigenvalues
-from ssmclip.analyze.summary import TASK, summary_rows
+from ssmclip.analyze.curvature import park_kim
+from ssmclip.analyze.curvature.batches import contrastive_loss, only_read_rows, read_batches, to_model, tower_parameters
+from ssmclip.analyze.curvature.estimate import density, trace
+from ssmclip.analyze.curvature.landscape import surface
+from ssmclip.analyze.curvature.product import Hessian, OutOfMemory
+from ssmclip.analyze.curvature.spectrum import check_k, check_search, extreme_eigenvalues
+from ssmclip.analyze.curvature.summary import TASK, summary_rows
 from ssmclip.rows.result import Result
 
 PROTOCOLS = ("lanczos", "park-kim", "power")

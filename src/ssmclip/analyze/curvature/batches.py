@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ssmclip.analyze.product import call, explained
+from ssmclip.analyze.curvature.product import call, explained
 from ssmclip.data.pairs import open_pairs
 from ssmclip.train.objective import build_loss
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ssmclip.analyze.batches import contrastive_loss, to_model
+from ssmclip.analyze.curvature.batches import contrastive_loss, to_model
 from ssmclip.rows.result import Result
 
 Direction = dict[str, Tensor]

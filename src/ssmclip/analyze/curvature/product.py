@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssmclip.analyze.convolution import grouped_convolutions_by_convolutions
+from ssmclip.analyze.curvature.convolution import grouped_convolutions_by_convolutions
 
 DTYPES = (torch.float32, torch.float64)
 

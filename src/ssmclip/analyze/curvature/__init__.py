@@ -1,0 +1,1 @@
+"""The loss around a model: Hessian spectra and loss surfaces."""
