@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, features
 from scipy import ndimage
 from torchvision.transforms.v2 import functional as tv
 
-from ssmclip.data.augment import (
+from ssmclip.data.images import BadImage, open_image
+from ssmclip.data.pairs.augment import (
     NUM_DRAWS,
     NUM_SHARE_DRAWS,
     TrainTransform,
@@ -21,7 +22,6 @@ from ssmclip.data.augment import (
     jitter_colors,
     train_transform,
 )
-from ssmclip.data.images import BadImage, open_image
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

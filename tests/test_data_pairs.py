@@ -20,12 +20,12 @@ from PIL import Image
 from scipy.stats import chisquare
 
 from ssmclip.config import TrainConfig, apply_overrides
-from ssmclip.data import stream
 from ssmclip.data.images import open_image
-from ssmclip.data.pairs import NoUsableSamples, TableFormat, open_pairs, train_transform
-from ssmclip.data.samples import generator_for, permutation
-from ssmclip.data.shards import count_samples, find_shards, read_shard
-from ssmclip.data.tables import table_source
+from ssmclip.data.pairs import stream
+from ssmclip.data.pairs.loader import NoUsableSamples, TableFormat, open_pairs, train_transform
+from ssmclip.data.pairs.samples import generator_for, permutation
+from ssmclip.data.pairs.shards import count_samples, find_shards, read_shard
+from ssmclip.data.pairs.tables import table_source
 from ssmclip.registry import UnknownName
 from ssmclip.train.build import model_config, open_stream
 

@@ -43,7 +43,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a training image; the arguments of `ssmclip.data.pairs.train_transform`."""
+    """What happens to a training image; the arguments of `ssmclip.data.pairs.loader.train_transform`."""
 
     scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
     flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
@@ -69,14 +69,16 @@ class AugmentConfig:
 class DataConfig:
     """Where pairs come from."""
 
-    source: str = "synthetic:quickstart"  # shards, a csv/tsv/parquet file or synthetic:NAME; see ssmclip.data.pairs
+    source: str = (
+        "synthetic:quickstart"  # shards, a csv/tsv/parquet file or synthetic:NAME; see ssmclip.data.pairs.loader
+    )
     image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
     augment: AugmentConfig = AugmentConfig()
     workers: int = 0  # processes that decode images, per training process; 0: the training process itself
     shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
     captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
     views_per_image: int = 1  # augmented differently, each time an image is seen; the loss is the mean of theirs
-    image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.tables
+    image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.pairs.tables
     caption_column: str = ""
     encoding: str = "utf-8"  # of a csv or tsv file
 

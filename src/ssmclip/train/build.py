@@ -17,7 +17,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
-from ssmclip.data.pairs import PairLoader, TableFormat, open_pairs, train_transform
+from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.train.optimiser import freeze_text_tower
 
 # SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmclip.analyze.curvature.product import call, explained
-from ssmclip.data.pairs import open_pairs
+from ssmclip.data.pairs.loader import open_pairs
 from ssmclip.train.objective import build_loss
 
 TOWERS = ("whole", "image", "text")
@@ -27,7 +27,7 @@ def read_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (B, 3, H, W), texts int64 (B, context)) of `batches` batches, no sample twice, nothing augmented.
 
-    source: what `ssmclip.data.pairs.open_pairs` takes. Raises ValueError when the source has fewer samples than
+    source: what `ssmclip.data.pairs.loader.open_pairs` takes. Raises ValueError when the source has fewer samples than
     batches x batch_size, and what `open_pairs` raises.
     """
     if batches < 1 or batch_size < 2:

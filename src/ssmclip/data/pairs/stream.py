@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ssmclip.data.augment import TrainTransform
 from ssmclip.data.images import BadImage, open_image
-from ssmclip.data.samples import Sample, generator_for, permutation
+from ssmclip.data.pairs.augment import TrainTransform
+from ssmclip.data.pairs.samples import Sample, generator_for, permutation
 
 MIN_SIDE = 2  # one-pixel pictures are trackers that crawls pick up, not what their captions say
 PASS_START = {"start": [0, 0], "taken": 0}

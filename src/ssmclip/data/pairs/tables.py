@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ssmclip.data import synthetic
-from ssmclip.data.samples import Sample, permutation
+from ssmclip.data.pairs.samples import Sample, permutation
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file")

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ssmclip.data.augment import train_transform
 from ssmclip.data.images import open_image
-from ssmclip.data.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
-from ssmclip.data.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
-from ssmclip.data.tables import TABLE_SUFFIXES, RowSource, TableFormat, synthetic_source, table_source
+from ssmclip.data.pairs.augment import train_transform
+from ssmclip.data.pairs.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
+from ssmclip.data.pairs.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
+from ssmclip.data.pairs.tables import TABLE_SUFFIXES, RowSource, TableFormat, synthetic_source, table_source
 
 __all__ = ["Batch", "NoUsableSamples", "PairLoader", "TableFormat", "open_image", "open_pairs", "train_transform"]
 

@@ -20,7 +20,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ssmclip.data.images import SUFFIXES
-from ssmclip.data.samples import Sample, permutation
+from ssmclip.data.pairs.samples import Sample, permutation
 
 END_OF_ARCHIVE = bytes(512)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -1,0 +1,1 @@
+"""How test sets lie on a disk."""
