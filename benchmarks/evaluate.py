@@ -48,7 +48,7 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 
 import ssmclip
-from ssmclip.data.sources import open_dataset
+from ssmclip.data.testsets.open import open_dataset
 from ssmclip.evaluate.embed import Clip, Settings, embed_images, embed_texts, encode_batch, encode_tokens, inference
 from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 

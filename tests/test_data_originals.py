@@ -19,10 +19,18 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from ssmclip.__main__ import main
-from ssmclip.data import originals, sources
-from ssmclip.data.prompts import chosen, clip_benchmark_prompts, folders_on, names_on, read_prompts, templates_on
-from ssmclip.data.sources import list_cards, load_card, open_dataset
-from ssmclip.data.testset import SORTED
+from ssmclip.data.testsets import open as sources
+from ssmclip.data.testsets.card import SORTED
+from ssmclip.data.testsets.layouts import originals
+from ssmclip.data.testsets.open import list_cards, load_card, open_dataset
+from ssmclip.data.testsets.prompts import (
+    chosen,
+    clip_benchmark_prompts,
+    folders_on,
+    names_on,
+    read_prompts,
+    templates_on,
+)
 from ssmclip.evaluate.tasks import task_names
 
 
@@ -710,7 +718,7 @@ def test_clip_benchmarks_prompts_are_those_of_its_files():
 
 
 def test_without_clip_benchmark_the_error_says_what_to_do(monkeypatch):
-    from ssmclip.data import prompts
+    from ssmclip.data.testsets import prompts
 
     monkeypatch.setattr(prompts.util, "find_spec", lambda name: None)
     prompts._clip_benchmark.cache_clear()

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ssmclip.data import synthetic
 from ssmclip.data.images import BadImage
-from ssmclip.data.prompts import names_on, templates_on
-from ssmclip.data.sources import list_cards, load_card, open_dataset, read_card
-from ssmclip.data.testset import LAYOUTS
+from ssmclip.data.testsets.card import LAYOUTS
+from ssmclip.data.testsets.open import list_cards, load_card, open_dataset, read_card
+from ssmclip.data.testsets.prompts import names_on, templates_on
 from ssmclip.registry import UnknownName
 
 CIFAR10 = load_card("cifar10")

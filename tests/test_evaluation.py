@@ -19,8 +19,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_sco
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
-from ssmclip.data import prompts as prompts_module
-from ssmclip.data.sources import open_dataset
+from ssmclip.data.testsets import prompts as prompts_module
+from ssmclip.data.testsets.open import open_dataset
 from ssmclip.evaluate import METRICS, Clip, Settings, cache, embed_images, embed_texts, evaluate
 from ssmclip.evaluate.captions import caption_rows, cut_at, longer_than, token_counts, words_seen
 from ssmclip.evaluate.geometry import alignment, hubness, k_occurrence, modality_gap, uniformity

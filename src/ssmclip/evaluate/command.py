@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import ssmclip
-    from ssmclip.data.prompts import read_prompts
+    from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embed import Settings
     from ssmclip.evaluate.ood import LEVEL

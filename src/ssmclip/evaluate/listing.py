@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ssmclip.data.testset import Card
+from ssmclip.data.testsets.card import Card
 
 DATASETS = "the data sets there are cards for, what was found of each, and how to get what is missing"
 CAPTIONS = "how many words of captions each text tower sees, as rows"
@@ -20,7 +20,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def datasets(args: argparse.Namespace) -> int:
-    from ssmclip.data.sources import list_cards, load_card
+    from ssmclip.data.testsets.open import list_cards, load_card
 
     cards = [load_card(name) for name in args.names or list_cards()]
     sys.stdout.write(f"{'name':16} {'metric':16} {'images':>15} {'expected':>9}  where, or how to get it\n")
@@ -35,7 +35,7 @@ def datasets(args: argparse.Namespace) -> int:
 
 def described(card: Card, root: str) -> str:
     """One data set's line."""
-    from ssmclip.data.sources import HUB, open_dataset
+    from ssmclip.data.testsets.open import HUB, open_dataset
 
     start = f"{card.name:16} {card.metric:16} "
     size = f"{card.test_size:,}" if card.test_size else "?"
@@ -96,7 +96,7 @@ def read_texts(path: Path, field: str | None = None) -> list[str]:
 
     Raises ValueError for a record without one and for no captions.
     """
-    from ssmclip.data.captioned import DESCRIPTIONS
+    from ssmclip.data.testsets.layouts.captioned import DESCRIPTIONS
 
     lines = [text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
     if path.suffix in (".jsonl", ".jsonlines"):

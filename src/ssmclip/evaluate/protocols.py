@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from ssmclip.data.prompts import Prompts, clip_benchmark_prompts
+from ssmclip.data.testsets.prompts import Prompts, clip_benchmark_prompts
 from ssmclip.models.clip import image_transform
 from ssmclip.registry import Registry
 

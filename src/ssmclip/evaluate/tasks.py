@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ssmclip.data.prompts import Prompts
-from ssmclip.data.sources import HUB, list_cards, load_card, open_dataset
+from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
+from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate import ranks
 from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embed import Clip, Settings

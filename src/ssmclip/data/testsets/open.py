@@ -14,9 +14,10 @@ import huggingface_hub
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ssmclip.data import captioned, layouts, originals, parquet
-from ssmclip.data.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
-from ssmclip.data.testset import LAYOUTS, SORTED, Card, Found
+from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found
+from ssmclip.data.testsets.layouts import captioned, originals, parquet
+from ssmclip.data.testsets.layouts import folders as layouts
+from ssmclip.data.testsets.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
 from ssmclip.registry import UnknownName
 
 if sys.version_info >= (3, 11):
@@ -230,4 +231,4 @@ def _check_names(where: str, names: Sequence[str], allowed: set[str] = frozenset
 
 
 def _cards() -> Any:
-    return resources.files("ssmclip.data") / "cards"
+    return resources.files("ssmclip.data.testsets") / "cards"

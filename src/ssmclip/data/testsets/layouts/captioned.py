@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.data.images import SUFFIXES
-from ssmclip.data.layouts import from_file
-from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.layouts.folders import from_file
 
 DESCRIPTIONS = ("IIW", "IIW-P5B", "caption", "description", "extra_caption", "text")  # of these the first a record has
 

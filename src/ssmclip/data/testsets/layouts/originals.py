@@ -20,9 +20,9 @@ from PIL import Image
 from torchvision import datasets
 
 from ssmclip.data.images import SUFFIXES
-from ssmclip.data.layouts import from_file
-from ssmclip.data.prompts import plain, spoken
-from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.layouts.folders import from_file
+from ssmclip.data.testsets.prompts import plain, spoken
 
 VEHICLES = ("Car", "Van", "Truck")
 VEHICLE_LIMITS = (8.0, 20.0, 999.0)  # metres

@@ -11,7 +11,7 @@ from importlib import resources, util
 from pathlib import Path
 from typing import Any
 
-from ssmclip.data.testset import Card
+from ssmclip.data.testsets.card import Card
 
 OPEN_CLIP, CLIP_BENCHMARK, TIMM = "open_clip:", "clip_benchmark:", "timm:"
 INSTALL = "pip install clip-benchmark (it is read, not run), or give --prompts FILE"

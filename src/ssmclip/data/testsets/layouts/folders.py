@@ -20,8 +20,8 @@ from PIL import Image
 
 from ssmclip.data import synthetic
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
-from ssmclip.data.prompts import folders_on, names_on, plain, spoken
-from ssmclip.data.testset import LAYOUTS, SORTED, Card, Found, Pictures
+from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found, Pictures
+from ssmclip.data.testsets.prompts import folders_on, names_on, plain, spoken
 
 # ---- embedded --------------------------------------------------------------------------------------------------------
 

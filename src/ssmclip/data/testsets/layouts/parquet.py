@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ssmclip.data.images import BadImage, open_image
-from ssmclip.data.prompts import TIMM, folders_on, names_on, plain, spoken
-from ssmclip.data.testset import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.prompts import TIMM, folders_on, names_on, plain, spoken
 
 IMAGES = ("image", "img", "picture", "jpg", "png", "webp", "image_bytes")
 LABELS = ("label", "fine_label", "labels", "cls", "class", "target", "coarse_label")
