@@ -17,10 +17,8 @@ from torch import nn
 from torchvision.transforms import Compose, Resize
 
 from ssmclip.__main__ import main
-from ssmclip.data.stimuli import CATEGORIES
-from ssmclip.data.trials import read_trials
 from ssmclip.evaluate import Clip, Settings, command
-from ssmclip.evaluate.decide import (
+from ssmclip.humans.decide import (
     IMAGENET,
     SCORED,
     category_probabilities,
@@ -30,6 +28,8 @@ from ssmclip.evaluate.decide import (
     open_stimuli,
     timm_decider,
 )
+from ssmclip.humans.stimuli import CATEGORIES
+from ssmclip.humans.trials import read_trials
 from ssmclip.rows.result import read_rows
 
 TEMPLATES = ["a photo of a {}.", "itap of the {}."]

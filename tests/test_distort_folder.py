@@ -15,7 +15,7 @@ from ssmclip import UnknownName
 from ssmclip.data import command
 from ssmclip.data.distort_folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
 from ssmclip.data.distortions import DISTORTIONS
-from ssmclip.data.stimuli import find_stimuli
+from ssmclip.humans.stimuli import find_stimuli
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (90, 70)) -> np.ndarray:

@@ -15,7 +15,7 @@ from ssmclip import UnknownName
 from ssmclip.data.distortions import DISTORTIONS, parse_level
 from ssmclip.data.distortions import eidolon as fast
 from ssmclip.data.distortions import reference as plain
-from ssmclip.data.stimuli import STIMULUS_SETS
+from ssmclip.humans.stimuli import STIMULUS_SETS
 
 RANDOM = {"phase-scrambling", "uniform-noise"}  # bit-reproducible from a RandomState; eidolons are not
 EIDOLONS = {"eidolonI", "eidolonII", "eidolonIII"}

@@ -13,10 +13,10 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import cohen_kappa_score
 
-from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
-from ssmclip.data.trials import read_trials
 from ssmclip.evaluate import ood_command
-from ssmclip.evaluate.ood import EXCLUDED, score_decisions
+from ssmclip.humans.scores import EXCLUDED, score_decisions
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.humans.trials import read_trials
 from ssmclip.rows.result import read_rows
 
 AVERAGES = {

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ssmclip.__main__ import main
-from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS, BadName, find_stimuli, parse_stimulus_name
-from ssmclip.data.stimuli_download import download_stimuli
+from ssmclip.humans.download import download_stimuli
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, BadName, find_stimuli, parse_stimulus_name
 
 
 def test_every_name_in_the_human_data(shared):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ssmclip.data.distortions import DISTORTIONS, Table, distort, load_table, parse_level
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
-from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 
 SIDE = 224  # pixels, of all published stimuli
 RESIZE = 256 / 224  # of the short side over the crop's

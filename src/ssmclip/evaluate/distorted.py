@@ -28,10 +28,10 @@ from ssmclip.evaluate import paired
 from ssmclip.evaluate.cache import texts_hash
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
 from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks
-from ssmclip.evaluate.ood import LEVEL, kept
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
+from ssmclip.humans.scores import LEVEL, kept
 from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _download(args: argparse.Namespace) -> int:
-    from ssmclip.data.stimuli import STIMULUS_SETS
-    from ssmclip.data.stimuli_download import RELEASE, SUMS, download_stimuli
+    from ssmclip.humans.download import RELEASE, SUMS, download_stimuli
+    from ssmclip.humans.stimuli import STIMULUS_SETS
 
     names = list(STIMULUS_SETS) if args.sets == "all" else args.sets.split(",")
     for name in names:
@@ -87,7 +87,7 @@ def _download(args: argparse.Namespace) -> int:
 
 
 def _decide(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.decide import open_stimuli
+    from ssmclip.humans.decide import open_stimuli
 
     require_writable(args.out)
     stimuli = open_stimuli(args.data, args.sets.split(",") if args.sets else None)
@@ -102,8 +102,8 @@ def _decide(args: argparse.Namespace) -> int:
 
 def open_ood(args: argparse.Namespace) -> tuple[Any, Any]:
     """People's trials and the stimuli of `ssmclip evaluate --tasks ood`. Raises ValueError for what is missing."""
-    from ssmclip.data.trials import read_trials
-    from ssmclip.evaluate.decide import open_stimuli
+    from ssmclip.humans.decide import open_stimuli
+    from ssmclip.humans.trials import read_trials
 
     if not args.humans:
         raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
@@ -112,8 +112,8 @@ def open_ood(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Namespace) -> list[Result]:
     """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
-    from ssmclip.data.trials import read_trials
-    from ssmclip.evaluate.ood import score_decisions
+    from ssmclip.humans.scores import score_decisions
+    from ssmclip.humans.trials import read_trials
 
     decisions = args.out.with_suffix(".decisions.parquet")
     settings = _settings(args)
@@ -128,8 +128,8 @@ def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Nam
 def with_stimuli(rows: list[Result], stimuli, seed: int) -> list[Result]:
     """The rows; the first of each data set with a stimulus of each of its conditions, small, for the report."""
     from ssmclip.data.images import open_image
-    from ssmclip.data.stimuli import STIMULUS_SETS
     from ssmclip.evaluate.pictures import draw, thumbnail
+    from ssmclip.humans.stimuli import STIMULUS_SETS
 
     said, shown = set(), []
     for row in rows:
@@ -166,8 +166,8 @@ def decide_model(
 ) -> int:
     """Load a model by its name on the command line and let it decide; returns how many decisions were added."""
     import ssmclip
-    from ssmclip.evaluate.decide import clip_decider, decide, timm_decider
     from ssmclip.evaluate.embed import Clip
+    from ssmclip.humans.decide import clip_decider, decide, timm_decider
 
     if name.startswith(TIMM):
         decider = timm_decider(name.removeprefix(TIMM), device=device, label=label.removeprefix(TIMM))
@@ -178,8 +178,8 @@ def decide_model(
 
 
 def _score(args: argparse.Namespace) -> int:
-    from ssmclip.data.trials import read_trials
-    from ssmclip.evaluate.ood import LEVEL, TASK, score_decisions
+    from ssmclip.humans.scores import LEVEL, TASK, score_decisions
+    from ssmclip.humans.trials import read_trials
     from ssmclip.rows.result import describe_run, write_rows
 
     require_writable(args.out, [*args.decisions, *args.humans])

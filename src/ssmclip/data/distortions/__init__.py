@@ -20,7 +20,7 @@ from jaxtyping import Float64, UInt8
 
 from ssmclip.data.distortions import kernels
 from ssmclip.data.distortions.eidolon import disarray
-from ssmclip.data.stimuli import STIMULUS_SETS
+from ssmclip.humans.stimuli import STIMULUS_SETS
 from ssmclip.registry import Registry
 
 Pictures = UInt8[np.ndarray, "n h w 3"]

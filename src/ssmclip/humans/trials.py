@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 
 NO_ANSWER = -1  # the subject was asked and gave none of the categories: an error
 NOT_SHOWN = -2

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ssmclip.data.stimuli import CATEGORIES, STIMULUS_SETS
-from ssmclip.data.trials import NOT_SHOWN, Answers, Trials, match_trials
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.humans.trials import NOT_SHOWN, Answers, Trials, match_trials
 from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)

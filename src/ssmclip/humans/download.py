@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from ssmclip.data.stimuli import STIMULUS_SETS, Stimulus, find_stimuli
+from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus, find_stimuli
 
 RELEASE = "https://github.com/bethgelab/model-vs-human/releases/download/v0.1/{name}.tar.gz"
 SUMS = "SHA256SUMS"
