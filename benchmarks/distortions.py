@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ssmclip.data.distortions import DISTORTIONS, distort, parse_level
+from ssmclip.data.distortions.geirhos import DISTORTIONS, distort, parse_level
 from ssmclip.data.distortions.reference import REFERENCE
 from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 

@@ -13,8 +13,8 @@ from torchvision.transforms.functional import center_crop, resize
 import ssmclip
 from ssmclip import UnknownName
 from ssmclip.data import command
-from ssmclip.data.distort_folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
-from ssmclip.data.distortions import DISTORTIONS
+from ssmclip.data.distortions.folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
+from ssmclip.data.distortions.geirhos import DISTORTIONS
 from ssmclip.humans.stimuli import find_stimuli
 
 

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
 from ssmclip import quickstart
-from ssmclip.data.distort_folder import picture_seed
+from ssmclip.data.distortions.folder import picture_seed
 from ssmclip.data.testsets.open import Classification, load_card, open_dataset
 from ssmclip.evaluate import Clip, Settings, command, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmclip.data.distort_folder import folder_jobs, rebuild_jobs, run_jobs
-    from ssmclip.data.distortions import DISTORTIONS
+    from ssmclip.data.distortions.folder import folder_jobs, rebuild_jobs, run_jobs
+    from ssmclip.data.distortions.geirhos import DISTORTIONS
 
     names = args.distortions.split(",") if args.distortions else list(DISTORTIONS)
     levels = args.levels.split(",") if args.levels else None

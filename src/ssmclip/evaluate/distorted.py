@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ssmclip.data.distort_folder import SIDE, crop, picture_seed
-from ssmclip.data.distortions import DISTORTIONS, Table, distort, load_table
+from ssmclip.data.distortions.folder import SIDE, crop, picture_seed
+from ssmclip.data.distortions.geirhos import DISTORTIONS, Table, distort, load_table
 from ssmclip.evaluate import paired
 from ssmclip.evaluate.cache import texts_hash
 from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset

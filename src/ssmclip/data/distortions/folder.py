@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from ssmclip.data.distortions import DISTORTIONS, Table, distort, load_table, parse_level
+from ssmclip.data.distortions.geirhos import DISTORTIONS, Table, distort, load_table, parse_level
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 

@@ -1,0 +1,338 @@
+"""The 12 parametric distortions of Geirhos et al. 2018 and 2021 (arXiv:1808.08750, 2106.07411), and ImageNet-C's.
+
+    distort(image, "high-pass", level=3.0)        uint8 (H, W, 3) or (N, H, W, 3) in, the same out
+
+A distortion is a function of pictures, a level and a seed per picture. Deterministic ones give the published stimuli's
+pixels exactly: grey is skimage's, arithmetic is float64, and 8 bits are floor(255 x + 0.5). Random ones draw from
+numpy.random.RandomState in the published code's order. The pictures are expected as the experiments had them, cropped
+to 224 x 224: sigmas and reaches are in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+
+from ssmclip.data.distortions import kernels
+from ssmclip.data.distortions.eidolon import disarray
+from ssmclip.humans.stimuli import STIMULUS_SETS
+from ssmclip.registry import Registry
+
+Pictures = UInt8[np.ndarray, "n h w 3"]
+Table = str | Path | np.ndarray | None
+Number = float | int
+
+PADDING = 0.4423  # the mean grey of the experiments' images: what lies around an image, and a high-pass image's mean
+NOISE_CONTRAST = 0.3  # noise is added to pictures of 30 % contrast
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """One of DISTORTIONS.
+
+    function: (pictures, level, seeds, **tables) -> pictures; levels: label in the human data -> level, undistorted
+    first; meaning: what the level is; allowed: lowest and highest; tables: which of amplitude and gamma it needs.
+    """
+
+    name: str
+    function: Callable
+    levels: dict[str, float]
+    meaning: str
+    allowed: tuple[Number, Number]
+    tables: tuple[str, ...] = field(default=())
+
+
+DISTORTIONS: Registry[Distortion] = Registry("distortion")
+
+
+def distortion(
+    name: str,
+    levels: Sequence[Number],
+    meaning: str,
+    allowed: tuple[Number, Number] = (0, math.inf),
+    tables: tuple = (),
+):
+    """Decorator: enter the function in DISTORTIONS. levels: of STIMULUS_SETS[name].conditions, in their order."""
+
+    def add(function: Callable) -> Callable:
+        labels = dict(zip(STIMULUS_SETS[name].conditions, map(float, levels), strict=True))
+        DISTORTIONS.register(name)(Distortion(name, function, labels, meaning, allowed, tables))
+        return function
+
+    return add
+
+
+def distort(
+    images: np.ndarray,
+    name: str,
+    level: Number | str | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    amplitude: Table = None,
+    gamma: Table = None,
+) -> np.ndarray:
+    """The picture or pictures, distorted.
+
+    images: uint8, RGB, (H, W, 3) or (N, H, W, 3).
+    name: one of DISTORTIONS, or "imagenet-c/NAME" for a corruption of ImageNet-C (needs the extra `corruptions`).
+    level: a number, or a label of the human data ("c30", "8-3-10", "pow"); may be left out where only one distorts.
+    seed: of a picture; picture i of a batch has seed + i, so that a batch equals its pictures one by one.
+    amplitude: for power-equalisation, the mean of abs(fftshift(fft2(grey))) over images, float (H, W), .npy or array.
+    gamma: for false-colour, the light a screen emits for each of 256 values, in [0, 1] and rising, .npy or array.
+
+    Raises UnknownName for a name nobody registered, ValueError for pictures, levels and tables that don't fit.
+    """
+    batch, single = _as_batch(images)
+    seeds = _seeds(seed, len(batch))
+    if name.startswith("imagenet-c/"):
+        from ssmclip.data.distortions.imagenet_c import corrupt
+
+        out = corrupt(batch, name, level, seeds)
+    else:
+        chosen = DISTORTIONS[name]
+        given = {"amplitude": amplitude, "gamma": gamma}
+        tables = {key: load_table(key, given[key], name) for key in chosen.tables}
+        out = chosen.function(batch, parse_level(name, level), seeds, **tables)
+    return out[0] if single else out
+
+
+def parse_level(name: str, level: Number | str | None = None) -> float:
+    """The level as a number. Raises ValueError for what is neither a label nor in the distortion's range.
+
+    >>> parse_level("contrast", "c30"), parse_level("high-pass", "inf"), parse_level("power-equalisation")
+    (0.3, inf, 1.0)
+    """
+    chosen = DISTORTIONS[name]
+    labels = chosen.levels
+    if level is None and len(labels) == 2:
+        return list(labels.values())[1]
+    if str(level).capitalize() in labels or str(level) in labels:
+        return labels.get(str(level), labels.get(str(level).capitalize()))
+    try:
+        number = float(level)
+    except (TypeError, ValueError):
+        number = math.nan
+    lowest, highest = chosen.allowed
+    if not (lowest <= number <= highest or number in labels.values()):
+        raise ValueError(
+            f"{name} at level {level!r}: it takes {chosen.meaning}, from {lowest:g} to {highest:g}, "
+            f"or one of {', '.join(labels)}"
+        )
+    return number
+
+
+def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
+        raise ValueError(
+            f"pictures are uint8 (height, width, 3) or (n, height, width, 3), and this is {images.dtype} {images.shape}"
+        )
+    return (images[None] if images.ndim == 3 else images), images.ndim == 3
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else [int(s) for s in seed]
+    if len(seeds) != count or not all(0 <= s < 2**32 for s in seeds):
+        raise ValueError(f"{count} pictures take {count} seeds in 0 ... 2**32 - 1, or one, and got {seed!r}")
+    return seeds
+
+
+def load_table(kind: str, table: Table, name: str) -> np.ndarray:
+    """The table "amplitude" or "gamma", read and checked. Raises ValueError for none and for what it can't be."""
+    if table is None:
+        raise ValueError(f"{name} needs {kind}=, the path of a .npy file or an array; see distort's docstring")
+    array = table if isinstance(table, np.ndarray) else np.load(table, allow_pickle=False)
+    if kind == "gamma":
+        array = np.ravel(array).astype(np.float64)
+        if array.shape != (256,) or not (np.diff(array) > 0).all() or array[0] < 0 or array[-1] > 1:
+            raise ValueError(f"gamma holds 256 rising values in [0, 1], and this is {array.shape}, {array.min():g} ...")
+    elif array.ndim != 2 or not (np.isrealobj(array) and (array >= 0).all()):
+        raise ValueError(
+            f"amplitude is a table (height, width) of values >= 0, and this is {array.dtype} {array.shape}"
+        )
+    return array
+
+
+# ---- colours ---------------------------------------------------------------------------------------------------------
+
+
+@distortion("colour", (0, 1), "the share of grey", (0, 1))
+def colour(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey at level 1; in between, a mix of the picture and its grey."""
+    if level == 0:
+        return images.copy()
+    grey = kernels.to_grey(images)
+    if level == 1:
+        return kernels.to_pictures(grey)
+    mixed = (1 - level) * (images / 255.0) + level * grey[..., None]
+    return np.floor(255 * mixed + 0.5).astype(np.uint8)
+
+
+@distortion("contrast", (1, 0.5, 0.3, 0.15, 0.1, 0.05, 0.03, 0.01), "the contrast, as a fraction", (0, 1))
+def contrast(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey, towards 0.5 (not towards the image's mean)."""
+    return kernels.to_pictures(kernels.scaled(kernels.to_grey(images), level, (1 - level) / 2))
+
+
+# RGB light -> responses of the L, M, S cones; those less CONES_WHITE -> luminance, L - M and S - luminance.
+# Measured on the experiments' screen (generalisation-humans-DNNs, get_opponent_colours).
+CONES = np.array(
+    [
+        [0.1619982647, 0.208049264, 0.0389347448],
+        [0.0330275785, 0.2496504557, 0.0618343518],
+        [0.0015524055, 0.0198861001, 0.1890224274],
+    ]
+)
+CONES_WHITE = np.array([0.20449114, 0.17225619, 0.10523047])
+OPPONENT = np.array(
+    [
+        [9.27590805, 9.27590805, 0],
+        [7.86421647, -9.33587662, 0],
+        [-3.39709047, -3.39709047, 12.16230246],
+    ]
+)
+
+
+@distortion("false-colour", (0, 1), "how far the colours turn to their opponents", (0, 1), tables=("gamma",))
+def false_colour(images: Pictures, level: float, seeds: list[int], gamma: np.ndarray) -> Pictures:
+    """L - M and S - luminance times 1 - 2 level, luminance kept: at 1 the opponent colours, at 0.5 no colour."""
+    if level == 0:
+        return images.copy()
+    to_opponent = OPPONENT @ CONES
+    turn = np.diag([1, 1 - 2 * level, 1 - 2 * level])
+    matrix = np.linalg.inv(to_opponent) @ turn @ to_opponent
+    white = np.linalg.inv(CONES) @ CONES_WHITE
+    middles = (gamma[1:] + gamma[:-1]) / 2
+    starts = np.searchsorted(middles, np.linspace(0, 1, 4097))
+    return kernels.mix_channels(images, gamma, matrix, white - matrix @ white, starts, middles)
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+
+
+def gaussian(greys: Float64[np.ndarray, "n h w"], sigma: float) -> Float64[np.ndarray, "n h w"]:
+    """scipy.ndimage.gaussian_filter with mode "constant", cval PADDING, truncate 4. sigma in pixels."""
+    radius = int(4 * sigma + 0.5)
+    x = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 / (sigma * sigma) * x**2) if radius else np.ones(1)
+    return kernels.blur(greys, (weights / weights.sum())[radius:], PADDING)
+
+
+@distortion("low-pass", (0, 1, 3, 5, 7, 10, 15, 40), "the Gaussian's standard deviation in pixels", (0, 1e4))
+def low_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey, blurred."""
+    return kernels.to_pictures(gaussian(kernels.to_grey(images), level))
+
+
+@distortion(
+    "high-pass", (math.inf, 3, 1.5, 1, 0.7, 0.55, 0.45, 0.4), "the Gaussian's standard deviation in pixels", (0, 1e4)
+)
+def high_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey less its blurred self, moved to a mean of PADDING. At infinity, grey."""
+    grey = kernels.to_grey(images)
+    if math.isinf(level):
+        return kernels.to_pictures(grey)
+    rest = grey - gaussian(grey, level)
+    return kernels.to_pictures(rest + (PADDING - rest.mean(axis=(1, 2), keepdims=True)))
+
+
+# ---- spectra ---------------------------------------------------------------------------------------------------------
+
+
+@distortion("phase-scrambling", (0, 30, 60, 90, 120, 150, 180), "the widest shift in degrees", (0, 180))
+def phase_scrambling(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey, the phase of every frequency shifted by U[-level, level).
+
+    As in the published stimuli, the two frequencies of a conjugate pair do not get opposite shifts: those of the
+    second half of the spectrum get the first half's shifts negated in the same order, not mirrored. The inverse
+    transform is complex, its real part is kept, and power is lost (30 % at 90 degrees, before clipping). The zero
+    frequency and, for even sides, the row and column of the highest have no partner and stay.
+    """
+    grey = kernels.to_grey(images)
+    if level == 0:
+        return kernels.to_pictures(grey)
+    height, width = grey.shape[1:]
+    inner = (height - 1 + height % 2, width - 1 + width % 2)
+    half = inner[0] * inner[1] // 2
+    for i, seed in enumerate(seeds):
+        shifts = (np.random.RandomState(seed).random_sample(half) - 0.5) * 2 * level / 180 * np.pi
+        # Taking the real part leaves each frequency the mean of its own factor and its partner's, conjugated.
+        turned = np.exp(1j * shifts)
+        factors = (turned + turned[::-1]) / 2
+        spectrum = np.ones((height, width), complex)
+        flat = np.concatenate([factors, [1], factors.conj()])
+        spectrum[height - inner[0] :, width - inner[1] :] = flat.reshape(inner)
+        spectrum = np.fft.ifftshift(spectrum)[:, : width // 2 + 1]
+        grey[i] = np.fft.irfft2(np.fft.rfft2(grey[i]) * spectrum, s=(height, width))
+    return kernels.to_pictures(grey)
+
+
+@distortion("power-equalisation", (0, 1), "the share of the mean amplitudes", (0, 1), tables=("amplitude",))
+def power_equalisation(images: Pictures, level: float, seeds: list[int], amplitude: np.ndarray) -> Pictures:
+    """Grey, its amplitudes replaced by `amplitude` (at level 1; in between, a mix), its phases kept."""
+    grey = kernels.to_grey(images)
+    if level == 0:
+        return kernels.to_pictures(grey)
+    if amplitude.shape != grey.shape[1:]:
+        raise ValueError(f"amplitude is a table for images of {amplitude.shape}, and these are {grey.shape[1:]}")
+    table = np.fft.ifftshift(amplitude)
+    table = (table + np.roll(np.flip(table), 1, axis=(0, 1))) / 2  # of a pair's two, the real part has the mean
+    table = table[:, : grey.shape[2] // 2 + 1]
+    spectrum = np.fft.rfft2(grey)
+    own = np.abs(spectrum)
+    silent = own == 0
+    own[silent] = 1
+    spectrum[silent] = 1  # the phase of nothing is 0
+    spectrum *= ((1 - level) * np.where(silent, 0, own) + level * table) / own
+    return kernels.to_pictures(np.fft.irfft2(spectrum, s=grey.shape[1:]))
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+@distortion("rotation", (0, 90, 180, 270), "the angle in degrees, counter-clockwise", (-360, 360))
+def rotation(images: Pictures, level: float, seeds: list[int]) -> UInt8[np.ndarray, "n height width 3"]:
+    """Grey, turned. Quarter turns move pixels (a side by another where the picture is no square); other angles are
+    interpolated linearly and filled with PADDING."""
+    grey = kernels.to_grey(images)
+    if level % 90:
+        from scipy.ndimage import rotate
+
+        grey = rotate(grey, level, axes=(2, 1), reshape=False, order=1, mode="constant", cval=PADDING)
+    else:
+        grey = np.ascontiguousarray(np.rot90(grey, int(level // 90), axes=(1, 2)))
+    return kernels.to_pictures(grey)
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@distortion("uniform-noise", (0, 0.03, 0.05, 0.1, 0.2, 0.35, 0.6, 0.9), "half the noise's width")
+def uniform_noise(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+    """Grey at 30 % contrast, plus U[-level, level) per pixel, the same in all channels."""
+    grey = kernels.scaled(kernels.to_grey(images), NOISE_CONTRAST, (1 - NOISE_CONTRAST) / 2)
+    for i, seed in enumerate(seeds):
+        kernels.add_noise(grey[i], np.random.RandomState(seed).random_sample(grey.shape[1:]), level)
+    return kernels.to_pictures(grey)
+
+
+# ---- eidolons --------------------------------------------------------------------------------------------------------
+
+
+def _add_eidolon(name: str, coherence: float) -> None:
+    def partially_coherent_disarray(images: Pictures, level: float, seeds: list[int]) -> Pictures:
+        pairs = zip(images, seeds, strict=True)
+        return np.stack([disarray(image, level, coherence, seed) for image, seed in pairs])
+
+    reaches = [2**i for i in range(8)]
+    distortion(name, reaches, "the reach in pixels, of 256 on the longer side", (0, 1e4))(partially_coherent_disarray)
+
+
+_add_eidolon("eidolonI", coherence=1.0)
+_add_eidolon("eidolonII", coherence=0.3)
+_add_eidolon("eidolonIII", coherence=0.0)
