@@ -49,7 +49,15 @@ from PIL import Image
 
 import ssmclip
 from ssmclip.data.testsets.open import open_dataset
-from ssmclip.evaluate.embed import Clip, Settings, embed_images, embed_texts, encode_batch, encode_tokens, inference
+from ssmclip.evaluate.embeddings.embed import (
+    Clip,
+    Settings,
+    embed_images,
+    embed_texts,
+    encode_batch,
+    encode_tokens,
+    inference,
+)
 from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 
 TASK = "evaluate"

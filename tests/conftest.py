@@ -49,7 +49,7 @@ def vit():
     """An open_clip model with nothing of ours in it, as a `Clip`."""
     import open_clip
 
-    from ssmclip.evaluate.embed import Clip
+    from ssmclip.evaluate.embeddings.embed import Clip
 
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}

@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 
 from ssmclip import Embedder, save_model
 from ssmclip.data.images import BadImage
-from ssmclip.evaluate import index as index_module
 from ssmclip.evaluate import index_command
-from ssmclip.evaluate.index import build_index, nearest, read_index
+from ssmclip.evaluate.search import index as index_module
+from ssmclip.evaluate.search.index import build_index, nearest, read_index
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange", "cyan"]
 

@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader
 
 from ssmclip.data.testsets import prompts as prompts_module
 from ssmclip.data.testsets.open import open_dataset
-from ssmclip.evaluate import METRICS, Clip, Settings, cache, embed_images, embed_texts, evaluate
+from ssmclip.evaluate import METRICS, Clip, Settings, embed_images, embed_texts, evaluate
 from ssmclip.evaluate.captions import caption_rows, cut_at, longer_than, token_counts, words_seen
-from ssmclip.evaluate.geometry import alignment, hubness, k_occurrence, modality_gap, uniformity
-from ssmclip.evaluate.metrics import first_relevant_ranks, recall_at_k
-from ssmclip.evaluate.paired import marked, mcnemar, paired_rows, unmarked
+from ssmclip.evaluate.embeddings import cache
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.evaluate.retrieval import recall_rows
+from ssmclip.evaluate.statistics.geometry import alignment, hubness, k_occurrence, modality_gap, uniformity
+from ssmclip.evaluate.statistics.metrics import first_relevant_ranks, recall_at_k
+from ssmclip.evaluate.statistics.paired import marked, mcnemar, paired_rows, unmarked
 from ssmclip.evaluate.tasks import open_tasks, task_names
 from ssmclip.rows.paper_tables import TABLE1
 from ssmclip.rows.result import Result, read_rows

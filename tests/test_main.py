@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmclip.__main__ import main
-from ssmclip.evaluate.paired import marked
+from ssmclip.evaluate.statistics.paired import marked
 from ssmclip.models import CheckpointError, create_clip, list_clips, load
 from ssmclip.rows.result import Result, write_rows
 

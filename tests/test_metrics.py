@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
 
-from ssmclip.evaluate.metrics import METRICS, bootstrap_interval, first_relevant_ranks, metric, recall_at_k
+from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval, first_relevant_ranks, metric, recall_at_k
 
 
 def top_k(target, scores, w, k: int) -> float:

@@ -38,7 +38,7 @@ __all__ = [
 
 # What is not loaded before it is asked for: name -> its module.
 _LATER = {
-    "Embedder": "ssmclip.evaluate.embedder",
+    "Embedder": "ssmclip.evaluate.search.embedder",
     "Spectrum": "ssmclip.analyze.curvature.spectrum",
     "count_macs": "ssmclip.analyze.cost.macs",
     "export_onnx": "ssmclip.models.export",

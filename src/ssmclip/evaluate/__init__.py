@@ -1,7 +1,7 @@
 """Model x task -> rows: zero-shot classification and retrieval, with 95 % intervals."""
 
-from ssmclip.evaluate.embed import Clip, Settings, embed_images, embed_texts
-from ssmclip.evaluate.metrics import METRICS, bootstrap_interval
+from ssmclip.evaluate.embeddings.embed import Clip, Settings, embed_images, embed_texts
+from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
 from ssmclip.evaluate.tasks import evaluate, training_validation
 from ssmclip.evaluate.zeroshot import class_embeddings
 

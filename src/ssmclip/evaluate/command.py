@@ -79,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
     import ssmclip
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
-    from ssmclip.evaluate.embed import Settings
+    from ssmclip.evaluate.embeddings.embed import Settings
+    from ssmclip.evaluate.embeddings.ranks import launched
     from ssmclip.evaluate.ood_command import decide_and_score, open_ood
-    from ssmclip.evaluate.paired import paired_rows
     from ssmclip.evaluate.protocols import PROTOCOLS
-    from ssmclip.evaluate.ranks import launched
+    from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
     from ssmclip.humans.scores import LEVEL
     from ssmclip.ops.memory import keep_freed_memory

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from ssmclip.data.distortions.folder import SIDE, crop, picture_seed
 from ssmclip.data.distortions.geirhos import DISTORTIONS, Table, distort, load_table
-from ssmclip.evaluate import paired
-from ssmclip.evaluate.cache import texts_hash
-from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
-from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks
+from ssmclip.evaluate.embeddings.cache import texts_hash
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.evaluate.retrieval import guessing
+from ssmclip.evaluate.statistics import paired
+from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
 from ssmclip.humans.scores import LEVEL, kept
 from ssmclip.rows.result import Result

@@ -25,8 +25,8 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_embed(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.command import require_writable
-    from ssmclip.evaluate.embedder import Embedder
-    from ssmclip.evaluate.index import build_index
+    from ssmclip.evaluate.search.embedder import Embedder
+    from ssmclip.evaluate.search.index import build_index
 
     require_writable(args.out)
     embedder = Embedder(args.model, device=args.device, batch_size=args.batch_size, image_size=args.image_size)
@@ -52,8 +52,8 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_search(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.embedder import Embedder
-    from ssmclip.evaluate.index import nearest, read_index
+    from ssmclip.evaluate.search.embedder import Embedder
+    from ssmclip.evaluate.search.index import nearest, read_index
 
     if not args.text.strip():
         raise ValueError("nothing to look for: the text is empty")

@@ -117,7 +117,7 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.command import line, require_writable
-    from ssmclip.evaluate.paired import paired_rows
+    from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.rows.result import describe_run, read_rows, write_rows
 
     if args.out:

@@ -147,7 +147,7 @@ def with_stimuli(rows: list[Result], stimuli, seed: int) -> list[Result]:
 
 
 def _settings(args: argparse.Namespace):
-    from ssmclip.evaluate.embed import Settings
+    from ssmclip.evaluate.embeddings.embed import Settings
 
     cache = None if args.cache == "none" else Path(args.cache)
     return Settings(args.batch_size, args.workers, args.seed, args.max_images, cache=cache)
@@ -166,7 +166,7 @@ def decide_model(
 ) -> int:
     """Load a model by its name on the command line and let it decide; returns how many decisions were added."""
     import ssmclip
-    from ssmclip.evaluate.embed import Clip
+    from ssmclip.evaluate.embeddings.embed import Clip
     from ssmclip.humans.decide import clip_decider, decide, timm_decider
 
     if name.startswith(TIMM):

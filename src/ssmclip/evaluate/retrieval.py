@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ssmclip.evaluate import paired, pictures
+from ssmclip.evaluate import pictures
 from ssmclip.evaluate.captions import cut_at, longer_than
-from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
-from ssmclip.evaluate.geometry import geometry
-from ssmclip.evaluate.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.statistics import paired
+from ssmclip.evaluate.statistics.geometry import geometry
+from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
 from ssmclip.rows.result import Result
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
-from ssmclip.evaluate import ranks
 from ssmclip.evaluate.distorted import Manipulations, distorted_rows
-from ssmclip.evaluate.embed import Clip, Settings
+from ssmclip.evaluate.embeddings import ranks
+from ssmclip.evaluate.embeddings.embed import Clip, Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot

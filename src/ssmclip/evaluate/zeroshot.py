@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ssmclip.evaluate import paired, pictures
-from ssmclip.evaluate.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
-from ssmclip.evaluate.metrics import METRICS, bootstrap_interval
+from ssmclip.evaluate import pictures
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.statistics import paired
+from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
 from ssmclip.rows.result import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read

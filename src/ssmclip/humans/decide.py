@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ssmclip.data.images import open_image
-from ssmclip.evaluate import cache
-from ssmclip.evaluate.embed import UNREADABLE, Clip, Settings, embed_texts, inference, subset
+from ssmclip.evaluate.embeddings import cache
+from ssmclip.evaluate.embeddings.embed import UNREADABLE, Clip, Settings, embed_texts, inference, subset
 from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
 

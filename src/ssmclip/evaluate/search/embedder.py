@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssmclip.data.images import open_image, to_rgb
-from ssmclip.evaluate.embed import Clip, Settings, embed_texts, encode_batch, require_finite
+from ssmclip.evaluate.embeddings.embed import Clip, Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
 from ssmclip.models.clip import Loaded
 

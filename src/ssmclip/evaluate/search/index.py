@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
-from ssmclip.evaluate.embedder import Embedder
+from ssmclip.evaluate.search.embedder import Embedder
 
 __all__ = ["Index", "build_index", "nearest", "read_index"]
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ssmclip.evaluate.cache import texts_hash
-from ssmclip.evaluate.metrics import bootstrap_interval
+from ssmclip.evaluate.embeddings.cache import texts_hash
+from ssmclip.evaluate.statistics.metrics import bootstrap_interval
 from ssmclip.rows.result import Result
 
 

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ssmclip.evaluate import cache, ranks
+from ssmclip.evaluate.embeddings import cache, ranks
 
 log = logging.getLogger(__name__)
 

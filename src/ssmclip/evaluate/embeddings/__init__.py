@@ -1,0 +1,1 @@
+"""Images and texts to unit vectors, kept on disk, shared by processes."""

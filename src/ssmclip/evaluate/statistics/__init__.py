@@ -1,0 +1,1 @@
+"""Numbers from scores, their intervals and paired tests."""
