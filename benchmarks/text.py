@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ssmclip.models.mamba_text import LanguageModel, read_config
+from ssmclip.models.networks.mamba_text import LanguageModel, read_config
 from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 
 OURS, PEER, PRODUCTS = "ssmclip", "transformers", "linear layers alone"

@@ -15,9 +15,10 @@ from PIL import Image
 
 import ssmclip
 from ssmclip.__main__ import main
-from ssmclip.models import CheckpointError, create_clip, hub, load_config
-from ssmclip.models.mamba_text import LanguageModel, load_language_model, read_config
-from ssmclip.models.registration import name_with_fields
+from ssmclip.models import CheckpointError, create_clip, load_config
+from ssmclip.models.files import hub
+from ssmclip.models.networks.mamba_text import LanguageModel, load_language_model, read_config
+from ssmclip.models.networks.registration import name_with_fields
 
 ODD = dict(depths=(1, 2, 1, 1), dims=(8, 14, 20, 36))
 

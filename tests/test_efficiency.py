@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ssmclip.__main__ import main
-from ssmclip.analyze import towers
 from ssmclip.analyze.cost import measure as measuring
 from ssmclip.analyze.cost.efficiency import in_fresh_process, sweep
 from ssmclip.analyze.cost.macs import count_macs
 from ssmclip.analyze.cost.measure import Job, measure
+from ssmclip.models import names as towers
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
 from ssmclip.report.efficiency import crossing

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from ssmclip.models import clip_config, create_clip
-from ssmclip.models.vmamba import SS2D, GatedConv, VMamba
+from ssmclip.models.networks.vmamba import SS2D, GatedConv, VMamba
 
 TINY_FIELDS = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_classes=5)
 SCAN = ("x_proj_weight", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")

@@ -16,7 +16,7 @@ from ssmclip import ops
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.models import build_preprocess, clip_config, create_clip
 from ssmclip.models.clip import image_transform
-from ssmclip.models.registration import name_with_fields
+from ssmclip.models.networks.registration import name_with_fields
 
 SIZES = [(64, 64), (97, 160), (224, 224), (1024, 1024)]
 STAGES = dict(depths=(1, 1), dims=(4, 8))
@@ -80,7 +80,7 @@ class SmallViT(VisionTransformer):
 @torch.no_grad()
 def test_positions_are_resampled_as_timm_does(tiny_config, tmp_path, name, size, monkeypatch):
     """Against timm's own model of that size. An image is filled up to whole patches, or loses what is left over."""
-    for module in (timm.models.vision_transformer, ssmclip.models.vit):
+    for module in (timm.models.vision_transformer, ssmclip.models.networks.vit):
         monkeypatch.setattr(module, "VisionTransformer", SmallViT)
     tiny_config["model_cfg"]["vision_cfg"] |= {"timm_model_name": name, "image_size": 224}
     small = perturbed(create_clip(tiny_config))

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ssmclip
 from ssmclip.analyze.cost.macs import count_macs, long_sequence, sequence_criterion, transformer_macs
-from ssmclip.models.mamba import Mamba, Mamba2
-from ssmclip.models.vmamba import SS2D
+from ssmclip.models.networks.mamba import Mamba, Mamba2
+from ssmclip.models.networks.vmamba import SS2D
 from ssmclip.registry import UnknownName
 
 # GMACs at 224 px. VMamba, SiMBA: the original code's own count; MambaOut, Swin, ConvNeXt: timm's results tables.

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ssmclip.models import CheckpointError
-from ssmclip.models.mamba import Mamba2
-from ssmclip.models.mamba_text import LanguageModel, MambaText, left_align, load_language_model, read_config
+from ssmclip.models.networks.mamba import Mamba2
+from ssmclip.models.networks.mamba_text import LanguageModel, MambaText, left_align, load_language_model, read_config
 from ssmclip.registry import UnknownName
 
 transformers = pytest.importorskip("transformers")

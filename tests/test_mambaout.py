@@ -6,7 +6,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from ssmclip.models import create_clip, list_clips, mambaout
+from ssmclip.models import create_clip, list_clips
+from ssmclip.models.networks import mambaout
 
 TINY_FIELDS = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
 CLIPS = {

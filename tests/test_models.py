@@ -23,9 +23,9 @@ from ssmclip.models import (
     load_state,
     load_tokenizer,
     save_tokenizer,
-    vmamba,
 )
-from ssmclip.models.weights import WEIGHTS_NAME, load_into
+from ssmclip.models.files.weights import WEIGHTS_NAME, load_into
+from ssmclip.models.networks import vmamba
 from ssmclip.registry import UnknownName
 
 # Counted by running the original code, 1000-class head included.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ssmclip.models import build_tokenizer, clip_config, create_clip
-from ssmclip.models.mamba import Mamba
-from ssmclip.models.simba import EinFFT, SiMBA
-from ssmclip.models.vmamba import SS2D, VMamba
+from ssmclip.models.networks.mamba import Mamba
+from ssmclip.models.networks.simba import EinFFT, SiMBA
+from ssmclip.models.networks.vmamba import SS2D, VMamba
 
 VMAMBAS = ["mc_small_v3noz", "mc_t220_v2", "up_s1_v05noz_ln2d", "up_s2_v05noz_ln2d", "up_v0"]
 SS2DS = ["mc_v3noz", "mc_v2", "mc_v2_dstate8", "mc_v0", "up_v05noz"]

@@ -15,11 +15,12 @@ import timm
 import torch
 
 import ssmclip
-from ssmclip.models import CheckpointError, create_clip, load_state, simba, vmamba
-from ssmclip.models.mamba_text import LanguageModel, read_config
-from ssmclip.models.published import MAMBAOUTS, ClipText, build, read_published
-from ssmclip.models.registration import name_with_fields
-from ssmclip.models.shapes import common_ratio
+from ssmclip.models import CheckpointError, create_clip, load_state
+from ssmclip.models.networks import simba, vmamba
+from ssmclip.models.networks.mamba_text import LanguageModel, read_config
+from ssmclip.models.networks.registration import name_with_fields
+from ssmclip.models.published.read import MAMBAOUTS, ClipText, build, read_published
+from ssmclip.models.published.shapes import common_ratio
 from ssmclip.registry import UnknownName
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}

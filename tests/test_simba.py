@@ -10,8 +10,8 @@ from torch import nn
 
 from ssmclip import ops
 from ssmclip.models import create_clip
-from ssmclip.models.mamba import Mamba
-from ssmclip.models.simba import EinFFT, SiMBA
+from ssmclip.models.networks.mamba import Mamba
+from ssmclip.models.networks.simba import EinFFT, SiMBA
 
 TINY_FIELDS = dict(
     dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), mlp_ratios=(2, 2, 2, 2), stem_dim=4, d_state=4, num_classes=5

@@ -1,6 +1,5 @@
 """Encoders, all made by timm.create_model, and the CLIP models built from them."""
 
-from ssmclip.models import mamba_text, mambaout, simba, vit, vmamba
 from ssmclip.models.clip import (
     build_preprocess,
     build_tokenizer,
@@ -11,9 +10,10 @@ from ssmclip.models.clip import (
     load_tokenizer,
     save_tokenizer,
 )
-from ssmclip.models.hub import download, push
-from ssmclip.models.published import convert, load_published
-from ssmclip.models.weights import CheckpointError, load_config, load_state, save_model
+from ssmclip.models.files.hub import download, push
+from ssmclip.models.files.weights import CheckpointError, load_config, load_state, save_model
+from ssmclip.models.networks import mamba_text, mambaout, simba, vit, vmamba
+from ssmclip.models.published.read import convert, load_published
 
 __all__ = [
     "CheckpointError",

@@ -22,11 +22,8 @@ from timm.layers import to_2tuple
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from ssmclip.models.bag_of_words import BagOfWords
-from ssmclip.models.hub import HUB, download
-from ssmclip.models.mamba_text import MambaText
-from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer, named_tokenizer
-from ssmclip.models.weights import (
+from ssmclip.models.files.hub import HUB, download
+from ssmclip.models.files.weights import (
     CONFIG_NAME,
     OURS_ALONE,
     WEIGHTS_NAME,
@@ -36,6 +33,9 @@ from ssmclip.models.weights import (
     load_into,
     load_state,
 )
+from ssmclip.models.networks.bag_of_words import BagOfWords
+from ssmclip.models.networks.mamba_text import MambaText
+from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer, named_tokenizer
 from ssmclip.registry import UnknownName
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ssmclip.models.weights import first_line
+from ssmclip.models.files.weights import first_line
 
 FILE_NAME = "tokenizer.json"
 # And what Hugging Face puts beside it: which tokens fill up and end a text, and which class reads them.

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
 from ssmclip.models import CheckpointError
-from ssmclip.models.weights import first_line
+from ssmclip.models.files.weights import first_line
 from ssmclip.rows.result import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")

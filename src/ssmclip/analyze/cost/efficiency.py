@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ssmclip.analyze import towers
 from ssmclip.analyze.cost.macs import count_macs, sequence_criterion
 from ssmclip.analyze.cost.measure import Job, memory_limit, to_json
+from ssmclip.models import names as towers
 from ssmclip.rows.result import Result, append_rows, read_rows, write_rows
 
 __all__ = ["in_fresh_process", "sweep"]

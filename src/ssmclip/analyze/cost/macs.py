@@ -19,7 +19,7 @@ from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmclip.analyze import towers
+from ssmclip.models import names as towers
 
 __all__ = ["Macs", "count_macs", "long_sequence", "sequence_criterion", "transformer_macs"]
 

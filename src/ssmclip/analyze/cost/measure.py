@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssmclip.analyze import towers
+from ssmclip.models import names as towers
 
 __all__ = ["Job", "measure", "memory_limit"]
 

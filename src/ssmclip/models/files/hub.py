@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from ssmclip.models.weights import CONFIG_NAME, CONFIGS, INDEX, WEIGHTS_NAME, CheckpointError, first_line, shards
+from ssmclip.models.files.weights import CONFIG_NAME, CONFIGS, INDEX, WEIGHTS_NAME, CheckpointError, first_line, shards
 
 HUB = "hf-hub:"
 # In the order of preference: where there is one of the first kind, those of the others are left alone.

@@ -25,8 +25,8 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ssmclip.models.mamba import Mamba
-from ssmclip.models.registration import default_cfg, register_variants
+from ssmclip.models.networks.mamba import Mamba
+from ssmclip.models.networks.registration import default_cfg, register_variants
 
 __all__ = ["EinFFT", "SiMBA"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssmclip.models import clip_config, create_clip, list_clips
 from ssmclip.models.clip import OPEN_CLIP, find_checkpoint
-from ssmclip.models.weights import load_config
+from ssmclip.models.files.weights import load_config
 from ssmclip.registry import UnknownName
 
 Size = tuple[int, int]  # height, width in pixels

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ssmclip.models.hub import download
-from ssmclip.models.mamba import Mamba, Mamba2, at_least_float32
-from ssmclip.models.weights import INDEX, CheckpointError, load_into, load_state, read_json
+from ssmclip.models.files.hub import download
+from ssmclip.models.files.weights import INDEX, CheckpointError, load_into, load_state, read_json
+from ssmclip.models.networks.mamba import Mamba, Mamba2, at_least_float32
 from ssmclip.registry import UnknownName
 
 __all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText", "load_language_model"]

@@ -27,21 +27,9 @@ from jaxtyping import Float, Int
 from timm.models.mambaout import checkpoint_filter_fn as name_as_timm
 from torch import Tensor, nn
 
-from ssmclip.models import simba, vmamba
 from ssmclip.models.clip import clip_config, create_clip
-from ssmclip.models.hub import HUB, WEIGHT_FILES, choose_weights, download
-from ssmclip.models.mamba_text import LanguageModel, known_fields, own_keys, read_config
-from ssmclip.models.registration import name_with_fields
-from ssmclip.models.shapes import (
-    State,
-    clip_text_fields,
-    language_model_fields,
-    mambaout_fields,
-    simba_fields,
-    vmamba_fields,
-)
-from ssmclip.models.tokenizer import FILES as TOKENIZER_FILES
-from ssmclip.models.weights import (
+from ssmclip.models.files.hub import HUB, WEIGHT_FILES, choose_weights, download
+from ssmclip.models.files.weights import (
     CONFIG_NAME,
     CONFIGS,
     CheckpointError,
@@ -50,6 +38,18 @@ from ssmclip.models.weights import (
     load_state,
     save_model,
 )
+from ssmclip.models.networks import simba, vmamba
+from ssmclip.models.networks.mamba_text import LanguageModel, known_fields, own_keys, read_config
+from ssmclip.models.networks.registration import name_with_fields
+from ssmclip.models.published.shapes import (
+    State,
+    clip_text_fields,
+    language_model_fields,
+    mambaout_fields,
+    simba_fields,
+    vmamba_fields,
+)
+from ssmclip.models.tokenizer import FILES as TOKENIZER_FILES
 from ssmclip.registry import UnknownName
 
 __all__ = ["Architecture", "ClipText", "build", "convert", "load_published", "read_published"]

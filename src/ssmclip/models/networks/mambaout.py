@@ -13,7 +13,7 @@ from timm.models import load_pretrained, register_model
 from timm.models.mambaout import checkpoint_filter_fn as name_as_timm
 from torch import Tensor, nn
 
-from ssmclip.models.registration import take_fields
+from ssmclip.models.networks.registration import take_fields
 
 __all__ = ["SIZES"]
 

@@ -28,7 +28,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip import ops
-from ssmclip.models.registration import default_cfg, register_variants
+from ssmclip.models.networks.registration import default_cfg, register_variants
 
 __all__ = ["SS2D", "GatedConv", "VMamba"]
 

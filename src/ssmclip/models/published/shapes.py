@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssmclip.models.weights import CheckpointError
+from ssmclip.models.files.weights import CheckpointError
 
 State = dict[str, Tensor]
 

@@ -1,0 +1,1 @@
+"""The networks, each a timm model or an open_clip text tower."""
