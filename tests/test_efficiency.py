@@ -18,7 +18,7 @@ from ssmclip.analyze.cost.measure import Job, measure
 from ssmclip.models import names as towers
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
-from ssmclip.report.efficiency import crossing
+from ssmclip.report.figures.efficiency import crossing
 from ssmclip.rows.result import Result, read_rows, write_rows
 
 MEASURED = {

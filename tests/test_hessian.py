@@ -36,7 +36,7 @@ from ssmclip.analyze.landscape_command import files_of
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
-from ssmclip.report.landscape import Contour, EigenvaluesOverTraining
+from ssmclip.report.figures.curvature import Contour, EigenvaluesOverTraining
 from ssmclip.rows.result import read_rows
 from ssmclip.train import train
 from ssmclip.train.objective import build_loss

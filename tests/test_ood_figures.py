@@ -8,7 +8,8 @@ from matplotlib.colors import same_color
 from PIL import Image
 
 from ssmclip.evaluate.pictures import thumbnail
-from ssmclip.report import FIGURES, drawings, ood_figures, read_store, write_report
+from ssmclip.report import FIGURES, drawings, read_store, write_report
+from ssmclip.report.figures import humans as ood_figures
 from ssmclip.report.style import INK, styles
 from ssmclip.rows.result import Result, write_rows
 

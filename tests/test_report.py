@@ -17,8 +17,8 @@ from scipy.stats import gaussian_kde
 
 import ssmclip.report
 from ssmclip.report import FIGURES, command, drawings, read_store, table, update_readme, write_report
-from ssmclip.report.figures import Drawing
-from ssmclip.report.landscape import bandwidth, kernel_density
+from ssmclip.report.figures.curvature import bandwidth, kernel_density
+from ssmclip.report.figures.evaluation import Drawing
 from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.table1 import table1
 from ssmclip.report.tables import blocks, notes
@@ -216,7 +216,7 @@ class Page(HTMLParser):
 def test_every_figure_draws_what_the_rows_say(drawn):
     # People's trials, memory at one size, and the table of 26 data sets need rows of their own: test_ood_figures.py,
     # test_efficiency.py, and below.
-    elsewhere = {name for name, cls in FIGURES.items() if cls.__module__ == "ssmclip.report.ood_figures"}
+    elsewhere = {name for name, cls in FIGURES.items() if cls.__module__ == "ssmclip.report.figures.humans"}
     elsewhere |= {"accuracy_per_parameter", "memory"}
     assert {name for name, found in drawn.items() if found} == set(FIGURES) - elsewhere
     for found in drawn.values():

@@ -1,10 +1,17 @@
 """Rows -> figures and one HTML page. Needs no torch: a report can be made, and made again, anywhere."""
 
-from ssmclip.report.efficiency import Efficiency, Memory
-from ssmclip.report.examples import Examples, Similarity
-from ssmclip.report.figures import FIGURES, Drawing, drawings, figure
-from ssmclip.report.landscape import Contour, Eigenvalues, EigenvaluesOverTraining, Line, Relief, SpectralDensity
-from ssmclip.report.ood_figures import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, Stimuli, WithoutLevels
+from ssmclip.report.figures.curvature import (
+    Contour,
+    Eigenvalues,
+    EigenvaluesOverTraining,
+    Line,
+    Relief,
+    SpectralDensity,
+)
+from ssmclip.report.figures.efficiency import Efficiency, Memory
+from ssmclip.report.figures.evaluation import FIGURES, Drawing, drawings, figure
+from ssmclip.report.figures.examples import Examples, Similarity
+from ssmclip.report.figures.humans import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, Stimuli, WithoutLevels
 from ssmclip.report.page import write_report
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.tables import table, update_readme

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.image import pil_to_array
 
-from ssmclip.report.examples import picture as thumbnail
-from ssmclip.report.figures import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
+from ssmclip.report.figures.evaluation import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
+from ssmclip.report.figures.examples import picture as thumbnail
 from ssmclip.report.store import DISTORTED, final, level_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of

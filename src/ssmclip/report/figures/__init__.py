@@ -1,0 +1,1 @@
+"""Figures, each a class that reads rows."""
