@@ -17,7 +17,8 @@ from torch import nn
 from torchvision.transforms import Compose, Resize
 
 from ssmclip.__main__ import main
-from ssmclip.evaluate import Clip, Settings, command
+from ssmclip.cli import evaluate as command
+from ssmclip.evaluate import Clip, Settings
 from ssmclip.humans.decide import (
     IMAGENET,
     SCORED,

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
 from ssmclip import UnknownName
-from ssmclip.data import command
+from ssmclip.cli import distort as command
 from ssmclip.data.distortions.folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
 from ssmclip.data.distortions.geirhos import DISTORTIONS
 from ssmclip.humans.stimuli import find_stimuli

@@ -10,10 +10,11 @@ from scipy.stats import binom
 from torchvision.transforms.functional import center_crop, resize
 
 import ssmclip
-from ssmclip import quickstart
+from ssmclip.cli import evaluate as command
+from ssmclip.cli import quickstart
 from ssmclip.data.distortions.folder import picture_seed
 from ssmclip.data.testsets.open import Classification, load_card, open_dataset
-from ssmclip.evaluate import Clip, Settings, command, distorted
+from ssmclip.evaluate import Clip, Settings, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from ssmclip import Embedder, save_model
+from ssmclip.cli import search as index_command
 from ssmclip.data.images import BadImage
-from ssmclip.evaluate import index_command
 from ssmclip.evaluate.search import index as index_module
 from ssmclip.evaluate.search.index import build_index, nearest, read_index
 

@@ -14,11 +14,11 @@ from scipy.stats import hypergeom
 from sklearn.metrics import confusion_matrix, recall_score
 from torch import nn
 
+from ssmclip.cli import evaluate as command
 from ssmclip.evaluate import (
     Clip,
     Settings,
     class_embeddings,
-    command,
     embed_images,
     embed_texts,
     evaluate,

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ssmclip
-from ssmclip.analyze import command
 from ssmclip.analyze.curvature import park_kim
 from ssmclip.analyze.curvature.batches import (
     classification_loss,
@@ -32,7 +31,8 @@ from ssmclip.analyze.curvature.landscape import filter_normalised_direction, los
 from ssmclip.analyze.curvature.product import Hessian, NotTwiceDifferentiable, OutOfMemory
 from ssmclip.analyze.curvature.spectrum import extreme_eigenvalues, hessian_eigenvalues
 from ssmclip.analyze.curvature.summary import summary_rows
-from ssmclip.analyze.landscape_command import files_of
+from ssmclip.cli import analyze as command
+from ssmclip.cli.landscape import files_of
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import cohen_kappa_score
 
-from ssmclip.evaluate import ood_command
+from ssmclip.cli import ood as ood_command
 from ssmclip.humans.scores import EXCLUDED, score_decisions
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import read_trials

@@ -16,7 +16,8 @@ from PIL import Image, ImageColor
 from scipy.stats import gaussian_kde
 
 import ssmclip.report
-from ssmclip.report import FIGURES, command, drawings, read_store, table, update_readme, write_report
+from ssmclip.cli import report as command
+from ssmclip.report import FIGURES, drawings, read_store, table, update_readme, write_report
 from ssmclip.report.figures.curvature import bandwidth, kernel_density
 from ssmclip.report.figures.evaluation import Drawing
 from ssmclip.report.style import COLOURS, styles
@@ -519,7 +520,7 @@ def test_the_report_imports_no_torch():
     code = (
         "import sys, types; package = types.ModuleType('ssmclip'); "
         f"package.__path__ = [{str(Path(ssmclip.report.__file__).parents[1])!r}]; sys.modules['ssmclip'] = package; "
-        "import ssmclip.report, ssmclip.report.command; print('torch' in sys.modules)"
+        "import ssmclip.report, ssmclip.cli.report; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

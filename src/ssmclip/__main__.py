@@ -7,16 +7,9 @@ import logging
 import sys
 from functools import partial
 
-from ssmclip import quickstart
-from ssmclip.analyze import command as analyze
-from ssmclip.data import command as distort
-from ssmclip.evaluate import command as evaluate
-from ssmclip.evaluate import index_command as index
-from ssmclip.evaluate import listing
-from ssmclip.evaluate import ood_command as ood
-from ssmclip.models import command as models
-from ssmclip.report import command as report
-from ssmclip.train import command as train
+from ssmclip.cli import analyze, distort, evaluate, models, ood, quickstart, report, train
+from ssmclip.cli import datasets as listing
+from ssmclip.cli import search as index
 
 
 def main(argv: list[str] | None = None) -> int:

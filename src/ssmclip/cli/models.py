@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from ssmclip.options import image_size
+from ssmclip.cli.options import image_size
 
 MODELS_HELP = "the CLIP models there are: towers, parameters, operations, published weights and their row in a paper"
 CONVERT_HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ssmclip.analyze import efficiency_command, landscape_command
+from ssmclip.cli import efficiency as efficiency_command
+from ssmclip.cli import landscape as landscape_command
 
 HELP = "what a model costs, and what its loss looks like around it, as rows"
 

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ssmclip.options import add_device, image_size
+from ssmclip.cli.options import add_device, image_size
 
 
 def add_analyses(kinds: argparse._SubParsersAction) -> None:

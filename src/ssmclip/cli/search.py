@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssmclip.options import add_device, image_size
+from ssmclip.cli.options import add_device, image_size
 
 EMBED_HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
 SEARCH_HELP = "the pictures of an index that are nearest to a text"
@@ -24,7 +24,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_embed(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.command import require_writable
+    from ssmclip.cli.evaluate import require_writable
     from ssmclip.evaluate.search.embedder import Embedder
     from ssmclip.evaluate.search.index import build_index
 

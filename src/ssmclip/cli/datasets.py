@@ -67,9 +67,9 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 
 
 def captions(args: argparse.Namespace) -> int:
+    from ssmclip.cli.evaluate import line, require_writable
     from ssmclip.config import labelled
     from ssmclip.evaluate.captions import caption_rows
-    from ssmclip.evaluate.command import line, require_writable
     from ssmclip.models import load_tokenizer
     from ssmclip.rows.result import describe_run, write_rows
 
@@ -116,7 +116,7 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.command import line, require_writable
+    from ssmclip.cli.evaluate import line, require_writable
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.rows.result import describe_run, read_rows, write_rows
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ssmclip.cli.options import add_device, image_size
 from ssmclip.config import labelled
-from ssmclip.options import add_device, image_size
 from ssmclip.rows.result import Result, read_rows
 
 OOD = "ood"
@@ -77,11 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import ssmclip
+    from ssmclip.cli.ood import decide_and_score, open_ood
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
-    from ssmclip.evaluate.ood_command import decide_and_score, open_ood
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
