@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: `python -m ssmclip.analyze.cost.measure` reads what as JSON, and answers in JSON.
+"""One measurement in a process of its own: `python -m ssmclip.analyze.cost.measure` reads and answers JSON.
 
 A fresh process, because the peak of its memory is then that of one model at one size, and because one that grows
 beyond the machine's memory can die without taking the others along.
