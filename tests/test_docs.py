@@ -16,7 +16,8 @@ from setuptools import find_namespace_packages
 
 from ssmclip.__main__ import build_parser
 from ssmclip.analyze.curvature.spectrum import check_search
-from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.config.overrides import apply_overrides
+from ssmclip.config.recipe import load_recipe
 from ssmclip.report.tables import BEGIN, END, update_readme
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_an_installed_package_has_its_recipes_types_and_data(monkeypatch, tmp_pa
         assert load_recipe(f"recipes/{name}.py") == load_recipe(ROOT / "recipes" / f"{name}.py")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/tiny.py").write_text(
-        "from ssmclip.config import *\ndef own(): return TrainConfig(steps=777)\n"
+        "from ssmclip.config.settings import *\ndef own(): return TrainConfig(steps=777)\n"
     )
     assert load_recipe("recipes/tiny.py").steps == 777  # one's own comes first
 

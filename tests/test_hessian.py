@@ -33,7 +33,8 @@ from ssmclip.analyze.curvature.spectrum import extreme_eigenvalues, hessian_eige
 from ssmclip.analyze.curvature.summary import summary_rows
 from ssmclip.cli import analyze as command
 from ssmclip.cli.landscape import files_of
-from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.config.overrides import apply_overrides
+from ssmclip.config.recipe import load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
 from ssmclip.report.figures.curvature import Contour, EigenvaluesOverTraining

@@ -18,7 +18,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config import ScheduleConfig, apply_overrides, load_recipe
+from ssmclip.config.overrides import apply_overrides
+from ssmclip.config.recipe import load_recipe
+from ssmclip.config.settings import ScheduleConfig
 from ssmclip.registry import UnknownName
 from ssmclip.rows.result import Result, append_rows, read_rows
 from ssmclip.train import NonFinite, loop, train

@@ -68,7 +68,7 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
 
 def captions(args: argparse.Namespace) -> int:
     from ssmclip.cli.evaluate import line, require_writable
-    from ssmclip.config import labelled
+    from ssmclip.cli.options import labelled
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.models import load_tokenizer
     from ssmclip.rows.result import describe_run, write_rows

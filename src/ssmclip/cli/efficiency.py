@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.cli.options import add_device
-from ssmclip.config import image_size, labelled
+from ssmclip.cli.options import add_device, labelled
+from ssmclip.config.sizes import image_size
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ssmclip.cli.options import add_device, image_size
-from ssmclip.config import labelled
+from ssmclip.cli.options import add_device, image_size, labelled
 from ssmclip.rows.result import Result, read_rows
 
 OOD = "ood"

@@ -173,7 +173,7 @@ def _open(args: argparse.Namespace, name: str) -> tuple[Any, Iterable[Any]]:
 
 
 def _as_it_began(run: Path) -> Any:
-    from ssmclip.config import from_dict
+    from ssmclip.config.overrides import from_dict
     from ssmclip.models import create_clip, load_config
     from ssmclip.train.state import seed_everything
 

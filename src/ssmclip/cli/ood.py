@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.cli.evaluate import default_cache, line, require_writable
-from ssmclip.cli.options import add_device, image_size
-from ssmclip.config import labelled
+from ssmclip.cli.options import add_device, image_size, labelled
 from ssmclip.rows.result import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"

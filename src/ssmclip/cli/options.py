@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
 
 import torch
 
-from ssmclip import config
+from ssmclip.config import settings as config
 
 
 def add_device(parser: ArgumentParser) -> None:
@@ -33,3 +34,23 @@ def image_size(text: str) -> int | tuple[int, int]:
         return config.image_size(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
+
+
+def labelled(models: str) -> dict[str, str]:
+    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+
+    Raises ValueError for no models and for equal labels.
+
+    >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
+    {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
+    """
+    labels: dict[str, str] = {}
+    for part in filter(None, models.split(",")):
+        label, _, name = part.rpartition("=")
+        label = label or Path(name).name
+        if label in labels:
+            raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
+        labels[label] = name
+    if not labels:
+        raise ValueError("no model given")
+    return labels

@@ -26,7 +26,8 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
+from ssmclip.config.overrides import changed_fields, from_dict, to_dict
+from ssmclip.config.settings import TrainConfig
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
 from ssmclip.rows.result import read_rows
