@@ -194,7 +194,7 @@ def test_words_seen_equals_counting_word_by_word():
 
 
 def test_what_text_towers_see_of_long_descriptions(shared, tmp_path, capsys):
-    from ssmclip.cli.datasets import read_texts, task_of
+    from ssmclip.cli.captions import read_texts, task_of
     from ssmclip.models.tokenizer import LanguageModelTokenizer
 
     path = shared / "data/longcaps/IIW-400/data.jsonl"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ssmclip.cli.options import add_device, image_size, labelled
+from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
 from ssmclip.rows.result import Result, read_rows
 
 OOD = "ood"
@@ -137,11 +135,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def default_cache() -> Path:
-    """Beside what other tools of the field keep: $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
-
-
 def rows_before(path: Path, described: dict[str, Any]) -> list[Result]:
     """The rows that `path` has already: none where there is no file.
 
@@ -168,24 +161,3 @@ def rows_before(path: Path, described: dict[str, Any]) -> list[Result]:
 
 def _key(row: Result) -> tuple[str, ...]:
     return row.model, row.task, row.condition, row.metric
-
-
-def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
-    """Raise OSError now if `path` can't be written later, ValueError if it is one of the files that are read.
-
-    Leaves a file that is there as it is.
-    """
-    if path.resolve() in {file.resolve() for file in read}:
-        raise ValueError(f"--out {path} is one of the files that are read: give another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; --out takes a file")
-    probe = path.with_name(path.name + ".partial")
-    probe.touch()
-    probe.unlink()
-
-
-def line(row) -> str:
-    """One row for a person."""
-    interval = "" if row.ci_low is None else f" [{row.ci_low:.4f}, {row.ci_high:.4f}]"
-    return f"{row.model:24} {row.task:16} {row.metric:24} {row.value:.4f}{interval}  n={row.n}"

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssmclip.cli.evaluate import default_cache, line, require_writable
-from ssmclip.cli.options import add_device, image_size, labelled
+from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
 from ssmclip.rows.result import Result
 
 HELP = "out-of-distribution images: what models decide, and their scores beside people"

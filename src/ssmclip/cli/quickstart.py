@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ssmclip.cli.train import build_validation
+
 HELP = "train two small CLIPs on embedded data, evaluate them, write report.html"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
 TASKS = ("digits", "scenes")
@@ -73,13 +75,3 @@ def distorted_digits(models: dict[str, tuple[Any, Callable, Callable]]) -> list[
     settings = Settings(max_images=DISTORTED_IMAGES, examples=1)
     made = distorted_evaluations(models, open_tasks(["digits"], ""), choose(DISTORTED), settings)
     return [row for rows in made for row in rows]
-
-
-def build_validation(config: Any) -> Callable | None:
-    """What a training run measures as it goes, from its TrainConfig; None when it asks for nothing."""
-    from ssmclip.evaluate.tasks import training_validation
-
-    wanted = config.validation
-    if not (wanted.every and wanted.tasks):
-        return None
-    return training_validation(wanted.tasks, wanted.root, model_name=config.model.name, seed=config.seed)

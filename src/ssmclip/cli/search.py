@@ -24,7 +24,7 @@ def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_embed(args: argparse.Namespace) -> int:
-    from ssmclip.cli.evaluate import require_writable
+    from ssmclip.cli.options import require_writable
     from ssmclip.evaluate.search.embedder import Embedder
     from ssmclip.evaluate.search.index import build_index
 

@@ -39,3 +39,13 @@ def run(args: argparse.Namespace, validation: Callable[[Any], Any] | None = None
     validate = validation(config) if validation is not None and wants else None
     train(config, args.out or Path("runs") / args.recipe.stem, resume=args.resume, validate=validate)
     return 0
+
+
+def build_validation(config: Any) -> Callable | None:
+    """What a training run measures as it goes, from its TrainConfig; None when it asks for nothing."""
+    from ssmclip.evaluate.tasks import training_validation
+
+    wanted = config.validation
+    if not (wanted.every and wanted.tasks):
+        return None
+    return training_validation(wanted.tasks, wanted.root, model_name=config.model.name, seed=config.seed)

@@ -1,0 +1,30 @@
+"""ssmclip compare: paired tests between the models of rows files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+COMPARE = "paired tests between the models of rows files that saw the same images"
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", nargs="+", type=Path, help="rows files of evaluate")
+    parser.add_argument("--out", type=Path, help="the rows file to write")
+
+
+def compare(args: argparse.Namespace) -> int:
+    from ssmclip.cli.options import line, require_writable
+    from ssmclip.evaluate.statistics.paired import paired_rows
+    from ssmclip.rows.result import describe_run, read_rows, write_rows
+
+    if args.out:
+        require_writable(args.out, args.rows)
+    rows = paired_rows([row for path in args.rows for row in read_rows(path)[1]])
+    if not rows:
+        raise ValueError("no two models in these files have the same measure of the same images")
+    if args.out:
+        write_rows(args.out, rows, describe_run(0))
+    sys.stdout.write("".join(f"{line(row)}  p={row.extra['mcnemar_p']:.3g}, {row.condition}\n" for row in rows))
+    return 0
