@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ssmclip.data.distortions.geirhos import DISTORTIONS, distort, parse_level
+from ssmclip.data.distortions.apply import distort
 from ssmclip.data.distortions.reference import REFERENCE
+from ssmclip.data.distortions.registry import DISTORTIONS, parse_level
 from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
 
 BATCH = 4

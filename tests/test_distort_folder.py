@@ -13,8 +13,10 @@ from torchvision.transforms.functional import center_crop, resize
 import ssmclip
 from ssmclip import UnknownName
 from ssmclip.cli import distort as command
-from ssmclip.data.distortions.folder import crop, folder_jobs, picture_seed, rebuild_jobs, run_jobs
-from ssmclip.data.distortions.geirhos import DISTORTIONS
+from ssmclip.data.distortions.folder import folder_jobs, run_jobs
+from ssmclip.data.distortions.pictures import crop, picture_seed
+from ssmclip.data.distortions.registry import DISTORTIONS
+from ssmclip.humans.rebuild import rebuild_jobs
 from ssmclip.humans.stimuli import find_stimuli
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import center_crop, resize
 import ssmclip
 from ssmclip.cli import evaluate as command
 from ssmclip.cli import quickstart
-from ssmclip.data.distortions.folder import picture_seed
+from ssmclip.data.distortions.pictures import picture_seed
 from ssmclip.data.testsets.open import Classification, load_card, open_dataset
 from ssmclip.evaluate import Clip, Settings, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows

@@ -14,7 +14,7 @@ import ssmclip
 from ssmclip import UnknownName
 from ssmclip.data.distortions import eidolon as fast
 from ssmclip.data.distortions import reference as plain
-from ssmclip.data.distortions.geirhos import DISTORTIONS, parse_level
+from ssmclip.data.distortions.registry import DISTORTIONS, parse_level
 from ssmclip.humans.stimuli import STIMULUS_SETS
 
 RANDOM = {"phase-scrambling", "uniform-noise"}  # bit-reproducible from a RandomState; eidolons are not

@@ -14,7 +14,8 @@ from scipy.stats import rankdata
 from sklearn.metrics import cohen_kappa_score
 
 from ssmclip.cli import ood as ood_command
-from ssmclip.humans.scores import EXCLUDED, score_decisions
+from ssmclip.data.distortions.registry import EXCLUDED
+from ssmclip.humans.scores import score_decisions
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import read_trials
 from ssmclip.rows.result import read_rows

@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmclip.data.distortions.folder import folder_jobs, rebuild_jobs, run_jobs
-    from ssmclip.data.distortions.geirhos import DISTORTIONS
+    from ssmclip.data.distortions.folder import folder_jobs, run_jobs
+    from ssmclip.data.distortions.registry import DISTORTIONS
+    from ssmclip.humans.rebuild import rebuild_jobs
 
     names = args.distortions.split(",") if args.distortions else list(DISTORTIONS)
     levels = args.levels.split(",") if args.levels else None

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ssmclip.data.distortions.folder import SIDE, crop, picture_seed
-from ssmclip.data.distortions.geirhos import DISTORTIONS, Table, distort, load_table
+from ssmclip.data.distortions.apply import distort
+from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
+from ssmclip.data.distortions.registry import DISTORTIONS, Table, kept, load_table
 from ssmclip.evaluate.embeddings.cache import texts_hash
 from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
 from ssmclip.evaluate.pictures import draw, thumbnail
@@ -31,7 +32,7 @@ from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
-from ssmclip.humans.scores import LEVEL, kept
+from ssmclip.humans.scores import LEVEL
 from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)

@@ -23,27 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from ssmclip.data.distortions.registry import EXCLUDED, kept
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import NOT_SHOWN, Answers, Trials, match_trials
 from ssmclip.rows.result import Result
 
 log = logging.getLogger(__name__)
 
-# What does not distort, and what people get right in less than 20 % of trials. The published list, not computed anew.
-EXCLUDED = {
-    "colour": "cr",
-    "contrast": "c100 c03 c01",
-    "high-pass": "inf 0.55 0.45 0.4",
-    "low-pass": "0 15 40",
-    "phase-scrambling": "0 150 180",
-    "power-equalisation": "0",
-    "false-colour": "True",
-    "rotation": "0",
-    "eidolonI": "1-10-10 64-10-10 128-10-10",
-    "eidolonII": "1-3-10 32-3-10 64-3-10 128-3-10",
-    "eidolonIII": "1-0-10 16-0-10 32-0-10 64-0-10 128-0-10",
-    "uniform-noise": "0.0 0.6 0.9",
-}
 CUE_CONFLICT = "cue-conflict"
 AVERAGES = {
     "17 data sets": tuple(STIMULUS_SETS),
@@ -151,12 +137,6 @@ def agreement(
     chance = p[:, :, None] * q[:, None] + (1 - p[:, :, None]) * (1 - q[:, None])
     kappa = np.divide(observed - chance, 1 - chance, out=np.ones_like(observed), where=observed != 1)
     return p, q, observed, kappa
-
-
-def kept(dataset: str) -> list[int]:
-    """The conditions that count, as places in the set's conditions."""
-    left_out = EXCLUDED.get(dataset, "").split()
-    return [place for place, label in enumerate(STIMULUS_SETS[dataset].conditions) if label not in left_out]
 
 
 def average_rows(label: str, names: Sequence[str], scored: dict[str, Scores]) -> list[Result]:

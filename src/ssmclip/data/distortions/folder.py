@@ -6,23 +6,19 @@ comes from its name: it gets the same noise whatever else the folder holds, and 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from ssmclip.data.distortions.geirhos import DISTORTIONS, Table, distort, load_table, parse_level
+from ssmclip.data.distortions.apply import distort
+from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
+from ssmclip.data.distortions.registry import DISTORTIONS, Table, load_table, parse_level
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
-from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
-
-SIDE = 224  # pixels, of all published stimuli
-RESIZE = 256 / 224  # of the short side over the crop's
 
 
 @dataclass(frozen=True)
@@ -47,15 +43,6 @@ class Outcome:
     def summary(self) -> str:
         lines = [f"{self.written} written, {self.present} already there, {len(self.unreadable)} pictures unreadable"]
         return "\n".join(lines + [f"unreadable: {path}: {reason}" for path, reason in self.unreadable.items()])
-
-
-def crop(image: Image.Image, side: int) -> Image.Image:
-    """The middle square after the short side is resized to 256 / 224 of `side`, as torchvision's Resize, CenterCrop."""
-    scale = RESIZE * side / min(image.size)
-    width, height = (max(int(s * scale), side) for s in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - side) / 2), round((height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
 
 
 def run_jobs(jobs: Sequence[Job], *, side: int | None = SIDE, amplitude: Table = None, gamma: Table = None) -> Outcome:
@@ -101,11 +88,6 @@ def _write(pixels: np.ndarray, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     Image.fromarray(pixels).save(partial, "PNG", compress_level=1)
     partial.replace(target)
-
-
-def picture_seed(seed: int, *names: str) -> int:
-    """A picture's own seed, by its name: the same whatever else there is, and at every level."""
-    return zlib.crc32("/".join([str(seed), *names]).encode())
 
 
 # ---- a folder --------------------------------------------------------------------------------------------------------
@@ -154,70 +136,3 @@ def _labels(name: str, levels: Sequence[str] | None) -> list[str]:
 
 
 # ---- the published sets ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Jobs that rebuild published sets, and the pictures that were not found: image id -> stimuli that need it."""
-
-    jobs: list[Job]
-    missing: dict[str, int]
-
-
-def rebuild_jobs(
-    humans: Path, imagenet: Path, out: Path, datasets: Iterable[str] | None = None, seed: int = 0
-) -> Recipe:
-    """The parametric sets of Geirhos et al. 2021 from ILSVRC2012's training images, by the ids in the human data.
-
-    humans: a parquet file with dataset, condition, category and image_id (or imagename): every stimulus that anyone
-    saw. imagenet: a folder with n01234567/n01234567_89.JPEG, or with train/ or ILSVRC/Data/CLS-LOC/train/ above that.
-    Files are OUT/DATASET/dnn/session-1/NUMBER_CODE_dnn_CONDITION_CATEGORY_K_IMAGEID.png; numbers count the stimuli in
-    the order of conditions, categories and ids. How the published images were cropped is not published: see `crop`.
-
-    Raises ValueError for a file without those columns or sets, FileNotFoundError for a folder without image folders.
-    """
-    names = list(DISTORTIONS) if datasets is None else [DISTORTIONS[name].name for name in datasets]
-    root = _image_root(Path(imagenet))
-    jobs: list[Job] = []
-    missing: dict[str, int] = {}
-    for name, stimuli in _stimuli(Path(humans), names).items():
-        count = STIMULUS_SETS[name].count // len(STIMULUS_SETS[name].conditions) // len(CATEGORIES)
-        for number, (condition, category, image_id) in enumerate(stimuli, 1):
-            stem = image_id.removesuffix(".png")
-            source = root / stem.split("_")[0] / f"{stem}.JPEG"
-            if not source.is_file():
-                missing[stem] = missing.get(stem, 0) + 1
-                continue
-            code = STIMULUS_SETS[name].code
-            file = f"{number:04}_{code}_dnn_{condition}_{category}_{count}_{stem}.png"
-            target = Path(out) / name / "dnn" / "session-1" / file
-            jobs.append(Job(source, target, name, condition, picture_seed(seed, name, stem)))
-    return Recipe(sorted(jobs, key=lambda job: job.source), missing)
-
-
-def _stimuli(humans: Path, names: list[str]) -> dict[str, list[tuple[str, str, str]]]:
-    """name -> (condition, category, image id) of its stimuli, sorted."""
-    columns = pq.read_schema(humans).names
-    key = "image_id" if "image_id" in columns else "imagename"
-    wanted = ["dataset", "condition", "category", key]
-    if absent := set(wanted) - set(columns):
-        raise ValueError(f"{humans} has no column {', '.join(sorted(absent))}; it has {', '.join(columns)}")
-    stimuli: dict[str, set[tuple[str, str, str]]] = {name: set() for name in names}
-    for row in pq.read_table(humans, columns=wanted).to_pylist():
-        if row["dataset"] in stimuli:
-            image_id = "_".join(row[key].split("_")[-2:])
-            stimuli[row["dataset"]].add((row["condition"], row["category"], image_id))
-    if empty := [name for name, found in stimuli.items() if not found]:
-        raise ValueError(f"{humans} has no stimulus of {', '.join(empty)}")
-    order = {name: STIMULUS_SETS[name].conditions for name in names}
-    return {
-        name: sorted(found, key=lambda s, name=name: (order[name].index(s[0]), *s[1:]))
-        for name, found in stimuli.items()
-    }
-
-
-def _image_root(imagenet: Path) -> Path:
-    for root in (imagenet, imagenet / "train", imagenet / "ILSVRC" / "Data" / "CLS-LOC" / "train"):
-        if root.is_dir() and any(root.glob("n[0-9]*")):
-            return root
-    raise FileNotFoundError(f"{imagenet} has no folders n01234567, nor train/n01234567")

@@ -11,151 +11,16 @@ to 224 x 224: sigmas and reaches are in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, UInt8
 
 from ssmclip.data.distortions import kernels
 from ssmclip.data.distortions.eidolon import disarray
-from ssmclip.humans.stimuli import STIMULUS_SETS
-from ssmclip.registry import Registry
-
-Pictures = UInt8[np.ndarray, "n h w 3"]
-Table = str | Path | np.ndarray | None
-Number = float | int
+from ssmclip.data.distortions.registry import Pictures, distortion
 
 PADDING = 0.4423  # the mean grey of the experiments' images: what lies around an image, and a high-pass image's mean
 NOISE_CONTRAST = 0.3  # noise is added to pictures of 30 % contrast
-
-
-@dataclass(frozen=True)
-class Distortion:
-    """One of DISTORTIONS.
-
-    function: (pictures, level, seeds, **tables) -> pictures; levels: label in the human data -> level, undistorted
-    first; meaning: what the level is; allowed: lowest and highest; tables: which of amplitude and gamma it needs.
-    """
-
-    name: str
-    function: Callable
-    levels: dict[str, float]
-    meaning: str
-    allowed: tuple[Number, Number]
-    tables: tuple[str, ...] = field(default=())
-
-
-DISTORTIONS: Registry[Distortion] = Registry("distortion")
-
-
-def distortion(
-    name: str,
-    levels: Sequence[Number],
-    meaning: str,
-    allowed: tuple[Number, Number] = (0, math.inf),
-    tables: tuple = (),
-):
-    """Decorator: enter the function in DISTORTIONS. levels: of STIMULUS_SETS[name].conditions, in their order."""
-
-    def add(function: Callable) -> Callable:
-        labels = dict(zip(STIMULUS_SETS[name].conditions, map(float, levels), strict=True))
-        DISTORTIONS.register(name)(Distortion(name, function, labels, meaning, allowed, tables))
-        return function
-
-    return add
-
-
-def distort(
-    images: np.ndarray,
-    name: str,
-    level: Number | str | None = None,
-    *,
-    seed: int | Sequence[int] = 0,
-    amplitude: Table = None,
-    gamma: Table = None,
-) -> np.ndarray:
-    """The picture or pictures, distorted.
-
-    images: uint8, RGB, (H, W, 3) or (N, H, W, 3).
-    name: one of DISTORTIONS, or "imagenet-c/NAME" for a corruption of ImageNet-C (needs the extra `corruptions`).
-    level: a number, or a label of the human data ("c30", "8-3-10", "pow"); may be left out where only one distorts.
-    seed: of a picture; picture i of a batch has seed + i, so that a batch equals its pictures one by one.
-    amplitude: for power-equalisation, the mean of abs(fftshift(fft2(grey))) over images, float (H, W), .npy or array.
-    gamma: for false-colour, the light a screen emits for each of 256 values, in [0, 1] and rising, .npy or array.
-
-    Raises UnknownName for a name nobody registered, ValueError for pictures, levels and tables that don't fit.
-    """
-    batch, single = _as_batch(images)
-    seeds = _seeds(seed, len(batch))
-    if name.startswith("imagenet-c/"):
-        from ssmclip.data.distortions.imagenet_c import corrupt
-
-        out = corrupt(batch, name, level, seeds)
-    else:
-        chosen = DISTORTIONS[name]
-        given = {"amplitude": amplitude, "gamma": gamma}
-        tables = {key: load_table(key, given[key], name) for key in chosen.tables}
-        out = chosen.function(batch, parse_level(name, level), seeds, **tables)
-    return out[0] if single else out
-
-
-def parse_level(name: str, level: Number | str | None = None) -> float:
-    """The level as a number. Raises ValueError for what is neither a label nor in the distortion's range.
-
-    >>> parse_level("contrast", "c30"), parse_level("high-pass", "inf"), parse_level("power-equalisation")
-    (0.3, inf, 1.0)
-    """
-    chosen = DISTORTIONS[name]
-    labels = chosen.levels
-    if level is None and len(labels) == 2:
-        return list(labels.values())[1]
-    if str(level).capitalize() in labels or str(level) in labels:
-        return labels.get(str(level), labels.get(str(level).capitalize()))
-    try:
-        number = float(level)
-    except (TypeError, ValueError):
-        number = math.nan
-    lowest, highest = chosen.allowed
-    if not (lowest <= number <= highest or number in labels.values()):
-        raise ValueError(
-            f"{name} at level {level!r}: it takes {chosen.meaning}, from {lowest:g} to {highest:g}, "
-            f"or one of {', '.join(labels)}"
-        )
-    return number
-
-
-def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
-        raise ValueError(
-            f"pictures are uint8 (height, width, 3) or (n, height, width, 3), and this is {images.dtype} {images.shape}"
-        )
-    return (images[None] if images.ndim == 3 else images), images.ndim == 3
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else [int(s) for s in seed]
-    if len(seeds) != count or not all(0 <= s < 2**32 for s in seeds):
-        raise ValueError(f"{count} pictures take {count} seeds in 0 ... 2**32 - 1, or one, and got {seed!r}")
-    return seeds
-
-
-def load_table(kind: str, table: Table, name: str) -> np.ndarray:
-    """The table "amplitude" or "gamma", read and checked. Raises ValueError for none and for what it can't be."""
-    if table is None:
-        raise ValueError(f"{name} needs {kind}=, the path of a .npy file or an array; see distort's docstring")
-    array = table if isinstance(table, np.ndarray) else np.load(table, allow_pickle=False)
-    if kind == "gamma":
-        array = np.ravel(array).astype(np.float64)
-        if array.shape != (256,) or not (np.diff(array) > 0).all() or array[0] < 0 or array[-1] > 1:
-            raise ValueError(f"gamma holds 256 rising values in [0, 1], and this is {array.shape}, {array.min():g} ...")
-    elif array.ndim != 2 or not (np.isrealobj(array) and (array >= 0).all()):
-        raise ValueError(
-            f"amplitude is a table (height, width) of values >= 0, and this is {array.dtype} {array.shape}"
-        )
-    return array
 
 
 # ---- colours ---------------------------------------------------------------------------------------------------------
