@@ -17,8 +17,9 @@ import ssmclip
 from ssmclip.__main__ import main
 from ssmclip.models import CheckpointError, create_clip, load_config
 from ssmclip.models.files import hub
-from ssmclip.models.networks.mamba_text import LanguageModel, load_language_model, read_config
+from ssmclip.models.networks.mamba_text import LanguageModel, read_config
 from ssmclip.models.networks.registration import name_with_fields
+from ssmclip.models.published.language_model import load_language_model
 
 ODD = dict(depths=(1, 2, 1, 1), dims=(8, 14, 20, 36))
 

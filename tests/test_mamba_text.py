@@ -6,7 +6,8 @@ from torch import nn
 
 from ssmclip.models import CheckpointError
 from ssmclip.models.networks.mamba import Mamba2
-from ssmclip.models.networks.mamba_text import LanguageModel, MambaText, left_align, load_language_model, read_config
+from ssmclip.models.networks.mamba_text import LanguageModel, MambaText, left_align, read_config
+from ssmclip.models.published.language_model import load_language_model
 from ssmclip.registry import UnknownName
 
 transformers = pytest.importorskip("transformers")

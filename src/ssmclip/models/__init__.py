@@ -1,17 +1,9 @@
 """Encoders, all made by timm.create_model, and the CLIP models built from them."""
 
-from ssmclip.models.clip import (
-    build_preprocess,
-    build_tokenizer,
-    clip_config,
-    create_clip,
-    list_clips,
-    load,
-    load_tokenizer,
-    save_tokenizer,
-)
+from ssmclip.models.clip import build_preprocess, build_tokenizer, clip_config, create_clip, list_clips, save_tokenizer
 from ssmclip.models.files.hub import download, push
 from ssmclip.models.files.weights import CheckpointError, load_config, load_state, save_model
+from ssmclip.models.names import load, load_tokenizer
 from ssmclip.models.networks import mamba_text, mambaout, simba, vit, vmamba
 from ssmclip.models.published.read import convert, load_published
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import open_clip
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ssmclip.models import clip_config, create_clip, list_clips
-from ssmclip.models.clip import OPEN_CLIP, find_checkpoint
-from ssmclip.models.files.weights import load_config
+from ssmclip.models.clip import OPEN_CLIP, _open_clip_config, build_preprocess, build_tokenizer, image_transform
+from ssmclip.models.files.hub import HUB, download
+from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
+from ssmclip.models.tokenizer import find_tokenizer
 from ssmclip.registry import UnknownName
 
 Size = tuple[int, int]  # height, width in pixels
@@ -158,3 +162,91 @@ def tokens_of(model: nn.Module, batch: int, length: int, device: torch.device | 
     tokens = torch.arange(length, device=device) % (vocabulary - 2) + 1
     tokens[-1] = vocabulary - 1
     return tokens.expand(batch, length).contiguous()
+
+
+class Loaded(NamedTuple):
+    """What `load` returns. preprocess: PIL image -> (3, H, W); tokenizer: list of n strings -> (n, context_length)."""
+
+    model: nn.Module
+    preprocess: Any
+    tokenizer: Any
+
+
+def load(name: str | Path, *, device: str = "cpu", image_size: int | tuple[int, int] | None = None) -> Loaded:
+    """A model ready to evaluate, with its preprocessing and tokenizer.
+
+    name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
+    open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
+    a folder with `open_clip_config.json` and weights; or `hf-hub:OWNER/NAME`, such a folder on the Hugging Face hub,
+    downloaded once. image_size: pixels, or (height, width), in place of the model's own: preprocessing gives pictures
+    of that size, and a ViT has its positions resampled to it as timm does.
+    Raises UnknownName, CheckpointError, FileNotFoundError.
+    """
+    name = str(name)
+    if name.startswith(OPEN_CLIP):
+        return _load_open_clip(name, device, image_size)
+    config, folder = _configured(name)
+    model = create_clip(config)
+    if folder is not None:
+        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+    if image_size is not None and hasattr(model.visual, "set_input_size"):
+        if getattr(model.visual.trunk, "dynamic_img_size", False):  # from its own positions, for every batch
+            model.visual.image_size = to_2tuple(image_size)
+        else:
+            model.visual.set_input_size(image_size)
+    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
+
+
+def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
+    """The tokenizer of what `load` takes, without the weights.
+
+    file: where its text tower is a Mamba language model, the `tokenizer.json` of that, or the folder that holds one, in
+    place of the one its configuration names. Raises UnknownName, CheckpointError, FileNotFoundError.
+    """
+    name = str(name)
+    if name.startswith(OPEN_CLIP):
+        return build_tokenizer(clip_config(name.partition("/")[0]))
+    config, folder = _configured(name)
+    text_cfg = config["model_cfg"]["text_cfg"]
+    if file is None or "mamba" not in text_cfg:
+        return build_tokenizer(config, folder)
+    changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
+    return build_tokenizer(config | {"model_cfg": config["model_cfg"] | {"text_cfg": changed}})
+
+
+def _configured(name: str) -> tuple[dict[str, Any], Path | None]:
+    """The configuration of what `load` takes, and the folder its weights are in (None: fresh ones)."""
+    if name.startswith(HUB):
+        name = str(download(name))
+    if Path(name).is_dir():
+        folder = find_checkpoint(Path(name))
+        return load_config(folder), folder
+    if "/" in name:
+        raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
+    return clip_config(name), None
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The model folder in `folder`: itself, or a run's best checkpoint, else its last. Raises CheckpointError."""
+    if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+        return folder
+    for pointer in ("best", "last"):
+        file = folder / "checkpoints" / pointer
+        if file.is_file():
+            return folder / "checkpoints" / file.read_text(encoding="utf-8").strip()
+    raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
+
+
+def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
+    asked, (name, _, pretrained) = name, name.removeprefix(OPEN_CLIP).partition("/")
+    _open_clip_config(name)
+    if pretrained and not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        raise UnknownName(f"weights of {name}", pretrained, open_clip.list_pretrained_tags_by_model(name))
+    try:
+        model = open_clip.create_model(
+            name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
+        )
+    except RuntimeError as error:  # a download that failed, or a file of another model
+        raise CheckpointError(f"{asked} can't be loaded: {error}") from error
+    preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
+    return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": _open_clip_config(name)}))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ssmclip.data.images import open_image, to_rgb
 from ssmclip.evaluate.embeddings.embed import Clip, Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
-from ssmclip.models.clip import Loaded
+from ssmclip.models.names import Loaded
 
 __all__ = ["Embedder"]
 

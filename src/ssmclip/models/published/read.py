@@ -39,8 +39,9 @@ from ssmclip.models.files.weights import (
     save_model,
 )
 from ssmclip.models.networks import simba, vmamba
-from ssmclip.models.networks.mamba_text import LanguageModel, known_fields, own_keys, read_config
+from ssmclip.models.networks.mamba_text import LanguageModel, read_config
 from ssmclip.models.networks.registration import name_with_fields
+from ssmclip.models.published.language_model import known_fields, own_keys
 from ssmclip.models.published.shapes import (
     State,
     clip_text_fields,

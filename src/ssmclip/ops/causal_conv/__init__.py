@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ssmclip.ops.causal_conv import cpu, plain, triton
+from ssmclip.ops.check import check_tensor
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import check_tensor
 
 __all__ = ["BACKENDS", "causal_conv1d"]
 

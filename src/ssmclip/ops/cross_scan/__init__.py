@@ -8,10 +8,10 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from ssmclip.ops.check import check_tensor
 from ssmclip.ops.cross_scan import cpu, plain, triton
 from ssmclip.ops.cross_scan.plain import cross_merge, cross_scan
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import check_tensor
 
 __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan"]
 

@@ -6,13 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ssmclip.ops.check import check_tensor
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "selective_scan"]
-
-TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 BACKENDS = {
     "triton": Backend(triton.selective_scan, devices=("cuda",), needs="triton"),
@@ -78,20 +75,3 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
     }
     for name, (tensor, shape) in wanted.items():
         check_tensor(name, tensor, shape, u)
-
-
-def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], u: Tensor) -> None:
-    """Raises ValueError unless the tensor has this shape, one of `TYPES` (as u) and lies where u lies."""
-    if tensor is None:
-        return
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name} must have shape {shape} to go with the first input {tuple(u.shape)}, got {tuple(tensor.shape)}"
-        )
-    if tensor.dtype not in TYPES or u.dtype not in TYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in TYPES)
-        raise ValueError(
-            f"{name} and the first input must be real floating point ({known}), got {tensor.dtype} and {u.dtype}"
-        )
-    if tensor.device != u.device:
-        raise ValueError(f"{name} is on {tensor.device}, the first input on {u.device}: move one of them")

@@ -7,8 +7,8 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+from ssmclip.ops.check import check_tensor
 from ssmclip.ops.dispatch import Backend, choose
-from ssmclip.ops.selective_scan import check_tensor
 from ssmclip.ops.ssd import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "ssd"]
