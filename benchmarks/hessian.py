@@ -20,9 +20,9 @@ from statistics import median, quantiles
 import torch
 
 import ssmclip
-from ssmclip.analyze.curvature.batches import contrastive_loss
 from ssmclip.analyze.curvature.product import Hessian, call
 from ssmclip.rows.result import Result, describe_run, write_rows
+from ssmclip.train.objective import contrastive_loss
 
 TASK = "hessian_cost"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")

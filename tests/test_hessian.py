@@ -18,16 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ssmclip
 from ssmclip.analyze.curvature import park_kim
-from ssmclip.analyze.curvature.batches import (
-    classification_loss,
-    contrastive_loss,
-    only_read_rows,
-    read_batches,
-    tower_parameters,
-)
+from ssmclip.analyze.curvature.batches import read_batches
 from ssmclip.analyze.curvature.estimate import density, trace
 from ssmclip.analyze.curvature.hessian import HessianStudy, batch_rows
 from ssmclip.analyze.curvature.landscape import filter_normalised_direction, loss_at
+from ssmclip.analyze.curvature.parameters import only_read_rows, tower_parameters
 from ssmclip.analyze.curvature.product import Hessian, NotTwiceDifferentiable, OutOfMemory
 from ssmclip.analyze.curvature.spectrum import extreme_eigenvalues, hessian_eigenvalues
 from ssmclip.analyze.curvature.summary import summary_rows
@@ -40,7 +35,7 @@ from ssmclip.ops import using
 from ssmclip.report.figures.curvature import Contour, EigenvaluesOverTraining
 from ssmclip.rows.result import read_rows
 from ssmclip.train import train
-from ssmclip.train.objective import build_loss
+from ssmclip.train.objective import build_loss, classification_loss, contrastive_loss
 from ssmclip.train.state import seed_everything
 
 

@@ -18,8 +18,8 @@ from scipy.stats import gaussian_kde
 import ssmclip.report
 from ssmclip.cli import report as command
 from ssmclip.report import FIGURES, drawings, read_store, table, update_readme, write_report
+from ssmclip.report.figures.base import Drawing
 from ssmclip.report.figures.curvature import bandwidth, kernel_density
-from ssmclip.report.figures.evaluation import Drawing
 from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.table1 import table1
 from ssmclip.report.tables import blocks, notes

@@ -58,8 +58,8 @@ def _shared(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> N
 def _hessian(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ssmclip.analyze.curvature.batches import TOWERS
     from ssmclip.analyze.curvature.hessian import HessianStudy, batch_rows, settings
+    from ssmclip.analyze.curvature.parameters import TOWERS
     from ssmclip.analyze.curvature.park_kim import WEIGHT_DECAY
     from ssmclip.analyze.curvature.summary import summary_rows
     from ssmclip.registry import UnknownName

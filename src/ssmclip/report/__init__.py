@@ -1,5 +1,6 @@
 """Rows -> figures and one HTML page. Needs no torch: a report can be made, and made again, anywhere."""
 
+from ssmclip.report.figures.base import FIGURES, Drawing, drawings, figure
 from ssmclip.report.figures.curvature import (
     Contour,
     Eigenvalues,
@@ -9,7 +10,6 @@ from ssmclip.report.figures.curvature import (
     SpectralDensity,
 )
 from ssmclip.report.figures.efficiency import Efficiency, Memory
-from ssmclip.report.figures.evaluation import FIGURES, Drawing, drawings, figure
 from ssmclip.report.figures.examples import Examples, Similarity
 from ssmclip.report.figures.humans import AccuracyByLevel, ConsistencyMatrix, Overall, ShapeBias, Stimuli, WithoutLevels
 from ssmclip.report.page import write_report

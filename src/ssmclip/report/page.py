@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssmclip.report import words
 from ssmclip.report.figures import examples
-from ssmclip.report.figures.evaluation import Drawing, drawings, explained
+from ssmclip.report.figures.base import Drawing, drawings, explained
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.style import drawing, inline_svg, styles
 from ssmclip.report.table1 import table1

@@ -33,3 +33,16 @@ def _read(name: str) -> Table:
 
 
 TABLE1 = _read("paper_tables.json")
+
+
+# name: where its published weights are, "" for nowhere; and its row in a paper
+PUBLISHED = {
+    "CLIP-VMamba-T220": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 33.50"),
+    "CLIP-VMamba-S": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.34"),
+    "CLIP-VMamba-B": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.04"),
+    "CLIP-SiMBA-L": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 36.71"),
+    "CLIP-ViT-B-16": ("", "CLIP-Mamba: mean of 26 data sets 34.21"),
+    "CLIP-ViT-L-16": ("", "CLIP-Mamba: mean of 26 data sets 37.35"),
+    "CLIMP-Mamba1": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba1", "CLIMP: NoCaps at 224 px, image R@1 38.2, text R@1 51.8"),
+    "CLIMP-Mamba2": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba2", "CLIMP: NoCaps at 224 px, image R@1 37.4, text R@1 51.0"),
+}

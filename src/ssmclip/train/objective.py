@@ -113,3 +113,14 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
     """Keep exp(logit_scale) in [1, largest]."""
     with torch.no_grad():
         model.logit_scale.clamp_(0, math.log(largest))
+
+
+def contrastive_loss(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """The loss the model was trained with, of these pairs: softmax over the batch, or SigLIP's where it has a bias."""
+    outputs = model(images, texts)
+    return build_loss("siglip" if outputs.get("logit_bias") is not None else "clip")(**outputs)
+
+
+def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of an image classifier, such as `timm.create_model(..., num_classes=10)`."""
+    return nn.functional.cross_entropy(model(images), labels)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssmclip.analyze.curvature import park_kim
-from ssmclip.analyze.curvature.batches import contrastive_loss, only_read_rows, read_batches, to_model, tower_parameters
+from ssmclip.analyze.curvature.batches import read_batches, to_model
 from ssmclip.analyze.curvature.estimate import density, trace
 from ssmclip.analyze.curvature.landscape import surface
+from ssmclip.analyze.curvature.parameters import only_read_rows, tower_parameters
 from ssmclip.analyze.curvature.product import Hessian, OutOfMemory
 from ssmclip.analyze.curvature.spectrum import check_k, check_search, extreme_eigenvalues
 from ssmclip.analyze.curvature.summary import TASK, summary_rows
 from ssmclip.rows.result import Result
+from ssmclip.train.objective import contrastive_loss
 
 PROTOCOLS = ("lanczos", "park-kim", "power")
 

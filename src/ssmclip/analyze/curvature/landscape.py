@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ssmclip.analyze.curvature.batches import contrastive_loss, to_model
+from ssmclip.analyze.curvature.batches import to_model
 from ssmclip.rows.result import Result
+from ssmclip.train.objective import contrastive_loss
 
 Direction = dict[str, Tensor]
 

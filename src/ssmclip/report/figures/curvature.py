@@ -12,7 +12,7 @@ import matplotlib.ticker as ticker
 import numpy as np
 
 from ssmclip.analyze.curvature.summary import LONG, USUAL
-from ssmclip.report.figures.evaluation import Drawing, canvas, figure, legend, models_of, plain_numbers
+from ssmclip.report.figures.base import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.report.store import step_of
 from ssmclip.rows.result import Result
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.ticker as ticker
 
-from ssmclip.report.figures.evaluation import Drawing, canvas, figure, legend, plain_numbers
+from ssmclip.report.figures.base import Drawing, canvas, figure, legend, plain_numbers
 from ssmclip.report.words import metric_name
 
 CONDITION = re.compile(r"(image|text)=(\d+)(?:x(\d+))?(?: attention=(\w+))?")

@@ -10,7 +10,7 @@ import matplotlib.image
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-from ssmclip.report.figures.evaluation import Drawing, canvas, figure, shortened
+from ssmclip.report.figures.base import Drawing, canvas, figure, shortened
 from ssmclip.report.store import by_task, final
 from ssmclip.report.words import title_of
 

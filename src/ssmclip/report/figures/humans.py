@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.image import pil_to_array
 
-from ssmclip.report.figures.evaluation import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
+from ssmclip.report.figures.base import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
 from ssmclip.report.figures.examples import picture as thumbnail
 from ssmclip.report.store import DISTORTED, final, level_of
 from ssmclip.report.style import INK, WIDTH, Style, drawing

@@ -1,0 +1,186 @@
+"""What every figure is, and what several draw with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import matplotlib.ticker as ticker
+from jinja2 import UndefinedError
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ssmclip.registry import Registry
+from ssmclip.report.store import Store
+from ssmclip.report.style import INK, WIDTH, Style, drawing, styles
+from ssmclip.report.words import is_fraction
+from ssmclip.rows.result import Result
+
+NAME_STEP = 0.06  # of the height of the axes: a line of small letters
+
+
+MOST_CLASSES = 30  # bars of one figure that can still be read
+
+
+FIGURES: Registry[type[Drawing]] = Registry("figure")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure: a title, the rows it shows, and how each model is drawn."""
+
+    title: str
+    rows: Sequence[Result]
+    styles: dict[str, Style]
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    section: ClassVar[str] = "figures"
+    wide: ClassVar[bool] = False
+
+    @classmethod
+    def each(cls, rows: Sequence[Result], looks: dict[str, Style]) -> Iterator[Drawing]:
+        """The figures of this kind that these rows give."""
+        raise NotImplementedError  # each kind of figure has its own
+
+    def frame(self) -> list[dict[str, Any]]:
+        """The numbers shown, a dict for each."""
+        raise NotImplementedError  # each kind of figure has its own
+
+    def plot(self) -> Figure:
+        """A matplotlib figure of `.frame()`."""
+        raise NotImplementedError  # each kind of figure has its own
+
+
+def figure(name: str, *, needs: Sequence[str]):
+    """Decorator: register a figure that shows rows of the metrics `needs`."""
+
+    def add(cls: type[Drawing]) -> type[Drawing]:
+        cls.needs = tuple(needs)
+        return FIGURES.register(name)(cls)
+
+    return add
+
+
+def drawings(store: Store) -> list[Drawing]:
+    """Every figure that has something to show. Raises ValueError when a row's `extra` isn't what its figure draws."""
+    looks, found = styles(store.models), []
+    for name, cls in FIGURES.items():
+        with explained(f"figure {name!r} draws"):
+            found += [drawn for drawn in cls.each(store.rows, looks) if drawn.frame()]
+    return found
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn what goes wrong with a row's `extra`, which may hold anything, into a ValueError that says where."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, UndefinedError) as error:
+        raise ValueError(f"the extra of a row is not what {what}: {error!r}") from error
+
+
+class Bars(Drawing):
+    """A bar with its interval for each model in each group, and a mark where guessing would be."""
+
+    def group(self, row: Result) -> str:
+        raise NotImplementedError  # each kind of figure has its own
+
+    def frame(self):
+        return [
+            {
+                "group": self.group(row),
+                "model": row.model,
+                "value": row.value,
+                "ci_low": row.ci_low,
+                "ci_high": row.ci_high,
+                "n": row.n,
+                "chance": row.extra.get("chance"),
+            }
+            for row in self.rows
+        ]
+
+    def plot(self):
+        return bars(self.frame(), self.styles)
+
+
+def canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in inches. Its size is the axes' own: labels come on top of it."""
+    with drawing():
+        picture = Figure(figsize=(width, height), layout="constrained")
+        return picture, picture.subplots()
+
+
+def models_of(frame: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(entry["model"] for entry in frame))
+
+
+def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool = True) -> Figure:
+    """Horizontal bars, grouped; the value beside each, its interval as a whisker, chance as a tick across the group."""
+    models, groups = models_of(frame), list(dict.fromkeys(entry["group"] for entry in frame))
+    thickness = 0.8 / len(models)
+    picture, axes = canvas(0.6 + len(groups) * (0.2 + 0.2 * len(models)))
+    for entry in frame:
+        middle, look = groups.index(entry["group"]), looks[entry["model"]]
+        y = middle + (models.index(entry["model"]) - (len(models) - 1) / 2) * thickness
+        axes.barh(
+            y, entry["value"], thickness * 0.86, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0
+        )
+        end = entry["value"]
+        if entry["ci_low"] is not None:
+            axes.plot([entry["ci_low"], entry["ci_high"]], [y, y], color=INK, linewidth=1.2, solid_capstyle="butt")
+            end = max(end, entry["ci_high"])
+        said = f"{100 * entry['value']:.1f}" if percent else f"{entry['value']:.3g}"
+        axes.annotate(said, (end, y), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+        if entry["chance"] is not None:
+            axes.plot([entry["chance"]] * 2, [middle - 0.42, middle + 0.42], ":", color=INK, linewidth=1.2)
+    axes.set_yticks(range(len(groups)), [wrapped(group) for group in groups])
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.grid(False, axis="y")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    if percent:
+        scale(axes.xaxis, "top1")
+    if len(models) > 1:
+        patches = [
+            Patch(facecolor=looks[m].colour, hatch=looks[m].hatch, edgecolor="white", linewidth=0, label=m)
+            for m in models
+        ]
+        axes.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if len(models) < 4 else 2)
+    else:
+        axes.set_title(models[0], loc="left")
+    return picture
+
+
+def legend(axes: Axes, models: int = 1) -> None:
+    """Above the axes, where it hides no point; in two columns from four models on, for short names."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
+
+
+def plain_numbers(axis) -> None:
+    """For axes that aren't linear: their own labels are formulas, which are not drawn (a name may look like one)."""
+    large = ticker.EngFormatter(sep=" ")
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: large(value) if value >= 1e6 else f"{value:,.6g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def scale(axis, metric: str) -> None:
+    """Percent on the axis of a fraction."""
+    if is_fraction(metric):
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
+
+
+def wrapped(text: str, width: int = 22) -> str:
+    """Text on lines of about `width` letters, broken between words."""
+    rows = [""]
+    for word in text.split():
+        if rows[-1] and len(rows[-1]) + 1 + len(word) > width:
+            rows.append("")
+        rows[-1] = f"{rows[-1]} {word}".strip()
+    return "\n".join(shortened(row, 2 * width) for row in rows)
+
+
+def shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
