@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
-from ssmclip.rows.result import Result, read_rows
+from ssmclip.rows.resume import _key, rows_before
 
 OOD = "ood"
 DISTORTED = "distorted:"
-SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # of all rows of a file
-
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
 
@@ -74,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import ssmclip
-    from ssmclip.cli.ood import decide_and_score, open_ood
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embeddings.embed import Settings
@@ -83,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
     from ssmclip.humans.scores import LEVEL
+    from ssmclip.humans.study import decide_and_score, open_ood
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.rows.result import describe_run, write_rows
 
@@ -133,31 +129,3 @@ def run(args: argparse.Namespace) -> int:
         shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
         sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(kept)} rows in {args.out}\n")
     return 0
-
-
-def rows_before(path: Path, described: dict[str, Any]) -> list[Result]:
-    """The rows that `path` has already: none where there is no file.
-
-    They stay until they are measured anew: a run that was killed begins again, with the embeddings that are kept, and
-    loses nothing if it is killed again, nor does one that is asked for other models or data sets.
-    described: the run that measures now, whose first line will speak of all rows: ValueError where that would be wrong.
-    """
-    if not path.exists():
-        return []
-    was, rows = read_rows(path)
-    now = json.loads(json.dumps(described))
-    differing = [
-        f"{name} was {was[name]!r}, is {now[name]!r}" for name in SAME if name in was and was[name] != now[name]
-    ]
-    if rows and differing:
-        raise ValueError(
-            f"{path} has {len(rows)} rows measured otherwise ({'; '.join(differing)}): give the same settings, "
-            "another --out, or remove it"
-        )
-    if rows:
-        sys.stderr.write(f"{path} has {len(rows)} rows: they stay but where they are measured anew\n")
-    return rows
-
-
-def _key(row: Result) -> tuple[str, ...]:
-    return row.model, row.task, row.condition, row.metric

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.cli.options import add_device, image_size
+from ssmclip.rows.resume import _is_part, drop_half_a_line, files_of, refuse_other_settings
 
 
 def add_analyses(kinds: argparse._SubParsersAction) -> None:
@@ -232,34 +233,3 @@ def _collect(
             file.unlink()
         sys.stdout.write(f"{len(rows)} rows in {args.out}\n")
     return 0
-
-
-def files_of(out: Path) -> list[Path]:
-    """The rows file and its ranks' parts, those that exist, the file itself first.
-
-    A part not yet whole under its own name (``.partial``: being written, or left by a kill) is not one of them.
-    """
-    parts = sorted(path for path in out.parent.glob(f"{out.name}.rank*") if path.suffix != ".partial")
-    return [*([out] if out.exists() else []), *parts]
-
-
-def _is_part(condition: str) -> bool:
-    return "batch=" in condition or condition.startswith("x=")
-
-
-def drop_half_a_line(path: Path) -> None:
-    """Cut off what a kill left of a last line, and nothing else."""
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
-
-
-def refuse_other_settings(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError naming what differs between the run that a rows file is of and this one."""
-    was, wanted = before.get("analysis") or {}, now["analysis"]
-    differing = [key for key in wanted if was.get(key) != wanted[key]]
-    if before.get("seed") != now["seed"]:
-        differing.append("seed")
-    if differing:
-        told = "; ".join(f"{key} was {was.get(key, before.get(key))!r}" for key in differing)
-        raise ValueError(f"{path} holds rows measured otherwise ({told}): give the same settings, or another --out")

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmclip.rows.condition import _is_point, step_of
 from ssmclip.rows.result import Result, read_rows
-
-STEP = re.compile(r"step=(\d+)\b")
-LEVEL = "level="
-DISTORTED = "distorted/"  # begins the task of a distortion of a data set: distorted/DATA SET/DISTORTION
-# Analyses with a row for each batch or place: too many to list.
-POINTS = {"hessian": "batch=", "surface_1d": "x=", "surface_2d": "x="}
 
 
 @dataclass(frozen=True)
@@ -84,21 +78,6 @@ def latest(rows: Iterable[Result]) -> tuple[list[Result], int]:
         replaced += key in kept and repr(kept[key].value) != repr(row.value)
         kept[key] = row
     return list(kept.values()), replaced
-
-
-def step_of(row: Result) -> int | None:
-    """The training step a row was measured at, None for a row that isn't part of a training curve."""
-    match = STEP.match(row.condition)
-    return int(match[1]) if match else None
-
-
-def level_of(row: Result) -> str | None:
-    """The level of distortion a row was measured at, None for a row that isn't part of such a curve."""
-    return row.condition.removeprefix(LEVEL) if row.condition.startswith(LEVEL) else None
-
-
-def _is_point(row: Result) -> bool:
-    return row.task in POINTS and row.condition.startswith(POINTS[row.task])
 
 
 def by_task(rows: Iterable[Result]) -> list[Result]:

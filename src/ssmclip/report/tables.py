@@ -8,8 +8,9 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from statistics import median
 
-from ssmclip.report.store import DISTORTED, Source, final, latest, level_of, read_store, step_of
+from ssmclip.report.store import Source, final, latest, read_store
 from ssmclip.report.words import caveats, distorted_title, interval, metric_name, number, title_of
+from ssmclip.rows.condition import DISTORTED, level_of, step_of
 from ssmclip.rows.result import Result
 
 VISIBLE = 12  # lines of a table, before some are folded away

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from ssmclip.report.store import final, step_of
+from ssmclip.report.store import final
+from ssmclip.rows.condition import step_of
 from ssmclip.rows.result import Result
 
 

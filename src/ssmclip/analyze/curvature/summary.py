@@ -7,11 +7,10 @@ from itertools import combinations
 
 import numpy as np
 
+from ssmclip.rows.condition import LONG, USUAL, split_condition
 from ssmclip.rows.result import Result
 
 TASK = "hessian"
-# In the conditions of what power iterations returned: the usual one, and one gone on with to a residual.
-USUAL, LONG = "protocol=park-kim", "protocol=power"
 Batches = dict[str, dict[str, Result]]  # batch -> metric -> row
 
 
@@ -113,14 +112,6 @@ def _mean(model: str, where: str, metric: str, values: Mapping[str, float], k: i
     low, high = bootstrap(values.values(), seed)
     extra = {"title": "Hessian"} | ({"top": k} if metric == "negative_share" else {})
     return Result(model, TASK, where, metric, float(np.mean([*values.values()])), low, high, len(values), extra)
-
-
-def split_condition(condition: str) -> tuple[str, str, str]:
-    """("step=10", "batch=3", "tower=image") of "step=10,batch=3,tower=image"; "" for what isn't there."""
-    parts = condition.split(",")
-    step = next((p for p in parts if p.startswith("step=")), "")
-    batch = next((p for p in parts if p.startswith("batch=")), "")
-    return step, batch, ",".join(p for p in parts if p not in (step, batch))
 
 
 def bootstrap(values: Iterable[float], seed: int, draws: int = 2000) -> tuple[float, float]:

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 import matplotlib.ticker as ticker
 import numpy as np
 
-from ssmclip.analyze.curvature.summary import LONG, USUAL
 from ssmclip.report.figures.base import Drawing, canvas, figure, legend, models_of, plain_numbers
-from ssmclip.report.store import step_of
+from ssmclip.rows.condition import LONG, USUAL, step_of
 from ssmclip.rows.result import Result
 
 PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")

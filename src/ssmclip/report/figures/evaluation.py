@@ -26,10 +26,11 @@ from ssmclip.report.figures.base import (
     scale,
     shortened,
 )
-from ssmclip.report.store import by_task, final, step_of
+from ssmclip.report.store import by_task, final
 from ssmclip.report.style import INK, LINE, WIDTH
 from ssmclip.report.table1 import points
 from ssmclip.report.words import RECALL, headline, kind_of, metric_name, title_of
+from ssmclip.rows.condition import step_of
 
 WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers written in
 

@@ -14,9 +14,10 @@ from matplotlib.image import pil_to_array
 
 from ssmclip.report.figures.base import Bars, Drawing, canvas, figure, legend, models_of, scale, shortened
 from ssmclip.report.figures.examples import picture as thumbnail
-from ssmclip.report.store import DISTORTED, final, level_of
+from ssmclip.report.store import final
 from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of
+from ssmclip.rows.condition import DISTORTED, level_of
 from ssmclip.rows.result import Result
 
 HUMANS = "humans"
