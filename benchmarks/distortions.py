@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ssmclip.data.distortions.apply import distort
 from ssmclip.data.distortions.reference import REFERENCE
 from ssmclip.data.distortions.registry import DISTORTIONS, parse_level
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 
 BATCH = 4
 LEVELS = {

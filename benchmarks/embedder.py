@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmclip import Embedder
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 
 TASK = "embedder"
 IMAGES, TEXTS = "CLIP-VMamba-Nano", "CLIMP-Nano"

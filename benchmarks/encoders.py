@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import ssmclip.models  # noqa: F401  registers ours with timm
 from ssmclip.ops.memory import keep_freed_memory
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.ema import Ema
 from ssmclip.train.objective import backward, build_loss

@@ -58,7 +58,7 @@ from ssmclip.evaluate.embeddings.embed import (
     encode_tokens,
     inference,
 )
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 
 TASK = "evaluate"
 WORKERS = 2

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmclip import ops
-from ssmclip.rows.result import Result, append_rows, describe_run, read_rows
+from ssmclip.rows import Result, append_rows, describe_run, read_rows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

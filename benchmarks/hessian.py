@@ -21,7 +21,7 @@ import torch
 
 import ssmclip
 from ssmclip.analyze.curvature.product import Hessian, call
-from ssmclip.rows.result import Result, describe_run, write_rows
+from ssmclip.rows import Result, describe_run, write_rows
 from ssmclip.train.objective import contrastive_loss
 
 TASK = "hessian_cost"

@@ -28,7 +28,7 @@ from ssmclip.ops import causal_conv1d, cross_selective_scan, selective_scan, ssd
 from ssmclip.ops.selective_scan.launch import steps_between_saved_states
 from ssmclip.ops.simd import REGISTER_BYTES, broadcast, compiled, fill, fma, store
 from ssmclip.ops.threads import run_tasks
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 
 ITEM = 4  # bytes of a float32
 LANES = REGISTER_BYTES // ITEM

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from roofline import scan_inputs, scan_work
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import NEVER_KEPT
-from ssmclip.rows.result import Result, append_rows, describe_run, read_rows, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 
 OURS = "ssmclip"
 LAST_METRIC = "state_updates_per_s"  # a shape and pass that has such a row is complete

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ssmclip.models.networks.mamba_text import LanguageModel, read_config
-from ssmclip.rows.result import Result, append_rows, describe_run, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, write_rows
 
 OURS, PEER, PRODUCTS = "ssmclip", "transformers", "linear layers alone"
 FIELDS = {

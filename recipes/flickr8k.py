@@ -12,7 +12,7 @@ in every step, no text layers, a moving average, a lower learning rate for the b
 
 from pathlib import Path
 
-from ssmclip.config.settings import (
+from ssmclip.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,

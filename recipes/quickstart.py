@@ -8,7 +8,7 @@ The images are drawn at 32 pixels, where VMamba-Nano starts from 8 x 8 patches a
 demonstration, not a comparison of encoders. Learning rates above 5e-4 learn the colours and miss the shapes.
 """
 
-from ssmclip.config.settings import (
+from ssmclip.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,

@@ -5,7 +5,7 @@
 Under a minute on one core. Expect the loss to fall from ln 32 = 3.47 to below 2.9: that everything works, no more.
 """
 
-from ssmclip.config.settings import (
+from ssmclip.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,

@@ -10,7 +10,7 @@ What the original does and this doesn't: crops are resized bilinearly, and colou
 each image. Weight decay of A_log is the original's (decay_rule), so is the absence of clipping.
 """
 
-from ssmclip.config.settings import (
+from ssmclip.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,

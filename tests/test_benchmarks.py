@@ -13,7 +13,7 @@ import torch
 
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import LARGE_PAGE, NEVER_KEPT, PAGE, want_large_pages
-from ssmclip.rows.result import Result, read_rows, write_rows
+from ssmclip.rows import Result, read_rows, write_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ssmclip
-from ssmclip.config.settings import DataConfig, LoggingConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
+from ssmclip.config import DataConfig, LoggingConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from ssmclip.models import build_preprocess, build_tokenizer, clip_config, create_clip
 from ssmclip.models.tokenizer import LanguageModelTokenizer, find_tokenizer
 from ssmclip.train.build import load_start, model_config

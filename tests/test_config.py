@@ -5,9 +5,18 @@ import typing
 
 import pytest
 
-from ssmclip.config.overrides import apply_overrides, changed_fields, from_dict, to_dict
-from ssmclip.config.recipe import load_recipe
-from ssmclip.config.settings import DataConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
+from ssmclip.config import (
+    DataConfig,
+    ModelConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    TrainConfig,
+    apply_overrides,
+    changed_fields,
+    from_dict,
+    load_recipe,
+    to_dict,
+)
 from ssmclip.registry import UnknownName
 
 
@@ -131,7 +140,7 @@ def test_image_size_follows_the_schedule():
 
 
 def test_recipe_is_one_function_that_returns_a_config(tmp_path):
-    head = "from ssmclip.config.settings import TrainConfig, apply_overrides\n"
+    head = "from ssmclip.config import TrainConfig, apply_overrides\n"
     good = tmp_path / "good.py"
     good.write_text(head + "def _steps(): return 3000\ndef good(): return TrainConfig(steps=_steps())\n")
     assert load_recipe(good) == TrainConfig(steps=3000)
@@ -157,7 +166,7 @@ def test_recipe_is_one_function_that_returns_a_config(tmp_path):
         ("r.py", "import json\nimport nobody_has_this\n", "r.py, line 2: No module named 'nobody_has_this'"),
         (
             "r.py",
-            "from ssmclip.config.settings import NoSuchConfig\n",
+            "from ssmclip.config import NoSuchConfig\n",
             "r.py, line 1: cannot import name 'NoSuchConfig'",
         ),
         ("r.py", "\nimport broken_helper\n", r"r.py, line 2: invalid syntax \(broken_helper.py, line 1\)"),

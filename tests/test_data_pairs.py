@@ -19,8 +19,7 @@ import webdataset
 from PIL import Image
 from scipy.stats import chisquare
 
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.settings import TrainConfig
+from ssmclip.config import TrainConfig, apply_overrides
 from ssmclip.data.images import open_image
 from ssmclip.data.pairs import stream
 from ssmclip.data.pairs.loader import NoUsableSamples, TableFormat, open_pairs, train_transform

@@ -31,7 +31,7 @@ from ssmclip.humans.decide import (
 )
 from ssmclip.humans.stimuli import CATEGORIES
 from ssmclip.humans.trials import read_trials
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 
 TEMPLATES = ["a photo of a {}.", "itap of the {}."]
 QUICK = Settings(batch_size=4)

@@ -19,7 +19,7 @@ from ssmclip.evaluate.distorted import choose, distorted_rows
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
 from ssmclip.report.figures.examples import picture
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 
 FEW = Settings(batch_size=16, max_images=10, examples=1)
 

@@ -16,8 +16,7 @@ from setuptools import find_namespace_packages
 
 from ssmclip.__main__ import build_parser
 from ssmclip.analyze.curvature.spectrum import check_search
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.recipe import load_recipe
+from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.report.tables import BEGIN, END, update_readme
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +70,7 @@ def test_the_commands_of_the_readme_are_understood():
 
 
 def test_the_tree_names_every_command():
-    entry = re.search(r"__main__\.py +(.*?)├── config", README, re.DOTALL).group(1)
+    entry = re.search(r"__main__\.py +(.*?)├── registry", README, re.DOTALL).group(1)
     assert set(re.findall(r"[a-z]+", entry)) == COMMANDS
 
 
@@ -125,7 +124,7 @@ def test_an_installed_package_has_its_recipes_types_and_data(monkeypatch, tmp_pa
         assert load_recipe(f"recipes/{name}.py") == load_recipe(ROOT / "recipes" / f"{name}.py")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/tiny.py").write_text(
-        "from ssmclip.config.settings import *\ndef own(): return TrainConfig(steps=777)\n"
+        "from ssmclip.config import *\ndef own(): return TrainConfig(steps=777)\n"
     )
     assert load_recipe("recipes/tiny.py").steps == 777  # one's own comes first
 

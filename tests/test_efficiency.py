@@ -19,7 +19,7 @@ from ssmclip.models import names as towers
 from ssmclip.registry import UnknownName
 from ssmclip.report import FIGURES, drawings, read_store
 from ssmclip.report.figures.efficiency import crossing
-from ssmclip.rows.result import Result, read_rows, write_rows
+from ssmclip.rows import Result, read_rows, write_rows
 
 MEASURED = {
     "memory_mb": 100.0,

@@ -26,7 +26,7 @@ from ssmclip.evaluate import (
     training_validation,
 )
 from ssmclip.registry import UnknownName
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 
 CLASSES = ["zero", "one", "two", "three", "four", "five"]
 TEMPLATES = ["a photo of {}.", "{} indeed", "the {}"]

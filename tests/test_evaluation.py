@@ -30,8 +30,8 @@ from ssmclip.evaluate.statistics.geometry import alignment, hubness, k_occurrenc
 from ssmclip.evaluate.statistics.metrics import first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.statistics.paired import marked, mcnemar, paired_rows, unmarked
 from ssmclip.evaluate.tasks import open_tasks, task_names
+from ssmclip.rows import Result, read_rows
 from ssmclip.rows.paper_tables import TABLE1
-from ssmclip.rows.result import Result, read_rows
 
 SENTENCE = "a small brown dog runs over the wet grass while two children watch "
 

@@ -27,12 +27,11 @@ from ssmclip.analyze.curvature.product import Hessian, NotTwiceDifferentiable, O
 from ssmclip.analyze.curvature.spectrum import extreme_eigenvalues, hessian_eigenvalues
 from ssmclip.analyze.curvature.summary import summary_rows
 from ssmclip.cli import analyze as command
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.recipe import load_recipe
+from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.models import create_clip, load_config
 from ssmclip.ops import using
 from ssmclip.report.figures.curvature import Contour, EigenvaluesOverTraining
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 from ssmclip.rows.resume import files_of
 from ssmclip.train import train
 from ssmclip.train.objective import build_loss, classification_loss, contrastive_loss
@@ -682,7 +681,7 @@ def test_a_bad_clip_is_told():
 
 
 def test_summary_counts_negative_values():
-    from ssmclip.rows.result import Result
+    from ssmclip.rows import Result
 
     rows = [
         Result(

@@ -8,7 +8,7 @@ import torch
 from ssmclip.__main__ import main
 from ssmclip.evaluate.statistics.paired import marked
 from ssmclip.models import CheckpointError, create_clip, list_clips, load
-from ssmclip.rows.result import Result, write_rows
+from ssmclip.rows import Result, write_rows
 
 
 def test_models_prints_every_clip_and_the_readme_shows_it(capsys, request):

@@ -18,7 +18,7 @@ from ssmclip.data.distortions.registry import EXCLUDED
 from ssmclip.humans.scores import score_decisions
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import read_trials
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 
 AVERAGES = {
     "average_17_datasets": "17 data sets",

@@ -11,7 +11,7 @@ from ssmclip.evaluate.pictures import thumbnail
 from ssmclip.report import FIGURES, drawings, read_store, write_report
 from ssmclip.report.figures import humans as ood_figures
 from ssmclip.report.style import INK, styles
-from ssmclip.rows.result import Result, write_rows
+from ssmclip.rows import Result, write_rows
 
 SMALL = thumbnail(Image.new("RGB", (96, 96), (250, 20, 20)))
 MODELS = ["A", "b <i>", "humans"]

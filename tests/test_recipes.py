@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from ssmclip.__main__ import build_parser
-from ssmclip.config.overrides import from_dict, to_dict
-from ssmclip.config.recipe import load_recipe
-from ssmclip.config.settings import AugmentConfig, EmaConfig
+from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
 from ssmclip.models import clip_config
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 from ssmclip.train.optimiser import lr_schedule
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))

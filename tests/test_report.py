@@ -24,7 +24,7 @@ from ssmclip.report.style import COLOURS, styles
 from ssmclip.report.table1 import table1
 from ssmclip.report.tables import blocks, notes
 from ssmclip.report.words import summary
-from ssmclip.rows.result import Result, write_rows
+from ssmclip.rows import Result, write_rows
 
 HOSTILE = '<script>alert("1")</script> & $\\frac{$'
 CLASSES = ["cat", "dog", "<b>fish</b>"]

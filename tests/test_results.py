@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ssmclip.rows.result import Result, append_rows, describe_run, read_rows, write_rows
+from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 
 GOOD = '{"model": "A", "task": "t", "condition": "", "metric": "m", "value": 1.0}'
 ROWS = [

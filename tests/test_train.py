@@ -18,11 +18,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.recipe import load_recipe
-from ssmclip.config.settings import ScheduleConfig
+from ssmclip.config import ScheduleConfig, apply_overrides, load_recipe
 from ssmclip.registry import UnknownName
-from ssmclip.rows.result import Result, append_rows, read_rows
+from ssmclip.rows import Result, append_rows, read_rows
 from ssmclip.train import NonFinite, loop, train
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.checkpoint import checkpoints, load_training_state, save_checkpoint

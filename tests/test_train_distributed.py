@@ -14,10 +14,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.recipe import load_recipe
+from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
-from ssmclip.rows.result import Result, read_rows
+from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, is_sharded, model_config
 from ssmclip.train.checkpoint import checkpoints

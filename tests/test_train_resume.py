@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from ssmclip import models
-from ssmclip.config.overrides import apply_overrides
-from ssmclip.config.recipe import load_recipe
-from ssmclip.rows.result import read_rows
+from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.rows import read_rows
 from ssmclip.train import train
 from ssmclip.train.checkpoint import checkpoints, load_training_state
 

@@ -11,7 +11,7 @@ from ssmclip import ops
 from ssmclip.data.distortions.apply import distort
 from ssmclip.models import clip_config, convert, create_clip, list_clips, load, load_published, push, save_model
 from ssmclip.registry import UnknownName
-from ssmclip.rows.result import Result, append_rows, read_rows, write_rows
+from ssmclip.rows import Result, append_rows, read_rows, write_rows
 
 __all__ = [
     "Embedder",

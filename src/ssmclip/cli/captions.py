@@ -26,7 +26,7 @@ def captions(args: argparse.Namespace) -> int:
     from ssmclip.cli.options import labelled, line, require_writable
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.models import load_tokenizer
-    from ssmclip.rows.result import describe_run, write_rows
+    from ssmclip.rows import describe_run, write_rows
 
     if args.out:
         require_writable(args.out, args.texts)

@@ -17,7 +17,7 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
 def compare(args: argparse.Namespace) -> int:
     from ssmclip.cli.options import line, require_writable
     from ssmclip.evaluate.statistics.paired import paired_rows
-    from ssmclip.rows.result import describe_run, read_rows, write_rows
+    from ssmclip.rows import describe_run, read_rows, write_rows
 
     if args.out:
         require_writable(args.out, args.rows)

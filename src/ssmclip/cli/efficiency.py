@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.cli.options import add_device, labelled
-from ssmclip.config.sizes import image_size
+from ssmclip.cli.options import add_device, labelled, parse_image_size
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
@@ -56,7 +55,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
     from functools import partial
 
     from ssmclip.analyze.cost.efficiency import in_fresh_process, sweep
-    from ssmclip.rows.result import describe_run
+    from ssmclip.rows import describe_run
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: at least 1")
@@ -65,7 +64,7 @@ def run_efficiency(args: argparse.Namespace) -> int:
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
     rows = sweep(
         labelled(args.model),
-        [image_size(text) for text in args.sizes.split(",") if text],
+        [parse_image_size(text) for text in args.sizes.split(",") if text],
         [_number(text) for text in args.lengths.split(",") if text],
         args.out,
         settings={**settings, "device": args.device},

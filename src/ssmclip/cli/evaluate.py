@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.humans.scores import LEVEL
     from ssmclip.humans.study import decide_and_score, open_ood
     from ssmclip.ops.memory import keep_freed_memory
-    from ssmclip.rows.result import describe_run, write_rows
+    from ssmclip.rows import describe_run, write_rows
 
     keep_freed_memory()
     models = labelled(args.model)

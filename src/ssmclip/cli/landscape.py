@@ -64,7 +64,7 @@ def _hessian(args: argparse.Namespace) -> int:
     from ssmclip.analyze.curvature.park_kim import WEIGHT_DECAY
     from ssmclip.analyze.curvature.summary import summary_rows
     from ssmclip.registry import UnknownName
-    from ssmclip.rows.result import Result
+    from ssmclip.rows import Result
 
     studies = [
         HessianStudy(
@@ -118,7 +118,7 @@ def _hessian(args: argparse.Namespace) -> int:
 
 def _landscape(args: argparse.Namespace) -> int:
     from ssmclip.analyze.curvature.landscape import grid, surface
-    from ssmclip.rows.result import Result
+    from ssmclip.rows import Result
 
     grid(args.points, args.distance)  # refuses before the model is loaded
 
@@ -174,7 +174,7 @@ def _open(args: argparse.Namespace, name: str) -> tuple[Any, Iterable[Any]]:
 
 
 def _as_it_began(run: Path) -> Any:
-    from ssmclip.config.overrides import from_dict
+    from ssmclip.config import from_dict
     from ssmclip.models import create_clip, load_config
     from ssmclip.train.state import seed_everything
 
@@ -197,7 +197,7 @@ def _collect(
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from ssmclip.rows.result import append_rows, describe_run, read_rows, write_rows
+    from ssmclip.rows import append_rows, describe_run, read_rows, write_rows
 
     state = PartialState(cpu=args.device == "cpu")
     rank, world, label = state.process_index, state.num_processes, _label(args)

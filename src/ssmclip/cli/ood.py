@@ -98,7 +98,7 @@ def _decide(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from ssmclip.humans.scores import LEVEL, TASK, score_decisions
     from ssmclip.humans.trials import read_trials
-    from ssmclip.rows.result import describe_run, write_rows
+    from ssmclip.rows import describe_run, write_rows
 
     require_writable(args.out, [*args.decisions, *args.humans])
     rows = score_decisions(

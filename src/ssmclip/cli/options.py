@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ssmclip.config import settings as config
-
 
 def add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
@@ -31,9 +29,9 @@ def device(name: str) -> str:
 
 
 def image_size(text: str) -> int | tuple[int, int]:
-    """`config.image_size`. Raises ArgumentTypeError."""
+    """`parse_image_size` for argparse. Raises ArgumentTypeError."""
     try:
-        return config.image_size(text)
+        return parse_image_size(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
 
@@ -82,3 +80,15 @@ def line(row) -> str:
     """One row for a person."""
     interval = "" if row.ci_low is None else f" [{row.ci_low:.4f}, {row.ci_high:.4f}]"
     return f"{row.model:24} {row.task:16} {row.metric:24} {row.value:.4f}{interval}  n={row.n}"
+
+
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Pixels, or HEIGHTxWIDTH. Raises ValueError for what is neither.
+
+    >>> parse_image_size("224"), parse_image_size("97x160")
+    (224, (97, 160))
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH, all above 0")
+    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

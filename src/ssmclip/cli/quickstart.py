@@ -31,12 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
     import ssmclip
     from ssmclip.analyze.curvature.hessian import quick_look
-    from ssmclip.config.overrides import apply_overrides
-    from ssmclip.config.recipe import load_recipe
+    from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.evaluate import evaluate
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.report import write_report
-    from ssmclip.rows.result import describe_run, write_rows
+    from ssmclip.rows import describe_run, write_rows
     from ssmclip.train import train
 
     keep_freed_memory()

@@ -28,8 +28,7 @@ def run(args: argparse.Namespace, validation: Callable[[Any], Any] | None = None
     PIL image -> tensor (3, H, W), list of n strings -> int64 tensor (n, context), finished steps. Evaluation stands
     above training, so the caller hands it down.
     """
-    from ssmclip.config.overrides import apply_overrides
-    from ssmclip.config.recipe import load_recipe
+    from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.train import train
 

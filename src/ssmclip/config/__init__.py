@@ -1,1 +1,36 @@
-"""tmp"""
+"""What a training run is: typed settings, a recipe that gives them, changes to them. Needs no torch."""
+
+from ssmclip.config.overrides import apply_overrides, changed_fields, from_dict, to_dict
+from ssmclip.config.recipe import load_recipe
+from ssmclip.config.settings import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    EmaConfig,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EmaConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimiserConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "apply_overrides",
+    "changed_fields",
+    "from_dict",
+    "load_recipe",
+    "to_dict",
+]

@@ -9,7 +9,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 ROOM = 4096  # tokens: more than any word or caption here has
 BATCH = 512

@@ -33,7 +33,7 @@ from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
 from ssmclip.humans.scores import LEVEL
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 log = logging.getLogger(__name__)
 

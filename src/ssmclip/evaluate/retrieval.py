@@ -23,7 +23,7 @@ from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.geometry import geometry
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 KS = (1, 5, 10)
 SHOWN = 5  # best matches kept of an example

@@ -18,8 +18,8 @@ from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
 from ssmclip.registry import UnknownName
+from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
-from ssmclip.rows.result import Result
 
 KINDS = {"classification": zero_shot, "retrieval": retrieval}
 BRIEF = ("title", "kind", "chance", "partial", "unreadable", "said")  # what a row of every few hundred steps keeps

@@ -18,7 +18,7 @@ from ssmclip.evaluate import pictures
 from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example

@@ -26,7 +26,7 @@ import numpy as np
 from ssmclip.data.distortions.registry import EXCLUDED, kept
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import NOT_SHOWN, Answers, Trials, match_trials
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 TIMM = "timm:"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ssmclip.rows import Result, read_rows
 from ssmclip.rows.condition import _is_point, step_of
-from ssmclip.rows.result import Result, read_rows
 
 
 @dataclass(frozen=True)

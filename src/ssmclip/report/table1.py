@@ -9,8 +9,8 @@ from typing import Any
 
 from ssmclip.report.store import final
 from ssmclip.report.words import headline
+from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
-from ssmclip.rows.result import Result
 
 ENOUGH = 2  # columns; one number next to 26 says nothing
 

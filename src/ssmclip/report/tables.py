@@ -10,8 +10,8 @@ from statistics import median
 
 from ssmclip.report.store import Source, final, latest, read_store
 from ssmclip.report.words import caveats, distorted_title, interval, metric_name, number, title_of
+from ssmclip.rows import Result
 from ssmclip.rows.condition import DISTORTED, level_of, step_of
-from ssmclip.rows.result import Result
 
 VISIBLE = 12  # lines of a table, before some are folded away
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

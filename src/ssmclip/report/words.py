@@ -9,8 +9,8 @@ from statistics import median
 from typing import NamedTuple
 
 from ssmclip.report.store import final
+from ssmclip.rows import Result
 from ssmclip.rows.condition import step_of
-from ssmclip.rows.result import Result
 
 
 class Said(NamedTuple):

@@ -16,7 +16,7 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config.settings import TrainConfig
+from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.train.optimiser import freeze_text_tower
 

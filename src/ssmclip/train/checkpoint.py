@@ -26,11 +26,10 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 
-from ssmclip.config.overrides import changed_fields, from_dict, to_dict
-from ssmclip.config.settings import TrainConfig
+from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
-from ssmclip.rows.result import read_rows
+from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
 _HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influence on what is learnt

@@ -21,9 +21,8 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config.overrides import to_dict
-from ssmclip.config.settings import TrainConfig
-from ssmclip.rows.result import Result
+from ssmclip.config import TrainConfig, to_dict
+from ssmclip.rows import Result
 from ssmclip.train import sharding
 from ssmclip.train.build import build_accelerator, build_model, is_sharded, load_start, model_config, open_stream
 from ssmclip.train.checkpoint import (

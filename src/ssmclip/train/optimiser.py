@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssmclip.config.settings import OptimiserConfig, ScheduleConfig
+from ssmclip.config import OptimiserConfig, ScheduleConfig
 
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssmclip.config.settings import TrainConfig
-from ssmclip.rows.result import Result, append_rows, describe_run, read_rows, write_rows
+from ssmclip.config import TrainConfig
+from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 
 _STEP = re.compile(r"step=(\d+)")
 

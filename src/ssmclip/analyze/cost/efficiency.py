@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ssmclip.analyze.cost.macs import count_macs, sequence_criterion
 from ssmclip.analyze.cost.measure import Job, memory_limit, to_json
 from ssmclip.models import names as towers
-from ssmclip.rows.result import Result, append_rows, read_rows, write_rows
+from ssmclip.rows import Result, append_rows, read_rows, write_rows
 
 __all__ = ["in_fresh_process", "sweep"]
 

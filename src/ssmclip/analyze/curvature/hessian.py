@@ -18,7 +18,7 @@ from ssmclip.analyze.curvature.parameters import only_read_rows, tower_parameter
 from ssmclip.analyze.curvature.product import Hessian, OutOfMemory
 from ssmclip.analyze.curvature.spectrum import check_k, check_search, extreme_eigenvalues
 from ssmclip.analyze.curvature.summary import TASK, summary_rows
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 from ssmclip.train.objective import contrastive_loss
 
 PROTOCOLS = ("lanczos", "park-kim", "power")

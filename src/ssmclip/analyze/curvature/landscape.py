@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmclip.analyze.curvature.batches import to_model
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 from ssmclip.train.objective import contrastive_loss
 
 Direction = dict[str, Tensor]

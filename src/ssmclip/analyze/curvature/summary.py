@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
+from ssmclip.rows import Result
 from ssmclip.rows.condition import LONG, USUAL, split_condition
-from ssmclip.rows.result import Result
 
 TASK = "hessian"
 Batches = dict[str, dict[str, Result]]  # batch -> metric -> row

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmclip.evaluate.embeddings.cache import texts_hash
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 
 def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> dict[str, Any]:

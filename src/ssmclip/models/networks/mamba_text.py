@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssmclip.models.networks.mamba import Mamba, Mamba2, at_least_float32
 from ssmclip.registry import UnknownName
 
-__all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText", "load_language_model"]
+__all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText"]
 
 
 @dataclass(frozen=True)

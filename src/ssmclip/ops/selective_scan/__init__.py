@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ssmclip.ops.check import check_tensor
 from ssmclip.ops.dispatch import Backend, choose
+from ssmclip.ops.selective_scan import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "selective_scan"]
 

@@ -17,7 +17,7 @@ from ssmclip.registry import Registry
 from ssmclip.report.store import Store
 from ssmclip.report.style import INK, WIDTH, Style, drawing, styles
 from ssmclip.report.words import is_fraction
-from ssmclip.rows.result import Result
+from ssmclip.rows import Result
 
 NAME_STEP = 0.06  # of the height of the axes: a line of small letters
 

@@ -12,8 +12,8 @@ import matplotlib.ticker as ticker
 import numpy as np
 
 from ssmclip.report.figures.base import Drawing, canvas, figure, legend, models_of, plain_numbers
+from ssmclip.rows import Result
 from ssmclip.rows.condition import LONG, USUAL, step_of
-from ssmclip.rows.result import Result
 
 PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")
 X_Y = re.compile(r"x=([-\d.e]+)(?:,y=([-\d.e]+))?")

@@ -17,8 +17,8 @@ from ssmclip.report.figures.examples import picture as thumbnail
 from ssmclip.report.store import final
 from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of
+from ssmclip.rows import Result
 from ssmclip.rows.condition import DISTORTED, level_of
-from ssmclip.rows.result import Result
 
 HUMANS = "humans"
 SET = "ood/"  # begins the task of a data set
