@@ -7,7 +7,7 @@ import logging
 import sys
 from functools import partial
 
-from ssmclip.cli import analyze, distort, evaluate, models, ood, quickstart, report, train
+from ssmclip.cli import analyze, captions, compare, distort, evaluate, models, ood, quickstart, report, train
 from ssmclip.cli import datasets as listing
 from ssmclip.cli import search as index
 
@@ -43,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add(commands, "embed", index.EMBED_HELP, index.run_embed, index.add_embed_arguments)
     _add(commands, "search", index.SEARCH_HELP, index.run_search, index.add_search_arguments)
     _add(commands, "datasets", listing.DATASETS, listing.datasets, listing.add_data)
-    _add(commands, "captions", listing.CAPTIONS, listing.captions, listing.add_captions)
-    _add(commands, "compare", listing.COMPARE, listing.compare, listing.add_rows)
+    _add(commands, "captions", captions.CAPTIONS, captions.captions, captions.add_captions)
+    _add(commands, "compare", compare.COMPARE, compare.compare, compare.add_rows)
     _add(commands, "report", report.HELP, report.run, report.add_arguments)
     _add(commands, "models", models.MODELS_HELP, _models)
     _add(commands, "convert", models.CONVERT_HELP, models.run_convert, models.add_convert_arguments)

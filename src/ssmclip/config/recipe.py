@@ -17,7 +17,7 @@ def load_recipe(path: str | Path) -> TrainConfig:
     Raises FileNotFoundError, and ValueError for a file that is no Python, can't be imported or has no such function.
     """
     path = Path(path)
-    installed = Path(__file__).parent / path
+    installed = Path(__file__).parents[1] / path
     path = installed if installed.is_file() and not path.is_file() else path
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []

@@ -2,6 +2,7 @@
 
 A recipe is a Python file with one public function that returns a TrainConfig. Needs no torch.
 
+>>> from ssmclip.config import apply_overrides, from_dict, to_dict
 >>> config = apply_overrides(TrainConfig(), ["lr=3e-4", "model.drop_path_rate=0.1", "image_sizes=[[0, 32], [0.5, 64]]"])
 >>> config.optimiser.lr, config.model.drop_path_rate, config.data.image_sizes
 (0.0003, 0.1, ((0.0, 32), (0.5, 64)))
