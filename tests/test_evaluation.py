@@ -154,8 +154,8 @@ def test_a_large_score_matrix_is_never_whole_in_memory():
     """5,000 images and 25,000 captions: the matrix alone is 500 MB; the peak stays below 1 GB above the start."""
     code = r"""
 import re, torch
-from ssmclip.evaluate.metrics import first_relevant_ranks
-from ssmclip.evaluate.geometry import k_occurrence
+from ssmclip.evaluate.statistics.metrics import first_relevant_ranks
+from ssmclip.evaluate.statistics.geometry import k_occurrence
 # Not resource.getrusage: what that tells begins with the peak of the process that started this one.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1e6
 torch.manual_seed(0)
@@ -217,7 +217,7 @@ def test_what_text_towers_see_of_long_descriptions(shared, tmp_path, capsys):
 
 def test_tokenizers_are_had_without_the_weights(shared, tmp_path):
     """CLIMP's own language model has 1.4 thousand million parameters; its tokenizer is that of every Mamba."""
-    from ssmclip.models import clip as clips
+    from ssmclip.models import names as clips
 
     path = shared / "data/tokenizers/20B_tokenizer.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -373,9 +373,9 @@ def test_unreadable_pictures_are_named_also_from_the_cache(vit, data, tmp_path):
 
 RUN = """
 import sys, torch, open_clip
-from ssmclip.evaluate.ranks import launched
+from ssmclip.evaluate.embeddings.ranks import launched
 from ssmclip.evaluate import evaluate
-from ssmclip.results import write_rows
+from ssmclip.rows import write_rows
 torch.set_num_threads(1)
 rank, device = launched("cpu")
 torch.manual_seed(0)
