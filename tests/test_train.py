@@ -19,6 +19,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import ScheduleConfig, apply_overrides, load_recipe
+from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.registry import UnknownName
 from ssmclip.rows import Result, append_rows, read_rows
 from ssmclip.train import NonFinite, loop, train
@@ -370,7 +371,7 @@ def test_non_finite_loss_stops_the_run_and_names_what_is_left(tmp_path, monkeypa
     assert [p.name for p in checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
     assert all(
         torch.isfinite(v).all()
-        for v in models.load_state(checkpoints(tmp_path)[-1] / models.weights.WEIGHTS_NAME).values()
+        for v in models.load_state(checkpoints(tmp_path)[-1] / WEIGHTS_NAME).values()
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
+from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, is_sharded, model_config
@@ -90,7 +91,7 @@ def test_two_processes_with_sharded_weights_learn_the_same(folder, said):
     plain, sharded = (_numbers(folder / name / "whole") for name in (".", "fsdp"))
     assert len(plain) == 4 * 2
     assert sharded == pytest.approx(plain, rel=1e-5)
-    files = [checkpoints(folder / name / "whole")[0] / models.weights.WEIGHTS_NAME for name in (".", "fsdp")]
+    files = [checkpoints(folder / name / "whole")[0] / WEIGHTS_NAME for name in (".", "fsdp")]
     plain, sharded = map(models.load_state, files)
     assert plain.keys() == sharded.keys()
     for name, value in plain.items():

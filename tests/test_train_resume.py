@@ -14,6 +14,7 @@ import torch
 
 from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import read_rows
 from ssmclip.train import train
 from ssmclip.train.checkpoint import checkpoints, load_training_state
@@ -57,7 +58,7 @@ def learnt(out):
 
 
 def weights(out):
-    return models.load_state(checkpoints(out)[-1] / models.weights.WEIGHTS_NAME)
+    return models.load_state(checkpoints(out)[-1] / WEIGHTS_NAME)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_changed_settings_are_named_and_harmless_ones_pass(tmp_path, uninterrupt
 def test_checkpoint_of_another_model_is_refused(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    file = checkpoints(out)[-1] / models.weights.WEIGHTS_NAME
+    file = checkpoints(out)[-1] / WEIGHTS_NAME
     state = models.load_state(file)
     del state["text_projection"]
     import safetensors.torch
@@ -168,7 +169,7 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, uninterrupted):
 def test_checkpoint_cut_in_half_is_refused(tmp_path, uninterrupted):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted, out)
-    file = checkpoints(out)[-1] / models.weights.WEIGHTS_NAME
+    file = checkpoints(out)[-1] / WEIGHTS_NAME
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(models.CheckpointError, match="cut short"):

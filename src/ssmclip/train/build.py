@@ -18,6 +18,8 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
+from ssmclip.models.files import weights
+from ssmclip.models.published.language_model import load_language_model
 from ssmclip.train.optimiser import freeze_text_tower
 
 # SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
@@ -86,9 +88,9 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
     """
     source = config.model.text_weights
     if checkpoint:
-        state = models.load_state(checkpoint / models.weights.WEIGHTS_NAME)
+        state = models.load_state(checkpoint / weights.WEIGHTS_NAME)
         try:
-            models.weights.load_into(model, state, checkpoint)
+            weights.load_into(model, state, checkpoint)
         except models.CheckpointError as error:
             raise models.CheckpointError(
                 f"{error}. If an older version of this package began the run, delete {checkpoint.parents[1]} or choose "
@@ -97,8 +99,8 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
     elif source:
         if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
             raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
-        weights = models.mamba_text.load_language_model(source).state_dict()
-        models.weights.load_into(model.text.transformer, weights, source)
+        state = load_language_model(source).state_dict()
+        weights.load_into(model.text.transformer, state, source)
 
 
 def open_stream(
