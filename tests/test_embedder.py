@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from ssmclip import Embedder, save_model
-from ssmclip.cli import search as index_command
+from ssmclip.cli import embed, search
 from ssmclip.data.images import BadImage
 from ssmclip.evaluate.search import index as index_module
 from ssmclip.evaluate.search.index import build_index, nearest, read_index
@@ -303,22 +303,22 @@ def test_the_nearest_are_the_largest_dot_products(library, monkeypatch):
         nearest(vectors, queries[:, 1:], 1)
 
 
-def run(which, *words):
+def run(command, *words):
     parser = argparse.ArgumentParser()
-    getattr(index_command, f"add_{which}_arguments")(parser)
-    return getattr(index_command, f"run_{which}")(parser.parse_args([str(word) for word in words]))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
 
 
 def test_embed_then_search(tiny_clip, tiny_config, folder, tmp_path, capsys):
     model = tmp_path / "model"
     save_model(tiny_clip[0], tiny_config, model)
     out = tmp_path / "index.parquet"
-    assert run("embed", folder, "--model", model, "--out", out) == 0
+    assert run(embed, folder, "--model", model, "--out", out) == 0
     said = capsys.readouterr().out
     assert "2 pictures could not be read" in said
     assert "empty.jpg: broken image" in said
     assert f"7 pictures in {out}" in said
-    assert run("search", "a dog", out, "-k", 3) == 0
+    assert run(search, "a dog", out, "-k", 3) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     index, text = read_index(out), Embedder(tiny_clip).encode_texts(["a dog"]).numpy()
     best = np.argsort(-(text @ index.vectors.T)[0])[:3]
@@ -328,9 +328,9 @@ def test_embed_then_search(tiny_clip, tiny_config, folder, tmp_path, capsys):
         next(tiny_clip[0].parameters()).add_(1)
     save_model(tiny_clip[0], tiny_config, model)
     with pytest.raises(ValueError, match="does not have the weights"):
-        run("search", "a dog", out)
+        run(search, "a dog", out)
     with pytest.raises(ValueError, match="the text is empty"):
-        run("search", " ", out)
+        run(search, " ", out)
 
 
 def test_what_is_no_index_or_folder_is_named(embedder, tmp_path):

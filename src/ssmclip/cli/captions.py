@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-CAPTIONS = "how many words of captions each text tower sees, as rows"
+HELP = "how many words of captions each text tower sees, as rows"
 
 
-def add_captions(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="as for evaluate; several with commas")
     parser.add_argument("--texts", required=True, nargs="+", type=Path, help=".jsonl of captions, or .txt, one a line")
     parser.add_argument(
@@ -22,7 +22,7 @@ def add_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="the rows file to write")
 
 
-def captions(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from ssmclip.cli.options import labelled, line, require_writable
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.models import load_tokenizer

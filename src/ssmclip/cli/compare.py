@@ -6,15 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-COMPARE = "paired tests between the models of rows files that saw the same images"
+HELP = "paired tests between the models of rows files that saw the same images"
 
 
-def add_rows(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", type=Path, help="rows files of evaluate")
     parser.add_argument("--out", type=Path, help="the rows file to write")
 
 
-def compare(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from ssmclip.cli.options import line, require_writable
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.rows import describe_run, read_rows, write_rows

@@ -1,21 +1,23 @@
-"""Smaller commands about data and rows: which data sets are there, what text towers see, how two models compare."""
+"""ssmclip datasets: which data sets are there, and how to get the others."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from ssmclip.data.testsets.card import Card
+if TYPE_CHECKING:
+    from ssmclip.data.testsets.card import Card
 
-DATASETS = "the data sets there are cards for, what was found of each, and how to get what is missing"
+HELP = "the data sets there are cards for, what was found of each, and how to get what is missing"
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="data", help="the folder the data sets are under (default: %(default)s)")
     parser.add_argument("names", nargs="*", help="data sets; default: all")
 
 
-def datasets(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from ssmclip.data.testsets.open import list_cards, load_card
 
     cards = [load_card(name) for name in args.names or list_cards()]

@@ -11,13 +11,7 @@ from ssmclip.cli.options import add_device, labelled, parse_image_size
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
 
-def add_analyses(kinds: argparse._SubParsersAction) -> None:
-    efficiency = kinds.add_parser("efficiency", help=HELP, description=HELP)
-    add_efficiency_arguments(efficiency)
-    efficiency.set_defaults(analyse=run_efficiency)
-
-
-def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "--models",
@@ -51,7 +45,7 @@ def add_efficiency_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run_efficiency(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from functools import partial
 
     from ssmclip.analyze.cost.efficiency import in_fresh_process, sweep

@@ -7,15 +7,20 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 
 def add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
 
 
 def device(name: str) -> str:
-    """A device this machine has. Raises ArgumentTypeError."""
+    """Return the name of a device this machine has; only of "cpu" is that known without torch, a second to import.
+
+    Raises ArgumentTypeError.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
     try:
         found = torch.device(name)
         if found.type != "cuda":  # there a first tensor takes memory for good, also from a process that measures it

@@ -1,49 +1,17 @@
-"""ssmclip embed: a folder of pictures -> an index. ssmclip search: a text -> the pictures of an index nearest to it."""
+"""ssmclip search: a text -> the pictures of an index nearest to it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
-from ssmclip.cli.options import add_device, image_size
+from ssmclip.cli.options import add_device
 
-EMBED_HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
-SEARCH_HELP = "the pictures of an index that are nearest to a text"
-NAMED = 20  # pictures that could not be read, printed by name
+HELP = "the pictures of an index that are nearest to a text"
 
 
-def add_embed_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="pictures, at any depth")
-    parser.add_argument("--model", required=True, help="a run or checkpoint folder, open_clip:NAME/PRETRAINED, a name")
-    parser.add_argument("--out", required=True, type=Path, help="the index to write (Parquet)")
-    parser.add_argument("--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)")
-    add_device(parser)
-
-
-def run_embed(args: argparse.Namespace) -> int:
-    from ssmclip.cli.options import require_writable
-    from ssmclip.evaluate.search.embedder import Embedder
-    from ssmclip.evaluate.search.index import build_index
-
-    require_writable(args.out)
-    embedder = Embedder(args.model, device=args.device, batch_size=args.batch_size, image_size=args.image_size)
-    start = time.perf_counter()
-    index = build_index(args.folder, embedder, args.out)
-    seconds = time.perf_counter() - start
-    say = sys.stdout.write
-    unreadable = index.about["unreadable"]
-    if unreadable:
-        say(f"{len(unreadable)} pictures could not be read:\n")
-        say("".join(f"  {path}: {why}\n" for path, why in list(unreadable.items())[:NAMED]))
-        say(f"  ... and {len(unreadable) - NAMED} more, named in the file\n" if len(unreadable) > NAMED else "")
-    say(f"{len(index.paths)} pictures in {args.out}, {len(index.paths) / seconds:.1f} a second\n")
-    return 0
-
-
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help='what is looked for, such as "a dog on a beach"')
     parser.add_argument("index", type=Path, help="what ssmclip embed wrote")
     parser.add_argument("-k", type=int, default=10, help="results (default: %(default)s)")
@@ -51,7 +19,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def run_search(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.search.embedder import Embedder
     from ssmclip.evaluate.search.index import nearest, read_index
 

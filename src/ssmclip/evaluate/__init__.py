@@ -1,18 +1,33 @@
-"""Model x task -> rows: zero-shot classification and retrieval, with 95 % intervals."""
+"""Model x task -> rows: zero-shot classification and retrieval, with 95 % intervals. Imported when first used."""
 
-from ssmclip.evaluate.embeddings.embed import Clip, Settings, embed_images, embed_texts
-from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
-from ssmclip.evaluate.tasks import evaluate, training_validation
-from ssmclip.evaluate.zeroshot import class_embeddings
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "METRICS",
-    "Clip",
-    "Settings",
-    "bootstrap_interval",
-    "class_embeddings",
-    "embed_images",
-    "embed_texts",
-    "evaluate",
-    "training_validation",
-]
+from ssmclip.lazy import lazily
+
+if TYPE_CHECKING:
+    from ssmclip.evaluate.embeddings.embed import Clip as Clip
+    from ssmclip.evaluate.embeddings.embed import Settings as Settings
+    from ssmclip.evaluate.embeddings.embed import embed_images as embed_images
+    from ssmclip.evaluate.embeddings.embed import embed_texts as embed_texts
+    from ssmclip.evaluate.statistics.metrics import METRICS as METRICS
+    from ssmclip.evaluate.statistics.metrics import bootstrap_interval as bootstrap_interval
+    from ssmclip.evaluate.tasks import evaluate as evaluate
+    from ssmclip.evaluate.tasks import training_validation as training_validation
+    from ssmclip.evaluate.zeroshot import class_embeddings as class_embeddings
+
+_HOMES = {
+    "METRICS": "ssmclip.evaluate.statistics.metrics",
+    "Clip": "ssmclip.evaluate.embeddings.embed",
+    "Settings": "ssmclip.evaluate.embeddings.embed",
+    "bootstrap_interval": "ssmclip.evaluate.statistics.metrics",
+    "class_embeddings": "ssmclip.evaluate.zeroshot",
+    "embed_images": "ssmclip.evaluate.embeddings.embed",
+    "embed_texts": "ssmclip.evaluate.embeddings.embed",
+    "evaluate": "ssmclip.evaluate.tasks",
+    "training_validation": "ssmclip.evaluate.tasks",
+}
+
+__all__ = list(_HOMES)
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -27,18 +27,16 @@ from ssmclip.models.files.weights import (
 )
 from ssmclip.models.networks.bag_of_words import BagOfWords
 from ssmclip.models.networks.mamba_text import MambaText
+from ssmclip.models.plugins import CONFIGS
 from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer, named_tokenizer
 from ssmclip.registry import UnknownName
 
-CONFIGS = Path(__file__).parent / "configs"
 OPEN_CLIP = "open_clip:"
 
 # CLIP-Mamba's evaluation: shorter side to size, bilinear, centre crop, ImageNet statistics (not OpenAI's).
 PREPROCESS = dict(
     mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), interpolation="bilinear", resize_mode="shortest"
 )
-
-open_clip.add_model_config(CONFIGS)
 
 
 def list_clips() -> list[str]:

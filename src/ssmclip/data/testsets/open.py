@@ -12,7 +12,6 @@ from typing import Any
 
 import huggingface_hub
 from PIL import Image
-from torch.utils.data import Dataset
 
 from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found
 from ssmclip.data.testsets.layouts import captioned, originals, parquet
@@ -33,7 +32,7 @@ HUB = "hub:"
 FOLDER = "folder:"
 
 
-class _Pictures(Dataset):
+class _Pictures:
     """What both kinds of set have in common.
 
     where: the files; n: images there are; expected: images in the whole test set; partial: whether there are fewer.

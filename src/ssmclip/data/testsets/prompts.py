@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources, util
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ssmclip.data.testsets.card import Card
@@ -167,28 +168,45 @@ def _first(content: Mapping[str, Any], card: Card) -> Any:
 def _referred(card: Card, reference: str, file: str) -> tuple[str, ...]:
     """What "open_clip:NAME" or "clip_benchmark:KEY" stands for."""
     if reference.startswith(OPEN_CLIP):
-        from open_clip import zero_shot_metadata  # seconds to import
-
-        found = getattr(zero_shot_metadata, reference.removeprefix(OPEN_CLIP))
+        found = getattr(_zero_shot_metadata(), reference.removeprefix(OPEN_CLIP))
         return tuple(item if isinstance(item, str) else item("{}") for item in found)
     if reference.startswith(CLIP_BENCHMARK):
         return tuple(_braces(item) for item in _clip_benchmark(file)[reference.removeprefix(CLIP_BENCHMARK)])
     raise ValueError(f"card {card.name}: {reference!r} is neither {OPEN_CLIP}NAME nor {CLIP_BENCHMARK}KEY")
 
 
+def _installed(package: str) -> Path:
+    """Return a package's folder without importing it. Raises ModuleNotFoundError."""
+    spec = util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return Path(spec.submodule_search_locations[0])
+
+
+@cache
+def _zero_shot_metadata() -> ModuleType:
+    """Return open_clip's names and templates, a file of plain Python: open_clip itself takes seconds to import."""
+    path = _installed("open_clip") / "zero_shot_metadata.py"
+    spec = util.spec_from_file_location("open_clip.zero_shot_metadata", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @cache
 def _clip_benchmark(file: str) -> dict[str, Any]:
     # Not imported: its data set builder wants packages it does not declare, and downloads through a shell.
-    package = util.find_spec("clip_benchmark")
-    if package is None or not package.submodule_search_locations:
-        raise ValueError(f"CLIP_benchmark's class names and prompts are needed and it is not installed: {INSTALL}")
-    path = Path(package.submodule_search_locations[0]) / "datasets" / file
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        package = _installed("clip_benchmark")
+    except ModuleNotFoundError as error:
+        text = f"CLIP_benchmark's class names and prompts are needed and it is not installed: {INSTALL}"
+        raise ValueError(text) from error
+    return json.loads((package / "datasets" / file).read_text(encoding="utf-8"))
 
 
 @cache
 def _synsets(name: str) -> tuple[str, ...]:
-    text = (resources.files("timm.data") / "_info" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (_installed("timm") / "data" / "_info" / f"{name}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

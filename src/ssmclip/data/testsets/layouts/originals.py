@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision import datasets
 
 from ssmclip.data.images import SUFFIXES
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
@@ -70,6 +69,8 @@ def _missing_head(folder: Path, marker: str, card: Card) -> Path | None:
 
 
 def _opened(name: str, folder: Path, arguments: dict[str, Any]) -> Any:
+    from torchvision import datasets  # and torch with it: seconds, where only such a data set needs them
+
     whole = getattr(datasets, name)
     cls = type(name, (whole,), {"_check_integrity": lambda self: True})
     try:
@@ -98,13 +99,13 @@ def _from_files(
 
 
 @torchvision_layout("Food101", "food-101/meta/test.json", split="test")
-def food101(dataset: datasets.Food101, card: Card):
+def food101(dataset: Any, card: Card):
     """food-101/meta/test.json and food-101/images/CLASS/NUMBER.jpg."""
     return dataset._image_files, dataset._labels, [spoken(name) for name in dataset.classes]
 
 
 @torchvision_layout("SUN397", "SUN397/ClassName.txt")
-def sun397(dataset: datasets.SUN397, card: Card):
+def sun397(dataset: Any, card: Card):
     """SUN397/ClassName.txt and SUN397/a/abbey/sun_*.jpg; of these, those in Testing_01.txt where that file is there."""
     pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
     listed = dataset._data_dir / "Testing_01.txt"
@@ -116,7 +117,7 @@ def sun397(dataset: datasets.SUN397, card: Card):
 
 
 @torchvision_layout("StanfordCars", "stanford_cars/devkit", split="test")
-def stanford_cars(dataset: datasets.StanfordCars, card: Card):
+def stanford_cars(dataset: Any, card: Card):
     """stanford_cars/devkit/cars_meta.mat, cars_test_annos_withlabels.mat and cars_test/*.jpg."""
     return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], dataset.classes
 
@@ -124,25 +125,25 @@ def stanford_cars(dataset: datasets.StanfordCars, card: Card):
 @torchvision_layout(
     "FGVCAircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", split="test", annotation_level="variant"
 )
-def aircraft(dataset: datasets.FGVCAircraft, card: Card):
+def aircraft(dataset: Any, card: Card):
     """fgvc-aircraft-2013b/data/{variants,images_variant_test}.txt and images/*.jpg."""
     return dataset._image_files, dataset._labels, dataset.classes
 
 
 @torchvision_layout("DTD", "dtd/dtd/labels/test1.txt", split="test", partition=1)
-def dtd(dataset: datasets.DTD, card: Card):
+def dtd(dataset: Any, card: Card):
     """dtd/dtd/labels/test1.txt and dtd/dtd/images/CLASS/*.jpg."""
     return dataset._image_files, dataset._labels, [spoken(name) for name in dataset.classes]
 
 
 @torchvision_layout("OxfordIIITPet", "oxford-iiit-pet/annotations/test.txt", split="test")
-def pets(dataset: datasets.OxfordIIITPet, card: Card):
+def pets(dataset: Any, card: Card):
     """oxford-iiit-pet/annotations/test.txt and images/*.jpg."""
     return dataset._images, dataset._labels, dataset.classes
 
 
 @torchvision_layout("Caltech101", "caltech101/101_ObjectCategories")
-def caltech101(dataset: datasets.Caltech101, card: Card):
+def caltech101(dataset: Any, card: Card):
     """caltech101/101_ObjectCategories/CLASS/image_0001.jpg, and BACKGROUND_Google, which torchvision leaves out."""
     root = Path(dataset.root) / "101_ObjectCategories"
     names = dataset.categories
@@ -153,13 +154,13 @@ def caltech101(dataset: datasets.Caltech101, card: Card):
 
 
 @torchvision_layout("Flowers102", "flowers-102/setid.mat", split="test")
-def flowers(dataset: datasets.Flowers102, card: Card):
+def flowers(dataset: Any, card: Card):
     """flowers-102/{setid,imagelabels}.mat and jpg/image_00001.jpg."""
     return dataset._image_files, dataset._labels, ()
 
 
 @torchvision_layout("EuroSAT", "eurosat/2750")
-def eurosat(dataset: datasets.EuroSAT, card: Card):
+def eurosat(dataset: Any, card: Card):
     """eurosat/2750/CLASS/*.jpg: all 27,000 images, for which no split was published."""
     return [path for path, _ in dataset.samples], dataset.targets, ()
 
@@ -180,25 +181,25 @@ def gtsrb(folder: Path, card: Card) -> Found | str:
 
 
 @torchvision_layout("Country211", "country211/test", split="test")
-def country211(dataset: datasets.Country211, card: Card):
+def country211(dataset: Any, card: Card):
     """country211/test/CODE/*.jpg."""
     return [path for path, _ in dataset.samples], dataset.targets, ()
 
 
 @torchvision_layout("CLEVRClassification", "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json", split="val")
-def clevr(dataset: datasets.CLEVRClassification, card: Card):
+def clevr(dataset: Any, card: Card):
     """clevr/CLEVR_v1.0/{scenes/CLEVR_val_scenes.json,images/val/*.png}: three to ten objects."""
     return dataset._image_files, [count - 3 for count in dataset._labels], ()
 
 
 @torchvision_layout("RenderedSST2", "rendered-sst2/test", split="test")
-def rendered_sst2(dataset: datasets.RenderedSST2, card: Card):
+def rendered_sst2(dataset: Any, card: Card):
     """rendered-sst2/test/{negative,positive}/*.png."""
     return [path for path, _ in dataset._samples], [label for _, label in dataset._samples], ()
 
 
 @torchvision_layout("Kitti", "Kitti/raw/training/label_2", train=True)
-def kitti(dataset: datasets.Kitti, card: Card):
+def kitti(dataset: Any, card: Card):
     """Kitti/raw/training/{image_2,label_2}: the distance to the nearest car, van or truck, in four classes (VTAB)."""
     paths = sorted(Path(path) for path in dataset.images)
     place = {Path(path): i for i, path in enumerate(dataset.images)}

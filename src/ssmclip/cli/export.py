@@ -1,0 +1,31 @@
+"""ssmclip export: an image encoder -> an ONNX file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from ssmclip.cli.options import image_size
+
+HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
+
+log = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a CLIP's name, its folder, or a file of published weights")
+    parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
+    parser.add_argument(
+        "--image-size", type=image_size, default=224, help="pixels or HEIGHTxWIDTH (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ssmclip.models import load, load_published
+    from ssmclip.models.export import export_onnx
+
+    size = args.image_size
+    model = load_published(args.model) if Path(args.model).is_file() else load(args.model, image_size=size).model
+    difference = export_onnx(model, args.file, size)
+    log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)
