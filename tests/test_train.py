@@ -369,10 +369,7 @@ def test_non_finite_loss_stops_the_run_and_names_what_is_left(tmp_path, monkeypa
     with pytest.raises(NonFinite, match=r"step 5: loss nan.*pair0, pair1.*checkpoint: .*step_00000004"):
         train(tiny("steps=9", "checkpoint.every=2"), tmp_path)
     assert [p.name for p in checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
-    assert all(
-        torch.isfinite(v).all()
-        for v in models.load_state(checkpoints(tmp_path)[-1] / WEIGHTS_NAME).values()
-    )
+    assert all(torch.isfinite(v).all() for v in models.load_state(checkpoints(tmp_path)[-1] / WEIGHTS_NAME).values())
 
 
 def test_grad_checkpointing_learns_the_same(tmp_path, eight_pairs):
