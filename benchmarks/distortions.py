@@ -21,6 +21,7 @@ from ssmclip.data.distortions.apply import distort
 from ssmclip.data.distortions.reference import REFERENCE
 from ssmclip.data.distortions.registry import DISTORTIONS, parse_level
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 
 BATCH = 4
 LEVELS = {
@@ -82,10 +83,23 @@ def measure(name: str, label: str, pictures: np.ndarray, tables: dict[str, np.nd
     for model, values in times.items():
         more = {**extra, "ms_per_image": 1e3 * medians[model], "fastest_ms": 1e3 * min(values)}
         yield Result(
-            model, "distortions", f"{name} {label}", "images_per_s", 1 / medians[model], n=len(values), extra=more
+            model,
+            "distortions",
+            "images_per_s",
+            1 / medians[model],
+            where=parse(f"{name} {label}")[0],
+            n=len(values),
+            extra=more,
         )
     ratio = medians["published"] / medians["ssmclip"]
-    yield Result("ssmclip", "distortions", f"{name} {label}", "speedup", ratio, extra={**extra, "over": "published"})
+    yield Result(
+        "ssmclip",
+        "distortions",
+        "speedup",
+        ratio,
+        where=parse(f"{name} {label}")[0],
+        extra={**extra, "over": "published"},
+    )
 
 
 def main() -> None:

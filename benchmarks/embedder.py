@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ssmclip import Embedder
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 
 TASK = "embedder"
 IMAGES, TEXTS = "CLIP-VMamba-Nano", "CLIMP-Nano"
@@ -50,12 +51,14 @@ def rows_of(
     threads = {"threads": torch.get_num_threads()}
     for name, seconds in took.items():
         extra = {**threads, "cpu_s": seconds["cpu"]}
-        yield Result(name, TASK, condition, metric, count / seconds["clock"], n=repetitions, extra=extra)
+        yield Result(
+            name, TASK, metric, count / seconds["clock"], where=parse(condition)[0], n=repetitions, extra=extra
+        )
     for name, seconds in took.items():
         if name != over:
             ratios = {"by_the_clock": seconds["clock"] / took[over]["clock"], "over": over, "of": model, **threads}
             ratio = seconds["cpu"] / took[over]["cpu"]
-            yield Result(name, TASK, condition, "time_ratio", ratio, n=repetitions, extra=ratios)
+            yield Result(name, TASK, "time_ratio", ratio, where=parse(condition)[0], n=repetitions, extra=ratios)
 
 
 @torch.no_grad()

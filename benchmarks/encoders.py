@@ -32,6 +32,7 @@ from tqdm import tqdm
 import ssmclip.models  # noqa: F401  registers ours with timm
 from ssmclip.ops.memory import keep_freed_memory
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.ema import Ema
 from ssmclip.train.objective import backward, build_loss
@@ -93,7 +94,15 @@ def speed(name: str, task: str, condition: str, batch: int, times: list[Seconds]
     clock = [seconds for seconds, _ in times]
     extra = {**extra, "fastest": batch / min(clock), "slowest": batch / max(clock)}
     extra["cpu_s"] = statistics.median(processor for _, processor in times)
-    return Result(name, task, condition, "images_per_s", batch / statistics.median(clock), n=len(times), extra=extra)
+    return Result(
+        name,
+        task,
+        "images_per_s",
+        batch / statistics.median(clock),
+        where=parse(condition)[0],
+        n=len(times),
+        extra=extra,
+    )
 
 
 @torch.inference_mode()
@@ -109,8 +118,10 @@ def measure_forward(names: Iterable[str], batch: int, repetitions: int) -> Itera
         if (control := CONTROLS[name]) in times:
             clock, processor = ratios(each, times[control])
             extra = {**threads, "over": control}
-            yield Result(name, "encoder", condition, "time_ratio", clock, n=len(each), extra=extra)
-            yield Result(name, "encoder", condition, "cpu_time_ratio", processor, n=len(each), extra=extra)
+            yield Result(name, "encoder", "time_ratio", clock, where=parse(condition)[0], n=len(each), extra=extra)
+            yield Result(
+                name, "encoder", "cpu_time_ratio", processor, where=parse(condition)[0], n=len(each), extra=extra
+            )
 
 
 def measure_training(repetitions: int) -> Iterator[Result]:
@@ -143,8 +154,20 @@ def training_rows(repetitions: int, keep: bool) -> list[Result]:
         if control := TRAINED[name]:
             clock, processor = (1 / ratio for ratio in ratios(each, times[control]))
             over = {**extra, "over": control}
-            rows.append(Result(name, "training_step", condition, "speed_ratio", clock, n=len(each), extra=over))
-            rows.append(Result(name, "training_step", condition, "cpu_speed_ratio", processor, n=len(each), extra=over))
+            rows.append(
+                Result(name, "training_step", "speed_ratio", clock, where=parse(condition)[0], n=len(each), extra=over)
+            )
+            rows.append(
+                Result(
+                    name,
+                    "training_step",
+                    "cpu_speed_ratio",
+                    processor,
+                    where=parse(condition)[0],
+                    n=len(each),
+                    extra=over,
+                )
+            )
     return rows
 
 

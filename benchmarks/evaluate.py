@@ -59,6 +59,7 @@ from ssmclip.evaluate.embeddings.embed import (
     inference,
 )
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 
 TASK = "evaluate"
 WORKERS = 2
@@ -173,7 +174,7 @@ def images(case: Case, repetitions: int) -> Iterator[Result]:
     condition = f"encoder={case.encoder},source={case.source},workers={WORKERS},threads={case.threads}"
     extra = {"threads": case.threads, "cores": os.cpu_count(), "images": case.images, "batch": BATCH}
     for metric, value in values.items():
-        yield Result(case.encoder, TASK, condition, metric, float(value), n=repetitions, extra=extra)
+        yield Result(case.encoder, TASK, metric, float(value), where=parse(condition)[0], n=repetitions, extra=extra)
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float, float]:
@@ -222,9 +223,19 @@ def texts(repetitions: int, count: int) -> Iterator[Result]:
         seconds = statistics.median(taken[name])
         extra = {"threads": torch.get_num_threads(), "clock": "cpu", "prompts": len(prompts), "batch": BATCH}
         condition = f"text_tower={TEXT_TOWER},prompts={name}"
-        yield Result(TEXT_TOWER, TASK, condition, "prompt_ms", 1e3 * seconds, n=repetitions, extra=extra)
+        yield Result(
+            TEXT_TOWER, TASK, "prompt_ms", 1e3 * seconds, where=parse(condition)[0], n=repetitions, extra=extra
+        )
         speedup = statistics.median(filled / own for filled, own in zip(taken["filled"], taken[name], strict=True))
-        yield Result(TEXT_TOWER, TASK, condition, "speedup", speedup, n=repetitions, extra={**extra, "over": "filled"})
+        yield Result(
+            TEXT_TOWER,
+            TASK,
+            "speedup",
+            speedup,
+            where=parse(condition)[0],
+            n=repetitions,
+            extra={**extra, "over": "filled"},
+        )
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from ssmclip import ops
 from ssmclip.rows import Result, append_rows, describe_run, read_rows
+from ssmclip.rows.condition import parse
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -155,7 +156,7 @@ def copy_bandwidth() -> float:
 
 def measure_operator(operator: str) -> Iterator[Result]:
     bandwidth = copy_bandwidth()
-    yield Result("copy", TASK, operator, "bytes_per_s", bandwidth)
+    yield Result("copy", TASK, "bytes_per_s", bandwidth, where=parse(operator)[0])
     for shape in SHAPES[operator][GPU]:
         condition = f"{operator} " + ",".join(f"{name}={value}" for name, value in shape.items())
         try:
@@ -173,7 +174,7 @@ def measure_operator(operator: str) -> Iterator[Result]:
 
 
 def did_not_run(name: str, condition: str, why: str) -> Result:
-    return Result(name, TASK, condition, "ran", 0.0, extra={"why": why.strip().splitlines()[0][:300]})
+    return Result(name, TASK, "ran", 0.0, where=parse(condition)[0], extra={"why": why.strip().splitlines()[0][:300]})
 
 
 def errors(operator: str, shape: dict[str, int], condition: str) -> Iterator[Result]:
@@ -190,7 +191,7 @@ def errors(operator: str, shape: dict[str, int], condition: str) -> Iterator[Res
         )
         worst = max(float((g.double() - w).norm() / w.norm()) for g, w in pairs)
         name = str(dtype).removeprefix("torch.")
-        yield Result("triton", TASK, f"{condition},type={name}", "relative_error", worst)
+        yield Result("triton", TASK, "relative_error", worst, where=parse(f"{condition},type={name}")[0])
 
 
 def timings(name: str, run: Callable, inputs: dict[str, Tensor], condition: str, bandwidth: float) -> Iterator[Result]:
@@ -204,9 +205,9 @@ def timings(name: str, run: Callable, inputs: dict[str, Tensor], condition: str,
     passes = {"forward": (seconds, n, read + y.nbytes), "backward": (both - seconds, m, 2 * read + y.nbytes)}
     for which, (took, count, moved) in passes.items():
         here = f"{condition},pass={which}"
-        yield Result(name, TASK, here, "latency_ms", 1e3 * took, n=count, extra={"bytes": moved})
+        yield Result(name, TASK, "latency_ms", 1e3 * took, where=parse(here)[0], n=count, extra={"bytes": moved})
         if GPU:  # an interpreter moves nothing at any bandwidth
-            yield Result(name, TASK, here, "bandwidth_fraction", moved / took / bandwidth, n=count)
+            yield Result(name, TASK, "bandwidth_fraction", moved / took / bandwidth, where=parse(here)[0], n=count)
 
 
 def measure_training(name: str) -> Iterator[Result]:
@@ -231,10 +232,10 @@ def measure_training(name: str) -> Iterator[Result]:
         try:
             with ops.using(backend):
                 seconds, n = seconds_of(step, most=8.0)
-            yield Result(backend, TASK, condition, "training_images_per_s", batch / seconds, n=n)
+            yield Result(backend, TASK, "training_images_per_s", batch / seconds, where=parse(condition)[0], n=n)
             if GPU:
                 peak = torch.cuda.max_memory_allocated() / 1e6
-                yield Result(backend, TASK, condition, "training_memory_mb", peak)
+                yield Result(backend, TASK, "training_memory_mb", peak, where=parse(condition)[0])
                 torch.cuda.reset_peak_memory_stats()
         except RuntimeError as error:
             yield did_not_run(backend, condition, str(error))
@@ -255,7 +256,9 @@ def measure_registers() -> Iterator[Result]:
             for which, counts in found:
                 for metric, value in counts.items():
                     extra = {"target": f"sm_{TARGET[1]}"}
-                    yield Result("triton", TASK, f"{condition},pass={which}", metric, float(value), extra=extra)
+                    yield Result(
+                        "triton", TASK, metric, float(value), where=parse(f"{condition},pass={which}")[0], extra=extra
+                    )
 
 
 class Compiled:
@@ -362,7 +365,7 @@ def in_fresh_process(part: str, seconds: float) -> list[Result]:
         said = (expired.stdout or b"").decode()
         why = f"took more than the {seconds:.0f} s that were left"
     rows = [Result(**json.loads(line)) for line in said.splitlines() if line.startswith("{") and line.endswith("}")]
-    return [*rows, did_not_run(part, "", why) if why else Result(part, TASK, "", "ran", 1.0)]
+    return [*rows, did_not_run(part, "", why) if why else Result(part, TASK, "ran", 1.0)]
 
 
 def file_of(card: str) -> Path:

@@ -22,6 +22,7 @@ import torch
 import ssmclip
 from ssmclip.analyze.curvature.product import Hessian, call
 from ssmclip.rows import Result, describe_run, write_rows
+from ssmclip.rows.condition import parse
 from ssmclip.train.objective import contrastive_loss
 
 TASK = "hessian_cost"
@@ -87,11 +88,16 @@ def measure(name: str, size: int, pairs: int, rounds: int, scan: Stopwatch) -> l
             taken[part].append(cpu_seconds(way))
         taken["scan"].append(scan.seconds - before)  # of the product, the last of the ways
     where = f"size={size},batch={pairs}"
-    rows = [Result(name, TASK, where, f"{part}_cpu_s", median(s), n=rounds) for part, s in taken.items()]
+    rows = [
+        Result(name, TASK, f"{part}_cpu_s", median(s), where=parse(where)[0], n=rounds) for part, s in taken.items()
+    ]
     ratios = [p / g for p, g in zip(taken["product"], taken["gradient"], strict=True)]
     low, _, high = quantiles(ratios, n=4)
     extra = {"quartiles": [low, high]}
-    return [*rows, Result(name, TASK, where, "product_per_gradient", median(ratios), n=rounds, extra=extra)]
+    return [
+        *rows,
+        Result(name, TASK, "product_per_gradient", median(ratios), where=parse(where)[0], n=rounds, extra=extra),
+    ]
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from ssmclip.ops.selective_scan.launch import steps_between_saved_states
 from ssmclip.ops.simd import REGISTER_BYTES, broadcast, compiled, fill, fma, store
 from ssmclip.ops.threads import run_tasks
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 
 ITEM = 4  # bytes of a float32
 LANES = REGISTER_BYTES // ITEM
@@ -213,11 +214,11 @@ def kernels() -> list[Callable[[], Kernel]]:
 
 def measure_peaks(threads: int) -> list[Result]:
     extra = {"threads": threads, "clock": "cpu" if threads == 1 else "wall"}
-    rows = [Result("machine", "roofline", "", "operations_per_s", arithmetic_peak(threads), extra=extra)]
+    rows = [Result("machine", "roofline", "operations_per_s", arithmetic_peak(threads), extra=extra)]
     for megabytes in COPIES:
         condition = f"megabytes={megabytes}"
         value = copy_bandwidth(megabytes, threads)
-        rows.append(Result("machine", "roofline", condition, "bytes_per_s", value, extra=extra))
+        rows.append(Result("machine", "roofline", "bytes_per_s", value, where=parse(condition)[0], extra=extra))
     return rows
 
 
@@ -229,8 +230,24 @@ def measure_kernel(kernel: Kernel) -> list[Result]:
     extra = {"threads": 1, "clock": "cpu", "bound_ms": 1e3 * bound, "bound_by": by}
     extra |= {"operations": kernel.work.operations, "bytes": kernel.work.bytes, "fastest_ms": 1e3 * min(times)}
     return [
-        Result(kernel.name, "roofline", kernel.condition, "latency_ms", 1e3 * seconds, n=len(times), extra=extra),
-        Result(kernel.name, "roofline", kernel.condition, "fraction", bound / seconds, n=len(times), extra=extra),
+        Result(
+            kernel.name,
+            "roofline",
+            "latency_ms",
+            1e3 * seconds,
+            where=parse(kernel.condition)[0],
+            n=len(times),
+            extra=extra,
+        ),
+        Result(
+            kernel.name,
+            "roofline",
+            "fraction",
+            bound / seconds,
+            where=parse(kernel.condition)[0],
+            n=len(times),
+            extra=extra,
+        ),
     ]
 
 

@@ -39,6 +39,7 @@ from roofline import scan_inputs, scan_work
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import NEVER_KEPT
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
+from ssmclip.rows.condition import parse
 
 OURS = "ssmclip"
 LAST_METRIC = "state_updates_per_s"  # a shape and pass that has such a row is complete
@@ -79,7 +80,7 @@ class Shape:
 
     def condition(self, backward: bool) -> str:
         which = "forward+backward" if backward else "forward"
-        return f"dim={self.dim},length={self.length},state={self.states},batch={self.batch},pass={which}"
+        return f"dim={self.dim}, length={self.length}, state={self.states}, batch={self.batch}, pass={which}"
 
 
 SHAPES = [Shape(b, d, n, s) for d, n in STAGES for s in (1, 16) for b in (1, 8)] + [Shape(8, 1536, 77, 16)]
@@ -197,7 +198,9 @@ def measure(shape: Shape, backward: bool, repetitions: int, forecast: Forecast) 
     rows, running, left, once, wanted, best = [], {}, {}, {}, None, math.inf
     for name, peer in PEERS.items():
         if reason := left_out(name, shape, backward, best, forecast):
-            rows.append(Result(name, "scan", condition, "latency_ms", math.nan, n=0, extra={"not_run": reason}))
+            rows.append(
+                Result(name, "scan", "latency_ms", math.nan, where=parse(condition)[0], n=0, extra={"not_run": reason})
+            )
             continue
         seconds, y = one_run(peer, inputs, backward)  # the warm-up, and what a slow one is judged by
         wanted = y if wanted is None else wanted
@@ -218,7 +221,11 @@ def measure(shape: Shape, backward: bool, repetitions: int, forecast: Forecast) 
     medians = {name: statistics.median(times) for name, times in running.items()}
     for name, seconds in medians.items():
         extra = {**threads, "fastest_ms": 1e3 * min(running[name])} | ({"once": once[name]} if once[name] else {})
-        rows.append(Result(name, "scan", condition, "latency_ms", 1e3 * seconds, n=len(running[name]), extra=extra))
+        rows.append(
+            Result(
+                name, "scan", "latency_ms", 1e3 * seconds, where=parse(condition)[0], n=len(running[name]), extra=extra
+            )
+        )
     return rows + compare(shape, backward, medians, threads)
 
 
@@ -229,10 +236,12 @@ def compare(shape: Shape, backward: bool, medians: dict[str, float], threads: di
     if peers := {name: seconds for name, seconds in medians.items() if name != OURS}:
         best = min(peers, key=peers.get)
         extra = {**threads, "over": best}
-        rows.append(Result(OURS, "scan", condition, "speedup", peers[best] / mine, extra=extra))
+        rows.append(Result(OURS, "scan", "speedup", peers[best] / mine, where=parse(condition)[0], extra=extra))
         extra |= {"bound_ms": 1e3 * bound, "bound_by": by}
-        rows.append(Result(OURS, "scan", condition, "speedup_possible", peers[best] / bound, extra=extra))
-    rows.append(Result(OURS, "scan", condition, LAST_METRIC, shape.updates / mine, extra=threads))
+        rows.append(
+            Result(OURS, "scan", "speedup_possible", peers[best] / bound, where=parse(condition)[0], extra=extra)
+        )
+    rows.append(Result(OURS, "scan", LAST_METRIC, shape.updates / mine, where=parse(condition)[0], extra=threads))
     return rows
 
 
@@ -245,7 +254,11 @@ def measure_kernel(shape: Shape, repetitions: int) -> list[Result]:
     seconds = statistics.median(one_run(PEERS[OURS], inputs, False)[0] for _ in range(repetitions))
     extra = {"threads": torch.get_num_threads(), "latency_ms": 1e3 * seconds}
     rate = shape.updates / seconds
-    return [Result(OURS, "scan_kernel", shape.condition(False), LAST_METRIC, rate, n=repetitions, extra=extra)]
+    return [
+        Result(
+            OURS, "scan_kernel", LAST_METRIC, rate, where=parse(shape.condition(False))[0], n=repetitions, extra=extra
+        )
+    ]
 
 
 MEMORY = """
@@ -268,7 +281,7 @@ def measure_memory(shape: Shape) -> list[Result]:
     """Peak resident memory of forward and backward over that of inputs and outputs, in a process of its own (Linux)."""
     code = MEMORY.format(folder=str(Path(__file__).parent), **vars(shape))
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    return [Result(OURS, "scan", shape.condition(True), "peak_memory_ratio", float(output), n=1)]
+    return [Result(OURS, "scan", "peak_memory_ratio", float(output), where=parse(shape.condition(True))[0], n=1)]
 
 
 PAGES = """
@@ -300,8 +313,12 @@ def measure_pages(shape: Shape) -> list[Result]:
         code = PAGES.format(folder=str(Path(__file__).parent), large=large, **vars(shape))
         run = [sys.executable, "-c", code]
         output = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-        condition = f"{shape.condition(True)},pages={pages}"
-        rows.append(Result(OURS, "large_pages", condition, "cpu_ms", 1e3 * float(output), n=9, extra={"threads": 1}))
+        condition = f"{shape.condition(True)}, pages={pages}"
+        rows.append(
+            Result(
+                OURS, "large_pages", "cpu_ms", 1e3 * float(output), where=parse(condition)[0], n=9, extra={"threads": 1}
+            )
+        )
     return rows
 
 
@@ -321,7 +338,7 @@ def measurements(
             key = "scan", shape.condition(True), "peak_memory_ratio"
             steps.append((key, partial(measure_memory, shape)))
         if 4 * shape.batch * shape.dim * shape.length >= NEVER_KEPT:
-            key = "large_pages", f"{shape.condition(True)},pages=large", "cpu_ms"
+            key = "large_pages", f"{shape.condition(True)}, pages=large", "cpu_ms"
             steps.append((key, partial(measure_pages, shape)))
     return steps
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from ssmclip.models.networks.mamba_text import LanguageModel, read_config
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
+from ssmclip.rows.condition import parse
 
 OURS, PEER, PRODUCTS = "ssmclip", "transformers", "linear layers alone"
 FIELDS = {
@@ -119,10 +120,12 @@ def measure(case: Case, repetitions: int, clock: str) -> Iterator[Result]:
     how = {"threads": torch.get_num_threads(), "clock": clock}
     for name, seconds in medians.items():
         extra = {**how, "fastest_ms": 1e3 * min(times[name])}
-        yield Result(name, "text", condition, "latency_ms", 1e3 * seconds, n=len(times[name]), extra=extra)
+        yield Result(
+            name, "text", "latency_ms", 1e3 * seconds, where=parse(condition)[0], n=len(times[name]), extra=extra
+        )
     for name in (OURS, PRODUCTS):
         speedup, n = medians[PEER] / medians[name], min(len(times[PEER]), len(times[name]))
-        yield Result(name, "text", condition, "speedup", speedup, n=n, extra={**how, "over": PEER})
+        yield Result(name, "text", "speedup", speedup, where=parse(condition)[0], n=n, extra={**how, "over": PEER})
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import torch
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import LARGE_PAGE, NEVER_KEPT, PAGE, want_large_pages
 from ssmclip.rows import Result, read_rows, write_rows
+from ssmclip.rows.condition import parse
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -77,8 +78,8 @@ def test_slow_peers_run_once_and_hopeless_ones_not_at_all(scan):
 
 def test_a_benchmark_knows_what_its_rows_tell(scan):
     shape = scan.SHAPES[0]
-    row = scan.Result("loop", "scan", shape.condition(True), "latency_ms", 1500.0, n=1)
-    absent = scan.Result("mambapy", "scan", shape.condition(True), "latency_ms", math.nan, n=0)
+    row = scan.Result("loop", "scan", "latency_ms", 1500.0, where=parse(shape.condition(True))[0], n=1)
+    absent = scan.Result("mambapy", "scan", "latency_ms", math.nan, where=parse(shape.condition(True))[0], n=0)
     forecast = scan.Forecast()
     forecast.remember([row, absent], scan.SHAPES)
     assert forecast.seconds("loop", True, shape) == 1.5
@@ -91,8 +92,8 @@ def test_every_card_has_a_file_of_its_own(gpu, card, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "GPU", card == "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
-    monkeypatch.setattr(gpu, "in_fresh_process", lambda part, seconds: [Result(part, "gpu", "", "ran", 1.0)])
-    interpreted = [Result(part, "gpu", "", "ran", 1.0) for part in gpu.PARTS]
+    monkeypatch.setattr(gpu, "in_fresh_process", lambda part, seconds: [Result(part, "gpu", "ran", 1.0)])
+    interpreted = [Result(part, "gpu", "ran", 1.0) for part in gpu.PARTS]
     write_rows("results/gpu.jsonl", interpreted, {"card": "none: Triton's interpreter"})
     before = Path("results/gpu.jsonl").read_bytes()
     monkeypatch.setattr(sys, "argv", ["gpu.py"])

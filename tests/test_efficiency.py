@@ -100,18 +100,18 @@ def test_rows_are_the_measurements_in_their_units(tmp_path):
     ]
     assert by["image=96", "images_per_s"].value == 4 / 0.5
     assert by["image=96", "images_per_s"].extra["low"] == 4 / 0.8
-    assert by["text=77", "texts_per_s"].value == 4 / 0.5
-    assert by["text=77", "training_texts_per_s"].n == 9
+    assert by["77 tokens", "texts_per_s"].value == 4 / 0.5
+    assert by["77 tokens", "training_texts_per_s"].n == 9
     assert (by["image=96", "latency_ms"].value, by["image=96", "latency_ms"].n) == (250, 7)
     assert by["image=96", "training_memory_mb"].value == 100
     assert by["image=96", "energy_j"].value == 3
     count = count_macs("CLIP-ViT-Nano", (96, 192), text_length=77)
     assert by["image=96x192", "macs"].value == count.image.total
-    assert by["text=77", "macs"].value == count.text.total
-    assert by["text=77", "macs"].extra["parts"]["attention"] == count.text.attention
-    assert by["image=96x192", "parameters"].value + by["text=77", "parameters"].value + 1 == count.parameters
+    assert by["77 tokens", "macs"].value == count.text.total
+    assert by["77 tokens", "macs"].extra["parts"]["attention"] == count.text.attention
+    assert by["image=96x192", "parameters"].value + by["77 tokens", "parameters"].value + 1 == count.parameters
     assert by["image=96x192", "long_sequence_ratio"].value == pytest.approx(6 * 12 / (6 * 192))
-    assert by["text=77", "long_sequence_ratio"].extra == {"threshold": 12 * 128, "side": None}
+    assert by["77 tokens", "long_sequence_ratio"].extra == {"threshold": 12 * 128, "side": None}
 
 
 def test_what_is_there_is_not_measured_again(tmp_path):
@@ -197,7 +197,7 @@ def test_what_did_not_fit_is_tried_again_where_it_may_now(first, then, tried, tm
     def run(models, **settings):
         return sweep(models, [32], [], out, settings=settings, modes=["training"], measure=lambda job: next(answers))
 
-    write_rows(out, [Result("a", "other task", "image=32", "fits", 0.0)], {"seed": 7})
+    write_rows(out, [Result("a", "other task", "fits", 0.0, where={"image": 32})], {"seed": 7})
     run({"a": "test_vmamba"}, **{**then, "memory_limit": 10**9})
     rows = run({"a": "test_vmamba"}, **then)
     metrics = [(row.task, row.metric) for row in rows]
@@ -227,7 +227,7 @@ def test_memory_that_has_become_free_is_a_reason_to_try_again(before, now, tried
 
 def test_a_size_a_model_could_not_take_is_counted_once_it_can(tmp_path):
     out = tmp_path / "rows"
-    write_rows(out, [Result("a", "efficiency", "image=32", "fits", 0.0, extra={"why": "no such layer yet"})])
+    write_rows(out, [Result("a", "efficiency", "fits", 0.0, where={"image": 32}, extra={"why": "no such layer yet"})])
     rows = sweep({"a": "test_vmamba"}, [32], [], out, modes=[])
     assert [row.metric for row in rows] == ["macs", "parameters"]
     assert rows[0].value == count_macs("test_vmamba", 32).image.total
@@ -348,12 +348,12 @@ def test_figures_fit_growth_and_find_the_crossing(tmp_path):
     """a grows with the pixels, b with their square; they are equal at 512 pixels a side."""
     sides = [128, 256, 1024, 2048]
     rows = [
-        Result(model, "efficiency", f"image={side}", "macs", 3.0 * (side / 512) ** (2 * power))
+        Result(model, "efficiency", "macs", 3.0 * (side / 512) ** (2 * power), where={"image": side})
         for model, power in (("a", 1), ("b", 2))
         for side in sides
     ]
-    rows += [Result("b", "efficiency", f"image={side} attention=plain", "macs", 5.0) for side in sides[:2]]
-    rows += [Result("a", "efficiency", f"text={length}", "macs", float(length)) for length in (77, 256)]
+    rows += [Result("b", "efficiency", "macs", 5.0, where={"image": side, "attention": "plain"}) for side in sides[:2]]
+    rows += [Result("a", "efficiency", "macs", float(length), where={"tokens": length}) for length in (77, 256)]
     write_rows(tmp_path / "rows", rows)
     image, text = [d for d in drawings(read_store([tmp_path / "rows"])) if type(d) is FIGURES["efficiency"]]
     assert image.growth() == pytest.approx({"a": 1, "b": 2, "b (plain attention)": 0})
@@ -374,13 +374,13 @@ def test_figures_fit_growth_and_find_the_crossing(tmp_path):
 
 def test_memory_side_by_side_is_that_of_climps_size(tmp_path):
     """896 pixels where they were measured, each beside the least."""
-    memory = {("a", ""): (10.0, 40.0), ("b", ""): (30.0, 200.0), ("b", " attention=plain"): (90.0, 800.0)}
+    memory = [("a", {}, (10.0, 40.0)), ("b", {}, (30.0, 200.0)), ("b", {"attention": "plain"}, (90.0, 800.0))]
     rows = [
-        Result(model, "efficiency", f"image={side}{how}", "inference_memory_mb", value)
-        for (model, how), values in memory.items()
+        Result(model, "efficiency", "inference_memory_mb", value, where={"image": side, **how})
+        for model, how, values in memory
         for side, value in zip((896, 1024), values, strict=True)
     ]
-    rows += [Result("a", "efficiency", "image=896", "training_memory_mb", 1.0)]  # nothing to compare with
+    rows += [Result("a", "efficiency", "training_memory_mb", 1.0, where={"image": 896})]  # nothing to compare with
     write_rows(tmp_path / "rows", rows)
     (drawn,) = [d for d in drawings(read_store([tmp_path / "rows"])) if type(d) is FIGURES["memory"]]
     assert "896" in drawn.title

@@ -431,14 +431,14 @@ def test_paired_tests_equal_scipy_and_the_rows_they_come_from():
     keys = [str(i) for i in range(200)]
 
     def row(model, right, keys=keys, task="t"):
-        return Result(model, task, "", "top1", right.double().mean().item(), n=len(right), extra=marked(right, keys))
+        return Result(model, task, "top1", right.double().mean().item(), n=len(right), extra=marked(right, keys))
 
     assert unmarked(row("A", a)).equal(a)
     only = int((a & ~b).sum()), int((b & ~a).sum())
     assert mcnemar(a, b) == pytest.approx(binomtest(only[0], sum(only), 0.5).pvalue, rel=1e-12)
     assert mcnemar(a, a) == 1.0
     (made,) = paired_rows([row("A", a), row("B", b), row("A", a, task="other"), row("B", b, keys[::-1], "other")])
-    assert (made.model, made.condition, made.metric) == ("A", "minus B", "top1_difference")
+    assert (made.model, made.against, made.metric) == ("A", "B", "top1_difference")
     assert made.value == pytest.approx((a.double().mean() - b.double().mean()).item())
     spread = (a.double() - b.double()).std(correction=0).item() / 200**0.5
     assert made.ci_low == pytest.approx(made.value - 1.96 * spread, abs=0.02)

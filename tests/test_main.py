@@ -67,7 +67,7 @@ def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command
     right = torch.tensor([True, False])
     for model, name in (("A", "a.jsonl"), ("B", "b.jsonl")):
         extra = marked(right, ["0", "1"])
-        write_rows(name, [Result(model, "t", "", "top1", 0.5, n=2, extra=extra)])
+        write_rows(name, [Result(model, "t", "top1", 0.5, n=2, extra=extra)])
     before = (tmp_path / "b.jsonl").read_bytes()
     assert main(command.split()) == 1
     assert "is one of the files that are read: give another" in capsys.readouterr().err

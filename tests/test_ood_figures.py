@@ -33,30 +33,50 @@ def make_rows() -> list[Result]:
         others = {"with": {other: 0.5 for other in MODELS[:2] if other != model}} if model != "humans" else {}
         for label in ("17 data sets", "16 data sets, without cue conflict"):
             for metric, value in (("ood_accuracy", 0.6), ("accuracy_difference", 0.1), ("observed_consistency", 0.7)):
-                rows.append(Result(model, "ood", label, metric, *interval(value + place / 10), 99))
+                rows.append(Result(model, "ood", metric, *interval(value + place / 10), 99, where={"average": label}))
             rows.append(
-                Result(model, "ood", label, "error_consistency", *interval(KAPPA[model]), 99, {"title": "OOD"} | others)
+                Result(
+                    model,
+                    "ood",
+                    "error_consistency",
+                    *interval(KAPPA[model]),
+                    99,
+                    where={"average": label},
+                    extra={"title": "OOD"} | others,
+                )
             )
         for name, levels in LEVELS.items():
             rows += [
-                Result(model, f"ood/{name}", f"level={level}", "accuracy", *interval(0.9 - i / 5 - place / 20))
+                Result(model, f"ood/{name}", "accuracy", *interval(0.9 - i / 5 - place / 20), where={"level": level})
                 for i, level in enumerate(levels)
             ]
-            rows.append(Result(model, f"ood/{name}", "", "ood_accuracy", 0.5))
+            rows.append(Result(model, f"ood/{name}", "ood_accuracy", 0.5))
         small = {} if place else {"stimuli": {"0": SMALL}}
-        rows.append(Result(model, "ood/edge", "", "ood_accuracy", *interval(0.3 + place / 10), 160, small))
+        rows.append(Result(model, "ood/edge", "ood_accuracy", *interval(0.3 + place / 10), 160, extra=small))
         for name, levels in LEVELS.items() if model != "humans" else ():
             shown = {"stimuli": dict.fromkeys(levels, SMALL)} if not place and name != "eidolonI" else {}
             about = {"title": f"CIFAR-10, {name}", "chance": 0.1}
             task = f"distorted/cifar10/{name}"
             rows += [
-                Result(model, task, f"level={level}", "top1", *interval(0.3 - i / 20), 99, about | ({} if i else shown))
+                Result(
+                    model,
+                    task,
+                    "top1",
+                    *interval(0.3 - i / 20),
+                    99,
+                    where={"level": level},
+                    extra=about | ({} if i else shown),
+                )
                 for i, level in enumerate(levels)
             ]
-            rows.append(Result(model, task, "mean over levels", "top1", *interval(0.2), 99, about))
-            rows.append(Result(model, task, "mean over levels", "top1_retained", 0.7, n=99, extra=about))
+            rows.append(
+                Result(model, task, "top1", *interval(0.2), 99, where={"average": "mean over levels"}, extra=about)
+            )
+            rows.append(
+                Result(model, task, "top1_retained", 0.7, where={"average": "mean over levels"}, n=99, extra=about)
+            )
         extra = {"per_category": {"cat": 0.1 + place / 10, "dog": None if place else 0.7}}
-        rows.append(Result(model, "ood/cue-conflict", "", "shape_bias", 0.4 + place / 10, n=1280, extra=extra))
+        rows.append(Result(model, "ood/cue-conflict", "shape_bias", 0.4 + place / 10, n=1280, extra=extra))
     return rows
 
 
@@ -167,9 +187,10 @@ def test_the_page_shows_them_and_no_table_of_levels(tmp_path):
 
 def test_models_without_intervals_and_averages_are_drawn(tmp_path):
     rows = [row for row in ROWS if row.task != "ood"]
-    rows += [Result("A", "ood/edge", "", "error_consistency", 0.2, extra={"with": {}})]
+    rows += [Result("A", "ood/edge", "error_consistency", 0.2, extra={"with": {}})]
     write_rows(
-        tmp_path / "rows.jsonl", [Result(r.model, r.task, r.condition, r.metric, r.value, extra=r.extra) for r in rows]
+        tmp_path / "rows.jsonl",
+        [Result(r.model, r.task, r.metric, r.value, where=r.where, extra=r.extra) for r in rows],
     )
     found = drawings(read_store([tmp_path / "rows.jsonl"]))
     assert [type(one).__name__ for one in found] == [

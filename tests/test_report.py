@@ -58,8 +58,8 @@ def classification(model: str, value: float, counts: list[list[int]]) -> list[Re
         "similarity": {"images": ["3", "5"], "texts": ["cat", "dog"], "scores": [[0.3, 0.31], [0.1, 0.52]]},
     }
     return [
-        Result(model, "animals", "", "top1", value, value - 0.05, value + 0.05, 60, extra),
-        Result(model, "animals", "", "mean_per_class", value + 0.01, value - 0.05, value + 0.06, 60),
+        Result(model, "animals", "top1", value, value - 0.05, value + 0.05, 60, extra=extra),
+        Result(model, "animals", "mean_per_class", value + 0.01, value - 0.05, value + 0.06, 60),
     ]
 
 
@@ -83,7 +83,7 @@ def retrieval(model: str, value: float) -> list[Result]:
         "text_to_image": [{"text": "a | b", "truth": "0", "found": [hit, {"item": "1", "score": 0.3, "right": False}]}],
     }
     return [
-        Result(model, "photos", "", f"{way}_recall@{k}", value * k / 10, value * k / 12, value * k / 9, n, more)
+        Result(model, "photos", f"{way}_recall@{k}", value * k / 10, value * k / 12, value * k / 9, n, extra=more)
         for way, n in (("image_to_text", 100), ("text_to_image", 500))
         for k, more in ((1, extra if way == "image_to_text" else {}), (10, {"chance": 0.1}))
     ]
@@ -93,45 +93,56 @@ def training(model: str, start: float) -> list[Result]:
     rows = []
     for step in range(10, 60, 10):
         rows += [
-            Result(model, "train", f"step={step}", "loss", start / step),
-            Result(model, "train", f"step={step}", "images_per_s", start * step),
-            Result(model, "train", f"step={step}", "lr", 0.1),
+            Result(model, "train", "loss", start / step, where={"step": step}),
+            Result(model, "train", "images_per_s", start * step, where={"step": step}),
+            Result(model, "train", "lr", 0.1, where={"step": step}),
         ]
-    return [*rows, Result(model, "animals", "step=50", "top1", start / 10, n=60)]
+    return [*rows, Result(model, "animals", "top1", start / 10, where={"step": 50}, n=60)]
 
 
 def landscape(model: str, sign: float) -> list[Result]:
     """What analysis writes: eigenvalues and a density per batch, over training, and two surfaces."""
     rows = []
     for batch in range(6):
-        where = f"batch={batch},tower=whole"
+        where = {"batch": batch, "tower": "whole"}
         rows += [
             Result(
                 model,
                 "hessian",
-                where,
                 f"by_magnitude_{i}",
                 sign * (10 - i) * (-1) ** batch,
+                where=where,
                 extra={"residual": 1e-4 / i, "products": 30, "found_after": 3 * i},
             )
             for i in range(1, 6)
         ]
         rows += [
-            Result(model, "hessian", f"{where},protocol=park-kim", f"by_magnitude_{i}", sign * (9.9 - i),
-                   extra={"residual": 0.01 * i, "products": 60}) for i in range(1, 6)
-        ]  # fmt: skip
+            Result(
+                model,
+                "hessian",
+                f"by_magnitude_{i}",
+                sign * (9.9 - i),
+                where={**where, "protocol": "park-kim"},
+                extra={"residual": 0.01 * i, "products": 60},
+            )
+            for i in range(1, 6)
+        ]
         spectrum = {"nodes": [[-2.0 * sign, 0.5, 9.0]], "weights": [[0.25, 0.5, 0.25]], "size": 100}
-        rows.append(Result(model, "hessian", where, "negative_mass", 0.2, n=1, extra=spectrum))
+        rows.append(Result(model, "hessian", "negative_mass", 0.2, where=where, n=1, extra=spectrum))
         rows += [
-            Result(model, "hessian", f"step={step},{where}", f"{end}_1", value * (step + batch))
+            Result(model, "hessian", f"{end}_1", value * (step + batch), where={"step": step, **where})
             for step in (0, 10)
             for end, value in (("largest", 2.0), ("smallest", -1.0))
         ]
-    rows.append(Result(model, "hessian", "tower=whole", "negative_share", 0.5, 0.4, 0.6, 6, {"title": "Hessian"}))
+    rows.append(
+        Result(
+            model, "hessian", "negative_share", 0.5, 0.4, 0.6, 6, where={"tower": "whole"}, extra={"title": "Hessian"}
+        )
+    )
     places = (-1.0, -0.5, 0.0, 0.5, 1.0)
-    rows += [Result(model, "surface_1d", f"x={x}", "loss", sign * x * x) for x in places]
+    rows += [Result(model, "surface_1d", "loss", sign * x * x, where={"x": x}) for x in places]
     return rows + [
-        Result(model, "surface_2d", f"x={x},y={y}", "loss", x * x + sign * y) for x in places for y in places
+        Result(model, "surface_2d", "loss", x * x + sign * y, where={"x": x, "y": y}) for x in places for y in places
     ]
 
 
@@ -139,7 +150,7 @@ ROWS = [
     *classification("CLIP-A", 0.75, [[15, 5, 0], [5, 15, 0], [0, 5, 15]]),
     *retrieval("CLIP-A", 0.6),
     *training("CLIP-A", 5.0),
-    *(Result("CLIP-A", "efficiency", f"image={side}", "macs", 3.0 * side**2) for side in (32, 64)),
+    *(Result("CLIP-A", "efficiency", "macs", 3.0 * side**2, where={"image": side}) for side in (32, 64)),
     *classification(HOSTILE, 0.60, [[12, 8, 0], [8, 12, 0], [0, 8, 12]]),
     *retrieval(HOSTILE, 0.5),
     *training(HOSTILE, 6.0),
@@ -234,7 +245,7 @@ def test_landscapes_are_the_rows(drawn):
     for found, usual in zip(drawn["hessian_eigenvalues"], (False, True), strict=True):
         values = [entry["value"] for entry in found.frame() if entry["model"] == "CLIP-A"]
         mine = [row for row in landscape("CLIP-A", 1.0) if "magnitude" in row.metric]
-        assert sorted(values) == sorted(row.value for row in mine if ("park-kim" in row.condition) == usual)
+        assert sorted(values) == sorted(row.value for row in mine if ("protocol" in row.where) == usual)
     (protocols,) = drawn["hessian_protocols"]
     mine = [entry for entry in protocols.frame() if entry["model"] == "CLIP-A"]
     lanczos, power = ([e for e in mine if (e["protocol"] == "Lanczos") == wanted] for wanted in (True, False))
@@ -265,7 +276,7 @@ def test_tables_have_no_line_for_every_batch():
 def test_curves_are_the_rows_of_the_steps(drawn):
     loss, validation = drawn["training_curves"]
     assert [(f["model"], f["step"], f["value"]) for f in loss.frame()] == [
-        (row.model, int(row.condition.removeprefix("step=")), row.value) for row in rows_of("loss", "step=")
+        (row.model, row.where["step"], row.value) for row in rows_of("loss", "step=")
     ]
     assert [f["value"] for f in validation.frame()] == [row.value for row in rows_of("top1", "step=")]
     lines = loss.plot().axes[0].lines
@@ -278,7 +289,7 @@ def test_curves_are_the_rows_of_the_steps(drawn):
 def test_bars_are_the_rows_with_their_intervals(drawn):
     (accuracy,), (recall,) = drawn["zero_shot"], drawn["retrieval"]
     for figure, rows in (
-        (accuracy, [row for row in rows_of("top1") if row.condition == ""]),
+        (accuracy, [row for row in rows_of("top1") if row.plain]),
         (recall, [row for row in ROWS if "recall" in row.metric]),
     ):
         assert [(f["model"], f["value"], f["ci_low"], f["ci_high"], f["n"], f["chance"]) for f in figure.frame()] == [
@@ -318,7 +329,7 @@ def test_classes_and_confusions_are_those_of_the_rows(drawn):
 def test_many_classes_show_the_best_and_the_worst(tmp_path):
     classes = [{"name": f"c{i:02}", "accuracy": i / 100, "n": 5} for i in range(50)]
     write_rows(
-        tmp_path / "rows", [Result("A", "t", "", "top1", 0.5, extra={"kind": "classification", "per_class": classes})]
+        tmp_path / "rows", [Result("A", "t", "top1", 0.5, extra={"kind": "classification", "per_class": classes})]
     )
     (by_class,) = [d for d in drawings(read_store([tmp_path / "rows"])) if isinstance(d, FIGURES["per_class"])]
     assert "15 best and worst of 50" in by_class.title
@@ -361,7 +372,7 @@ def test_the_page_stands_alone_and_escapes_what_rows_say(html, drawn):
 def test_the_page_says_every_number_with_its_interval_and_how_it_was_measured(html):
     text = Page(html).text
     for row in ROWS:
-        if row.condition == "":
+        if row.plain:
             assert f"{100 * row.value:.1f} % {100 * row.ci_low:.1f}–{100 * row.ci_high:.1f}" in text
     for said in ("abc123", "Some CPU", "seed 7", "torch 2.15", "partial: 60 of 1,000 images", "rows.jsonl"):
         assert said in text
@@ -374,7 +385,7 @@ def test_the_page_is_the_same_each_time(html, rows_file, tmp_path):
 def test_figures_without_rows_are_left_out(tmp_path):
     write_rows(
         tmp_path / "rows",
-        [Result("A", "scan", "batch=8", "time_ms", 1.5, n=3), Result("A", "scan", "", "gap", math.nan)],
+        [Result("A", "scan", "time_ms", 1.5, where={"batch": 8}, n=3), Result("A", "scan", "gap", math.nan)],
     )
     html = write_report([tmp_path / "rows"], tmp_path).read_text()
     page = Page(html)
@@ -409,8 +420,8 @@ def test_models_keep_their_look_and_can_be_told_apart_in_grey():
 
 
 def test_the_last_of_several_equal_measurements_counts(tmp_path):
-    write_rows(tmp_path / "a", [Result("A", "t", "", "top1", 0.1), Result("A", "t", "step=1", "loss", 2.0)])
-    write_rows(tmp_path / "b", [Result("A", "t", "", "top1", 0.2), Result("A", "t", "step=1", "loss", 2.0)])
+    write_rows(tmp_path / "a", [Result("A", "t", "top1", 0.1), Result("A", "t", "loss", 2.0, where={"step": 1})])
+    write_rows(tmp_path / "b", [Result("A", "t", "top1", 0.2), Result("A", "t", "loss", 2.0, where={"step": 1})])
     store = read_store([tmp_path / "a", tmp_path / "b"])
     assert [row.value for row in store.rows] == [0.2, 2.0]
     assert store.replaced == 1
@@ -440,7 +451,7 @@ def test_the_readme_table_is_the_rows(rows_file, tmp_path):
     assert lines[2] == ["Three animals", "top-1 accuracy", "60", "75.0 % (70.0–80.0)", "60.0 % (55.0–65.0)"]
     assert lines[-1][1:] == ["images per second", "5", "150", "180"]
     assert "<script>" not in table(ROWS)
-    assert r"a \| b" in table([Result("a | b", "t", "", "top1", 0.5)])
+    assert r"a \| b" in table([Result("a | b", "t", "top1", 0.5)])
 
     readme = tmp_path / "README.md"
     readme.write_text("# Mine\n\n<!-- results -->\nold\n<!-- /results -->\n\nThe end.\n")
@@ -510,7 +521,7 @@ HIT = {"item": "a", "score": 1.0, "right": True}
     ],
 )
 def test_extras_that_are_not_what_a_figure_draws_are_refused(tmp_path, extra, why):
-    write_rows(tmp_path / "rows", [Result("A", "t", "", "top1", 0.5, extra=extra)])
+    write_rows(tmp_path / "rows", [Result("A", "t", "top1", 0.5, extra=extra)])
     with pytest.raises(ValueError, match=why):
         write_report([tmp_path / "rows"], tmp_path)
 
@@ -529,7 +540,7 @@ def test_the_report_imports_no_torch():
 def table1_rows(model: str, values: dict[str, float], parameters: float = 50e6) -> list[Result]:
     extra = {"kind": "classification", "parameters": {"image": parameters, "all": 2 * parameters}}
     metric = {"pets": "mean_per_class", "hateful_memes": "roc_auc"}
-    return [Result(model, task, "", metric.get(task, "top1"), v, n=10, extra=extra) for task, v in values.items()]
+    return [Result(model, task, metric.get(task, "top1"), v, n=10, extra=extra) for task, v in values.items()]
 
 
 def test_table_1_stands_beside_the_published_rows(tmp_path):
@@ -565,14 +576,14 @@ def test_long_families_have_tables_of_their_own_with_the_rest_folded(tmp_path):
     kinds = ("contrast", "high-pass", "low-pass", "rotation")
     about = {name: {"title": f"Digits, all, {name}", "partial": {"used": 2, "of": 3}} for name in kinds}
     rows = [
-        Result(model, f"distorted/digits/{name}", "mean over levels", metric, 0.1, extra=about[name])
+        Result(model, f"distorted/digits/{name}", metric, 0.1, where={"average": "mean over levels"}, extra=about[name])
         for model in ("A", "B")
         for name in kinds
         for metric in metrics
     ]
-    rows += [Result("A", "digits", "", "top1", 0.9), Result("B", "digits", "", "top1", 0.8)]
-    rows += [Result("plain", "scan", "", "latency_ms", 1.0)]
-    rows += [Result("plain", "text", "", metric, 1.0) for metric in ("latency_ms", "speedup")]
+    rows += [Result("A", "digits", "top1", 0.9), Result("B", "digits", "top1", 0.8)]
+    rows += [Result("plain", "scan", "latency_ms", 1.0)]
+    rows += [Result("plain", "text", metric, 1.0) for metric in ("latency_ms", "speedup")]
     found = blocks(rows, ["A", "B", "plain"])
     assert [(block.title, block.models) for block in found] == [
         ("Digits, all, distorted", ["A", "B"]),
@@ -584,7 +595,7 @@ def test_long_families_have_tables_of_their_own_with_the_rest_folded(tmp_path):
     assert [(line.title, line.metric) for line in found[0].folded] == [(k, m) for k in kinds for m in metrics[1:]]
     assert [cell.model for line in found[0].folded for cell in line.cells] == ["A", "B"] * 12
     assert notes(rows) == [(model, "Digits, all, distorted", "partial: 2 of 3 images") for model in ("A", "B")]
-    single = blocks([Result("A", "scan", f"L={n}", "latency_ms", 1.0) for n in range(20)], ["A"])
+    single = blocks([Result("A", "scan", "latency_ms", 1.0, where={"length": n}) for n in range(20)], ["A"])
     assert [(block.title, len(block.shown), len(block.folded)) for block in single] == [("scan", 12, 8)]
     write_rows(tmp_path / "rows", rows)
     html = write_report([tmp_path / "rows"], tmp_path).read_text()

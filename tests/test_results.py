@@ -11,9 +11,9 @@ from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_row
 GOOD = '{"model": "A", "task": "t", "condition": "", "metric": "m", "value": 1.0}'
 ROWS = [
     Result(
-        "Modèle \u2028 <b>", "digits", "", "top1", 0.1 + 0.2, 0.25, 0.35, 360, {"names": ["zéro", "|"], "chance": 0.1}
+        "Modèle \u2028 <b>", "digits", "top1", 0.1 + 0.2, 0.25, 0.35, 360, extra={"names": ["zéro", "|"], "chance": 0.1}
     ),
-    Result("B", "train", "step=10", "loss", 3.0, n=0),
+    Result("B", "train", "loss", 3.0, where={"step": 10}, n=0),
 ]
 
 
@@ -36,7 +36,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def test_every_line_is_json_also_when_a_value_is_not_finite(tmp_path):
     path = tmp_path / "rows.jsonl"
-    write_rows(path, [Result("A", "t", "", "loss", math.nan), Result("A", "t", "", "grad_norm", math.inf)])
+    write_rows(path, [Result("A", "t", "loss", math.nan), Result("A", "t", "grad_norm", math.inf)])
 
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")

@@ -42,7 +42,7 @@ def tiny(*overrides):
 def series(out, metric):
     """step -> value of a training metric in a run's rows."""
     rows = read_rows(out / "rows.jsonl")[1]
-    return {int(r.condition[5:]): r.value for r in rows if r.task == "train" and r.metric == metric}
+    return {r.where["step"]: r.value for r in rows if r.task == "train" and r.metric == metric}
 
 
 class EightPairs:
@@ -275,7 +275,10 @@ def test_best_checkpoint_is_kept_and_validation_leaves_no_trace(tmp_path, eight_
         assert not model.training
         torch.rand(5)
         steps.append(step)
-        return [Result("tiny", "digits", "", "top1", next(values)), Result("tiny", "digits", "level=2", "top1x", 0.0)]
+        return [
+            Result("tiny", "digits", "top1", next(values)),
+            Result("tiny", "digits", "top1x", 0.0, where={"level": "2"}),
+        ]
 
     overrides = ["steps=8", "checkpoint.every=100", "keep=1", "drop_path_rate=0.5"]
     train(tiny(*overrides), tmp_path / "plain")
@@ -288,7 +291,7 @@ def test_best_checkpoint_is_kept_and_validation_leaves_no_trace(tmp_path, eight_
     assert [p.name for p in checkpoints(tmp_path / "validated")] == ["step_00000004", "step_00000008"]
     rows = [r for r in read_rows(tmp_path / "validated" / "rows.jsonl")[1] if r.task == "digits"]
     assert {r.model for r in rows} == {"validated"}
-    assert [r.condition for r in rows][:2] == ["step=2", "step=2 level=2"]
+    assert [r.condition for r in rows][:2] == ["step=2", "step=2, level=2"]
 
     values = iter([0.1] * 4)
     config = tiny("steps=3", "validation.every=2", "best=digits/top5", 'tasks=["digits"]')
@@ -465,7 +468,7 @@ def test_refuses_before_any_work(tmp_path, monkeypatch):
         train(tiny("best=digits/top1"), tmp_path / "unmeasured")
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(tiny(), tmp_path / "new", resume=True)
-    append_rows(tmp_path / "old" / "rows.jsonl", [Result("tiny", "train", "step=1", "loss", 1.0)])
+    append_rows(tmp_path / "old" / "rows.jsonl", [Result("tiny", "train", "loss", 1.0, where={"step": 1})])
     with pytest.raises(FileExistsError, match="continue it with --resume"):
         train(tiny(), tmp_path / "old")
     if not torch.cuda.is_available():
@@ -510,7 +513,7 @@ def test_the_best_is_of_one_metric(tmp_path, eight_pairs):
     measured = {"big": iter([math.nan, 0.9, 0.8]), "small": iter([0.0, 0.02, 0.01, 0.03])}
 
     def validate(model, preprocess, tokenizer, step):
-        return [Result("tiny", "digits", "", name, next(values, 0.0)) for name, values in measured.items()]
+        return [Result("tiny", "digits", name, next(values, 0.0)) for name, values in measured.items()]
 
     usual = ["validation.every=2", "checkpoint.every=2", "keep=9", 'tasks=["digits"]']
     train(tiny("steps=6", *usual, "best=digits/big"), tmp_path, validate=validate)
@@ -633,7 +636,7 @@ def test_truncate_rows_drops_later_steps_and_a_cut_line(tmp_path):
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"model": "m", "ta')
     truncate_rows(path, 10)
-    assert [r.condition for r in read_rows(path)[1]] == ["step=9", "step=10", "step=10 level=2"]
+    assert [r.condition for r in read_rows(path)[1]] == ["step=9", "step=10", "step=10, level=2"]
 
 
 def test_random_state_is_put_back():

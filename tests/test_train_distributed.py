@@ -221,7 +221,7 @@ def _numbers(folder: Path) -> dict:
 
 def _resume(out: Path, *overrides: str) -> None:
     def validate(model, preprocess, tokenizer, step):
-        return [Result("tiny", "none", "", "one", 1.0)]
+        return [Result("tiny", "none", "one", 1.0)]
 
     whole, resumed = out / "whole", out / "resumed"
     train(_config(*overrides), whole, validate=validate)

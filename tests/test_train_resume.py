@@ -51,8 +51,8 @@ def config(*overrides):
 def learnt(out):
     """Every training number that must repeat: (step, metric) -> value."""
     rows = read_rows(out / "rows.jsonl")[1]
-    numbers = [(r.condition, r.metric, r.value) for r in rows if r.metric in ("loss", "grad_norm", "logit_scale", "lr")]
-    made = {(condition, metric): value for condition, metric, value in numbers}
+    numbers = [(r.place, r.metric, r.value) for r in rows if r.metric in ("loss", "grad_norm", "logit_scale", "lr")]
+    made = {(place, metric): value for place, metric, value in numbers}
     assert len(made) == len(numbers), "a step was written twice"
     return made
 

@@ -115,15 +115,15 @@ found = []
 with gpu.Compiled(found):
     gpu.call("ssd", "triton", wide).sum().backward()
 for which, counts in found:
-    print(json.dumps(dict(condition=f"ssd pass={{which}}", metric="shared_bytes", value=counts["shared_bytes"])))
+    where = {{"operator": "ssd", "pass": which}}
+    print(json.dumps(dict(where=where, metric="shared_bytes", value=counts["shared_bytes"])))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {}
     for row in map(json.loads, done.stdout.splitlines()):
-        operator, which = row["condition"].split()[0], row["condition"].split("pass=")[-1]
-        found[which, operator, row["metric"]] = row["value"]
+        found[row["where"]["pass"], row["where"]["operator"], row["metric"]] = row["value"]
     for operator in ("causal_conv1d", "cross_selective_scan"):
         for which in ("forward", "backward"):
             assert 0 < found[which, operator, "registers"] <= 255

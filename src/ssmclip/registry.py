@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -30,6 +31,9 @@ class UnknownName(KeyError):
 class Registry(Generic[T]):
     """Names of one kind of thing, in the order they were registered.
 
+    kind: what messages call it; homes: modules that register names, imported in this order when a name is first asked
+    for, so that the list is whole whoever asks and nothing is imported before.
+
     >>> metrics = Registry("metric")
     >>> @metrics.register("top1")
     ... def top1(): return "ok"
@@ -40,9 +44,10 @@ class Registry(Generic[T]):
     ssmclip.registry.UnknownName: unknown metric 'top'; did you mean 'top1'? known: top1
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, homes: Sequence[str] = ()):
         self.kind = kind
         self._items: dict[str, T] = {}
+        self._homes = list(homes)
 
     def register(self, name: str):
         """Decorator: give `name` to what it decorates. Raises ValueError when the name is taken."""
@@ -55,16 +60,25 @@ class Registry(Generic[T]):
 
         return add
 
+    @property
+    def _all(self) -> dict[str, T]:
+        while self._homes:
+            importlib.import_module(self._homes.pop(0))
+        return self._items
+
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
+        if name not in self._all:
             raise UnknownName(self.kind, name, self._items)
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+        return iter(self._all)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._items
+        return name in self._all
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     def items(self):
-        return self._items.items()
+        return self._all.items()

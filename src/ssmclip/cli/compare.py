@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no two models in these files have the same measure of the same images")
     if args.out:
         write_rows(args.out, rows, describe_run(0))
-    sys.stdout.write("".join(f"{line(row)}  p={row.extra['mcnemar_p']:.3g}, {row.condition}\n" for row in rows))
+    sys.stdout.write("".join(f"{line(row)}  p={row.extra['mcnemar_p']:.3g}, minus {row.against}\n" for row in rows))
     return 0

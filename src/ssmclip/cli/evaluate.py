@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
-from ssmclip.rows.resume import _key, rows_before
 
 OOD = "ood"
 DISTORTED = "distorted:"
+SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # settings that all rows of a file share
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
 
@@ -77,10 +77,11 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
-    from ssmclip.humans.scores import LEVEL
     from ssmclip.humans.study import decide_and_score, open_ood
     from ssmclip.ops.memory import keep_freed_memory
-    from ssmclip.rows import describe_run, write_rows
+    from ssmclip.rows import describe_run
+    from ssmclip.rows.condition import LEVEL
+    from ssmclip.rows.resume import RowsFile, latest
 
     keep_freed_memory()
     models = labelled(args.model)
@@ -101,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
     rank, device = launched(args.device)
     more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
     described = describe_run(args.seed, args.device, tasks=asked, **more)
-    kept = {_key(row): row for row in rows_before(args.out, described)}
+    file = RowsFile(args.out, described, SAME)
+    kept = file.found
     cache = None if args.cache == "none" else Path(args.cache)
     settings = Settings(
         args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, args.truncate or None
@@ -110,15 +112,15 @@ def run(args: argparse.Namespace) -> int:
 
     def keep(made) -> None:  # after every data set: a later one's failure costs nothing
         rows.extend(made)
-        kept.update((_key(row), row) for row in made)
+        kept[:] = latest([*kept, *made])[0]
         if rank == 0:
-            write_rows(args.out, kept.values(), described)
+            file.add(made)
 
     for label, name in models.items() if opened else ():
         loaded = ssmclip.load(name, device=device, image_size=args.image_size)
         for made in evaluations(loaded, opened, settings, label, args.protocol, args.image_size):
             keep(made)
-    keep(paired_rows(list(kept.values()), seed=args.seed))
+    keep(paired_rows(kept, seed=args.seed))
     if to_distort:
         loaded = {k: ssmclip.load(name, device=device, image_size=args.image_size) for k, name in models.items()}
         for made in distorted_evaluations(loaded, to_distort, how, settings, args.protocol, args.image_size):
@@ -126,6 +128,6 @@ def run(args: argparse.Namespace) -> int:
     if ood and rank == 0:
         keep(decide_and_score(models, *ood, args))
     if rank == 0:
-        shown = [row for row in rows if not row.condition.startswith(LEVEL)]  # those are curves, for the report
+        shown = [row for row in rows if LEVEL not in row.where]  # those are curves, for the report
         sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(kept)} rows in {args.out}\n")
     return 0

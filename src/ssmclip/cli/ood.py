@@ -96,9 +96,10 @@ def _decide(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from ssmclip.humans.scores import LEVEL, TASK, score_decisions
+    from ssmclip.humans.scores import TASK, score_decisions
     from ssmclip.humans.trials import read_trials
     from ssmclip.rows import describe_run, write_rows
+    from ssmclip.rows.condition import LEVEL
 
     require_writable(args.out, [*args.decisions, *args.humans])
     rows = score_decisions(
@@ -109,7 +110,7 @@ def _score(args: argparse.Namespace) -> int:
     shown = [
         replace(row, task=row.condition or row.task)
         for row in rows
-        if row.task == TASK or (row.model not in averaged and not row.condition.startswith(LEVEL))
+        if row.task == TASK or (row.model not in averaged and LEVEL not in row.where)
     ]
     sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0

@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
     import ssmclip
-    from ssmclip.analyze.curvature.hessian import quick_look
+    from ssmclip.analyze.curvature.hessian import SpectrumSettings
+    from ssmclip.analyze.curvature.study import Subject, hessian_study, landscape_study
     from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.evaluate import evaluate
     from ssmclip.ops.memory import keep_freed_memory
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         run_rows.append(folder / "rows.jsonl")
         model, preprocess, tokenizer = trained[name] = ssmclip.load(folder)
         rows += evaluate(model, preprocess, tokenizer, TASKS, "", model_name=name)
-        rows += quick_look(model, preprocess, tokenizer, config.data.source, model_name=name)
+        subject = Subject(trained[name], config.data.source, batches=1, label=name)
+        rows += hessian_study(subject, [SpectrumSettings(k=3)], ["image"])
+        rows += landscape_study(subject, dimensions=1, points=11)
     write_rows(args.out / "rows.jsonl", rows, describe_run(recipe.seed, tasks=list(TASKS)))
     start, used = time.perf_counter(), time.process_time()
     distorted = distorted_digits(trained)

@@ -78,6 +78,4 @@ def caption_rows(model: str, task: str, tokenizer: Callable[..., Tensor], texts:
         "whole_captions": mean(s == w for s, w in zip(seen, words, strict=True)),
     }
     extra = {"context_length": limit}
-    return [
-        Result(model, task, "", metric, float(value), n=len(texts), extra=extra) for metric, value in values.items()
-    ]
+    return [Result(model, task, metric, float(value), n=len(texts), extra=extra) for metric, value in values.items()]

@@ -32,8 +32,8 @@ from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
-from ssmclip.humans.scores import LEVEL
 from ssmclip.rows import Result
+from ssmclip.rows.condition import AVERAGE, LEVEL
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def distorted_rows(
     At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
     levels that count in `ood.EXCLUDED`'s sense, and `..._retained`: of what the model has above guessing at the level
     that does not distort, the share it keeps, for models that are clearly above it there (by the interval). Intervals
-    resample images. "mean over levels, minus OTHER": differences, over the same images.
+    resample images. Against another model: differences, over the same images.
     """
     metric = METRIC[card.kind]
     judges = [_judge(clip, dataset, card, settings) for clip in clips]
@@ -144,7 +144,9 @@ def distorted_rows(
 def _level_row(model, task, label, metric, hits, images: ImageEmbeddings, dataset, settings, extra) -> Result:
     low, high = bootstrap_interval(lambda w: w @ hits.double() / w.sum(-1), len(hits), seed=settings.seed)
     extra = extra | paired.marked(hits, [dataset.keys[i] for i in images.index.tolist()])
-    return Result(model, task, f"{LEVEL}{label}", metric, hits.double().mean().item(), low, high, len(hits), extra)
+    return Result(
+        model, task, metric, hits.double().mean().item(), low, high, len(hits), where={LEVEL: label}, extra=extra
+    )
 
 
 def _mean_rows(
@@ -161,10 +163,10 @@ def _mean_rows(
         of_image, undistorted = scores[model][counted].mean(dim=0), scores[model][0]
         return lambda weights: (weights @ (of_image - chance)) / (weights @ (undistorted - chance))
 
-    def row(model, condition, name, statistic, extra) -> Result:
+    def row(model, name, statistic, against="") -> Result:
         value = statistic(torch.ones(1, n, dtype=torch.float64))[0].item()
         low, high = bootstrap_interval(lambda w: _finite(statistic(w)), n, seed=seed)
-        return Result(model, task, condition, name, value, low, high, n, extra)
+        return Result(model, task, name, value, low, high, n, where={AVERAGE: MEAN}, against=against, extra=about)
 
     def sees(model: str) -> bool:
         return bootstrap_interval(lambda w: w @ scores[model][0] / w.sum(-1), n, seed=seed)[0] > chance
@@ -174,11 +176,8 @@ def _mean_rows(
         (metric, mean, list(scores)),
         (f"{metric}_retained", retained, [model for model in scores if sees(model)]),
     ):
-        rows += [row(model, MEAN, name, of(model), about) for model in models]
-        rows += [
-            row(a, f"{MEAN}, minus {b}", f"{name}_difference", _minus(of(a), of(b)), about)
-            for a, b in combinations(models, 2)
-        ]
+        rows += [row(model, name, of(model)) for model in models]
+        rows += [row(a, f"{name}_difference", _minus(of(a), of(b)), against=b) for a, b in combinations(models, 2)]
     return rows
 
 

@@ -24,6 +24,7 @@ from ssmclip.evaluate.statistics.geometry import geometry
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
 from ssmclip.rows import Result
+from ssmclip.rows.condition import TOKENS, Where
 
 KS = (1, 5, 10)
 SHOWN = 5  # best matches kept of an example
@@ -34,7 +35,7 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
     geometry of the two sets of points.
 
     Captions that the text tower sees more than `settings.truncate` tokens of are evaluated cut there as well, under the
-    condition "77 tokens". Intervals resample images, each with all its captions. The first row's `extra` has examples
+    key TOKENS. Intervals resample images, each with all its captions. The first row's `extra` has examples
     and a similarity matrix. Raises ValueError naming images that have no caption.
     """
     if bare := [dataset.keys[i] for i in range(len(dataset)) if not dataset.captions[i]]:
@@ -44,22 +45,20 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
     flat = [caption for of_image in captions for caption in of_image]
     owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
     keys = [dataset.keys[place] for place in images.index.tolist()]
-    clips = {"": clip}
+    clips: list[tuple[Where, Clip]] = [({}, clip)]
     if settings.truncate and longer_than(clip.tokenizer, flat, settings.truncate):
         cut = cut_at(clip.tokenizer, settings.truncate)
-        clips[f"{settings.truncate} tokens"] = replace(clip, tokenizer=cut)
+        clips.append(({TOKENS: settings.truncate}, replace(clip, tokenizer=cut)))
     rows = []
-    for condition, seen in clips.items():
+    for where, seen in clips:
         texts = embed_texts(seen, flat, settings)
         about = {"title": card.title, "kind": "retrieval", **coverage(images, card, dataset)}
         if not rows:
             about |= _examples(dataset, images, texts, flat, owner, settings)
         made = recall_rows(images.features, texts, owner, keys, settings.seed)
-        measured = made + [
-            Result("", "", "", metric, value) for metric, value in geometry(images.features, texts, owner)
-        ]
+        measured = made + [Result("", "", metric, value) for metric, value in geometry(images.features, texts, owner)]
         measured[0] = replace(measured[0], extra=about | measured[0].extra)
-        rows += [replace(row, model=clip.name, task=task, condition=condition) for row in measured]
+        rows += [replace(row, model=clip.name, task=task, where=where) for row in measured]
     return rows
 
 
@@ -84,7 +83,7 @@ def recall_rows(
         more: dict[str, Any] = {"chance": chances[metric]} if metric in chances else {}
         if metric.startswith("image_to_text"):
             more |= paired.marked(to_text < int(metric.rpartition("@")[2]), keys)
-        rows.append(Result("", "", "", metric, recall().item(), low, high, n, more))
+        rows.append(Result("", "", metric, recall().item(), low, high, n, extra=more))
     return rows
 
 

@@ -79,7 +79,7 @@ def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         more = {} if rows else extra
         if metric == "top1":
             more = more | paired.marked(_right(scores, target), [dataset.keys[i] for i in images.index.tolist()])
-        rows.append(Result(clip.name, task, "", metric, value, low, high, n, more))
+        rows.append(Result(clip.name, task, metric, value, low, high, n, extra=more))
     return rows + _group_rows(clip.name, task, _right(scores, target), images, dataset, settings)
 
 
@@ -111,7 +111,7 @@ def _group_rows(
     for metric, over in (("worst_group", lambda a: a.amin(-1)), ("average_group", lambda a: a.mean(-1))):
         low, high = bootstrap_interval(lambda w, over=over: over(accuracies(w)), len(hits), seed=settings.seed)
         more = {"groups": groups_extra} if metric == "worst_group" else {}
-        rows.append(Result(model, task, "", metric, over(whole).item(), low, high, len(hits), more))
+        rows.append(Result(model, task, metric, over(whole).item(), low, high, len(hits), extra=more))
     return rows
 
 

@@ -29,6 +29,7 @@ from ssmclip.data.images import open_image
 from ssmclip.evaluate.embeddings import cache
 from ssmclip.evaluate.embeddings.embed import UNREADABLE, Clip, Settings, embed_texts, inference, subset
 from ssmclip.evaluate.zeroshot import class_embeddings
+from ssmclip.files import whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
 
 log = logging.getLogger(__name__)
@@ -290,7 +291,5 @@ def _open_decisions(path: Path) -> tuple[pa.Table, dict[str, str]]:
 
 def _save(path: Path, old: pa.Table, rows: Sequence[dict[str, Any]], marks: dict[str, str]) -> None:
     table = pa.concat_tables([old, pa.Table.from_pylist(list(rows), SCHEMA)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table.replace_schema_metadata({MADE_BY: json.dumps(marks)}), partial, compression="zstd")
-    partial.replace(path)
+    with whole(path) as part:
+        pq.write_table(table.replace_schema_metadata({MADE_BY: json.dumps(marks)}), part, compression="zstd")

@@ -27,6 +27,7 @@ from ssmclip.data.distortions.registry import EXCLUDED, kept
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 from ssmclip.humans.trials import NOT_SHOWN, Answers, Trials, match_trials
 from ssmclip.rows import Result
+from ssmclip.rows.condition import AVERAGE, LEVEL, Where
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ RANKED = {"accuracy_difference": 1, "observed_consistency": -1, "error_consisten
 HUMANS = "humans"
 TASK = "ood"
 TITLE = "out of distribution"
-LEVEL = "level="  # begins the condition of a row of one condition
 QUANTILES = (0.025, 0.975)
 OVER = ("images", "humans", "both")  # what the bootstrap draws anew: the first axis of an array of resamples
 
@@ -157,13 +157,15 @@ def average_rows(label: str, names: Sequence[str], scored: dict[str, Scores]) ->
             others = [other for other in subjects if other not in (subject, HUMANS)]
             matrix = [scored[dataset].extra[measure, subject]["with"] for dataset in names]
             extra["with"] = {other: float(np.mean([line[other] for line in matrix])) for other in others}
-        rows.append(_row(subject, TASK, label, measure, samples, n, extra))
+        rows.append(_row(subject, TASK, {AVERAGE: label}, measure, samples, n, extra))
     models = [subject for subject in subjects if subject != HUMANS]
     if models:
         # (measure, model, 3, r) -> the mean over the measures of the place among the models
         values = np.array([[sign * means[measure, model] for model in models] for measure, sign in RANKED.items()])
         for model, samples in zip(models, _ranks(values).mean(axis=0), strict=True):
-            rows.append(_row(model, TASK, label, "mean_rank", samples, n, {"title": TITLE, "among": len(models)}))
+            rows.append(
+                _row(model, TASK, {AVERAGE: label}, "mean_rank", samples, n, {"title": TITLE, "among": len(models)})
+            )
     return rows
 
 
@@ -174,18 +176,18 @@ def dataset_rows(scores: Scores) -> list[Result]:
     rows = []
     for (measure, subject), samples in scores.values.items():
         extra = title | scores.extra.get((measure, subject), {}) | _partial(scores, subject)
-        rows.append(_row(subject, task, "", measure, samples, scores.n[subject], extra))
+        rows.append(_row(subject, task, {}, measure, samples, scores.n[subject], extra))
     for subject, samples in scores.shape_bias.items():
         per_category = dict(zip(CATEGORIES, (_plain(bias[0, 0]) for bias in samples[1:]), strict=True))
         extra = title | {"per_category": per_category} | scores.extra.get(("shape_bias", subject), {})
         rows.append(
-            _row(subject, task, "", "shape_bias", samples[0], scores.n[subject], extra | _partial(scores, subject))
+            _row(subject, task, {}, "shape_bias", samples[0], scores.n[subject], extra | _partial(scores, subject))
         )
     counted = kept(scores.dataset)
     for (place, measure, subject), samples in scores.levels.items() if len(labels) > 1 else ():
         extra = title | {"counted": place in counted} | _partial(scores, subject)
         metric = "accuracy" if measure == "ood_accuracy" else measure
-        rows.append(_row(subject, task, f"{LEVEL}{labels[place]}", metric, samples, None, extra))
+        rows.append(_row(subject, task, {LEVEL: labels[place]}, metric, samples, None, extra))
     return rows
 
 
@@ -305,16 +307,16 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (others < own).sum(axis=2) + ((others == own).sum(axis=2) + 1) / 2
 
 
-def _row(model: str, task: str, condition: str, metric: str, samples: np.ndarray, n: int | None, extra) -> Result:
+def _row(model: str, task: str, where: Where, metric: str, samples: np.ndarray, n: int | None, extra) -> Result:
     """samples: (3, r)."""
     value = float(samples[0, 0])
     if samples.shape[1] == 1:
-        return Result(model, task, condition, metric, value, n=n, extra=extra)
+        return Result(model, task, metric, value, where=where, n=n, extra=extra)
     # A resample of one person alone has no pair; nanquantile costs ten times as much.
     quantile = np.nanquantile if np.isnan(samples).any() else np.quantile
     limits = quantile(samples[:, 1:], QUANTILES, axis=1).T.tolist()
     alone = {f"over_{what}": limit for what, limit in zip(OVER[:2], limits, strict=False)}
-    return Result(model, task, condition, metric, value, *limits[2], n, extra | alone)
+    return Result(model, task, metric, value, *limits[2], n, where=where, extra=extra | alone)
 
 
 def _partial(scores: Scores, subject: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ssmclip.files import whole
 from ssmclip.report import words
 from ssmclip.report.figures import examples
 from ssmclip.report.figures.base import Drawing, drawings, explained
@@ -26,13 +27,12 @@ def write_report(rows_files: Sequence[str | Path], out: str | Path) -> Path:
     for rows whose `extra` isn't what a figure draws, OSError when `out` can't be written. Writes the page whole or not.
     """
     store = read_store(rows_files)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    page = Path(out) / PAGE
     with explained("the page shows"):
         html = render(store)
-    partial = out / f"{PAGE}.partial"
-    partial.write_text(html, encoding="utf-8")
-    return partial.replace(out / PAGE)
+    with whole(page) as part:
+        part.write_text(html, encoding="utf-8")
+    return page
 
 
 def render(store: Store) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.rows import Result, read_rows
-from ssmclip.rows.condition import _is_point, step_of
+from ssmclip.rows.condition import BATCH, STEP
+from ssmclip.rows.resume import latest
+from ssmclip.rows.tasks import HESSIAN, SURFACES
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Store:
-    """The rows of all files, each (model, task, condition, metric) once, the last read. replaced: how many differed."""
+    """The rows of all files, each key once, the last read. replaced: how many differed."""
 
     rows: list[Result]
     sources: list[Source]
@@ -66,20 +68,6 @@ def read_store(files: Sequence[str | Path]) -> Store:
     return Store(kept, sources, replaced)
 
 
-def latest(rows: Iterable[Result]) -> tuple[list[Result], int]:
-    """Each (model, task, condition, metric) once, the last given; and how many others had another value.
-
-    A resumed run repeats the steps since its checkpoint, with equal values: those do not count.
-    """
-    kept: dict[tuple[str, ...], Result] = {}
-    replaced = 0
-    for row in rows:
-        key = (row.model, row.task, row.condition, row.metric)
-        replaced += key in kept and repr(kept[key].value) != repr(row.value)
-        kept[key] = row
-    return list(kept.values()), replaced
-
-
 def by_task(rows: Iterable[Result]) -> list[Result]:
     """The rows, those of a task together, tasks in the order of their first row: models side by side."""
     rows = list(rows)
@@ -89,4 +77,9 @@ def by_task(rows: Iterable[Result]) -> list[Result]:
 
 def final(rows: Iterable[Result]) -> list[Result]:
     """The rows that aren't part of a training curve, and aren't one of the many points of a distribution or surface."""
-    return [row for row in rows if step_of(row) is None and not _is_point(row)]
+    return [row for row in rows if STEP not in row.where and not is_point(row)]
+
+
+def is_point(row: Result) -> bool:
+    """Whether a row is one of many, of a batch or of a place on a surface: too many to list."""
+    return (row.task == HESSIAN and BATCH in row.where) or row.task in SURFACES

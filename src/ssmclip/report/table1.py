@@ -76,7 +76,7 @@ def table1(rows: Sequence[Result]) -> Comparison | None:
 def _measured(rows: Sequence[Result]) -> dict[str, dict[str, Result]]:
     found: dict[str, dict[str, Result]] = {}
     for row in final(rows):
-        if row.task in TABLE1.columns and row.condition == "" and row.metric == headline(rows, row.task):
+        if row.task in TABLE1.columns and row.plain and row.metric == headline(rows, row.task):
             found.setdefault(row.model, {})[row.task] = row
     return found
 

@@ -8,10 +8,13 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from statistics import median
 
-from ssmclip.report.store import Source, final, latest, read_store
+from ssmclip.files import whole
+from ssmclip.report.store import Source, final, read_store
 from ssmclip.report.words import caveats, distorted_title, interval, metric_name, number, title_of
 from ssmclip.rows import Result
-from ssmclip.rows.condition import DISTORTED, level_of, step_of
+from ssmclip.rows.condition import AVERAGE, LEVEL, STEP
+from ssmclip.rows.resume import latest
+from ssmclip.rows.tasks import is_distorted
 
 VISIBLE = 12  # lines of a table, before some are folded away
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -46,16 +49,16 @@ class Block:
 
 
 def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
-    """One line for each (task, condition, metric) outside curves, and one for the speed of training."""
-    measured = [*(row for row in final(rows) if level_of(row) is None), *speeds(rows)]
-    found = {(row.model, row.task, row.condition, row.metric): row for row in measured}
+    """Return one line for each task, place and metric outside curves, and one for the speed of training."""
+    measured = [*(row for row in final(rows) if LEVEL not in row.where), *speeds(rows)]
+    found = {row.key: row for row in measured}
     tasks = dict.fromkeys(row.task for row in measured)
-    keys = dict.fromkeys(
-        (row.task, row.condition, row.metric) for task in tasks for row in measured if row.task == task
-    )
+    # One of the rows of each line, tasks together.
+    first = {row.key[1:]: row for task in tasks for row in reversed(measured) if row.task == task}
+    keys = dict.fromkeys(row.key[1:] for task in tasks for row in measured if row.task == task)
     return [
-        Line(title_of(task, rows), condition, metric, [found.get((model, task, condition, metric)) for model in models])
-        for task, condition, metric in keys
+        Line(title_of(key[0], rows), first[key].condition, key[-1], [found.get((model, *key)) for model in models])
+        for key in keys
     ]
 
 
@@ -88,7 +91,7 @@ def _block(family: str, there: Sequence[int], own: Sequence[Line], models: Seque
     seen = [those[0] for those in by_task] if len(by_task) > 1 else named[:VISIBLE]
     folded = [line for line in named if line not in seen] if len(named) > VISIBLE else []
     shown = seen if folded else named
-    if family.startswith(DISTORTED):
+    if is_distorted(family):
         title = distorted_title(own[0].first)
     return Block(title, [models[place] for place in there], shown, folded)
 
@@ -97,10 +100,17 @@ def speeds(rows: Sequence[Result]) -> list[Result]:
     """The median images per second over the logged training steps of each model, as rows."""
     seen: dict[str, list[float]] = {}
     for row in rows:
-        if row.metric == "images_per_s" and step_of(row) is not None:
+        if row.metric == "images_per_s" and STEP in row.where:
             seen.setdefault(row.model, []).append(row.value)
     return [
-        Result(model, "train", "median over the logged steps", "images_per_s", median(values), n=len(values))
+        Result(
+            model,
+            "train",
+            "images_per_s",
+            median(values),
+            where={AVERAGE: "median over the logged steps"},
+            n=len(values),
+        )
         for model, values in seen.items()
     ]
 
@@ -114,7 +124,7 @@ def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
     """
 
     def title(row: Result) -> str:
-        return distorted_title(row) if row.task.startswith(DISTORTED) else title_of(row.task, rows)
+        return distorted_title(row) if is_distorted(row.task) else title_of(row.task, rows)
 
     return list(dict.fromkeys((row.model, title(row), note) for row in final(rows) for note in caveats(row)))
 
@@ -156,9 +166,8 @@ def update_readme(readme: str | Path, rows_files: Sequence[str | Path]) -> str:
     before, after = old[: old.index(BEGIN)], old[old.index(END) :]
     new = f"{before}{BEGIN}\n" + "\n".join(between) + f"\n{after}"
     if new != old:
-        partial = readme.with_name(readme.name + ".partial")
-        partial.write_text(new, encoding="utf-8")
-        partial.replace(readme)
+        with whole(readme) as part:
+            part.write_text(new, encoding="utf-8")
     return new
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ssmclip.report.store import final
 from ssmclip.rows import Result
-from ssmclip.rows.condition import step_of
+from ssmclip.rows.condition import STEP
 
 
 class Said(NamedTuple):
@@ -157,7 +157,7 @@ def summary(rows: Sequence[Result]) -> list[tuple[str, list[Said]]]:
     for task in dict.fromkeys(row.task for row in final(rows)):
         of_task = [row for row in final(rows) if row.task == task]
         metric = headline(rows, task)
-        heads = [row for row in of_task if row.metric == metric and row.condition == ""]
+        heads = [row for row in of_task if row.metric == metric and row.plain]
         noted = {row.model: caveats(row) for row in reversed(of_task) if caveats(row)}
         sentences = [Said(row.model, _sentence(row, noted.get(row.model, []))) for row in heads]
         said += [(title_of(task, rows), sentences + _comparison(heads))] if heads else []
@@ -168,8 +168,8 @@ def training(rows: Sequence[Result]) -> list[Said]:
     """How the models were trained, a sentence each."""
     said = []
     for model in dict.fromkeys(row.model for row in rows if row.task == "train"):
-        mine = [row for row in rows if row.model == model and row.task == "train" and step_of(row) is not None]
-        losses = sorted((step_of(row), row.value) for row in mine if row.metric == "loss")
+        mine = [row for row in rows if row.model == model and row.task == "train" and STEP in row.where]
+        losses = sorted((row.where[STEP], row.value) for row in mine if row.metric == "loss")
         speeds = [row.value for row in mine if row.metric == "images_per_s"]
         if not losses:
             continue

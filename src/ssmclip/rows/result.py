@@ -3,7 +3,9 @@
 A rows file is JSON lines. Its first line says what made it, every further line is one Result:
 
     {"run": {"commit": "...", "versions": {...}, "seed": 0, "device": "cpu", "created": "..."}}
-    {"model": "CLIP-VMamba-Nano", "task": "digits", "condition": "", "metric": "top1", "value": 0.97, ...}
+    {"model": "CLIP-VMamba-Nano", "task": "digits", "metric": "top1", "value": 0.97, "where": {"step": 200}, ...}
+
+Files of earlier versions have a text, `condition`, in place of `where` and `against`; they are read as well.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ssmclip.files import whole
+from ssmclip.rows import condition
+from ssmclip.rows.condition import Where
+
 PACKAGES = ("ssmclip", "torch", "timm", "open_clip_torch", "numba", "numpy")
 
 
@@ -27,29 +33,56 @@ PACKAGES = ("ssmclip", "torch", "timm", "open_clip_torch", "numba", "numpy")
 class Result:
     """One measured number.
 
-    model, task, metric: names; condition: what was varied ("" when nothing was), such as "step=200" or "level=0.3";
-    value: the number, in the unit the metric's name says (fractions for accuracies and recalls);
-    ci_low, ci_high: 95 % interval, None when there is none; n: how many observations stand behind the value;
-    extra: anything else a figure needs, JSON-able (per-class values, names, settings).
+    model, task, metric: names; value: the number, in the unit the metric's name says (fractions for accuracies and
+    recalls); ci_low, ci_high: its 95 % interval, None where there is none; n: how many observations stand behind it;
+    where: what was varied, a mapping of the keys in `condition.KEYS`, such as {"step": 200} or {"level": "0.3"};
+    against: the model whose value was subtracted, "" where the value is no difference;
+    extra: anything else a figure needs, JSON-able (per-class values, names, settings; see `payloads`).
+    Raises UnknownName and TypeError for a `where` that is not such a mapping.
     """
 
     model: str
     task: str
-    condition: str
     metric: str
     value: float
     ci_low: float | None = None
     ci_high: float | None = None
     n: int | None = None
+    where: Where = field(default_factory=dict)
+    against: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "where", condition.checked(self.where))
+
+    @property
+    def condition(self) -> str:
+        """`where` and `against` for people: "step=200", "minus B", "" where nothing was varied."""
+        return condition.text(self.where, self.against)
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing was varied and nothing subtracted."""
+        return not self.where and not self.against
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it is the number of: a later row of the same key takes its place."""
+        return self.model, self.task, self.place, self.metric
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """`where` and `against`, in no order, as one hashable value."""
+        return (*sorted(self.where.items()), self.against)
 
 
 _NUMBER = (int, float)
-_TYPES = {name: str for name in ("model", "task", "condition", "metric")} | {
+_TYPES = {name: str for name in ("model", "task", "metric", "against")} | {
     "value": _NUMBER,
     "ci_low": (*_NUMBER, type(None)),
     "ci_high": (*_NUMBER, type(None)),
     "n": (int, type(None)),
+    "where": dict,
     "extra": dict,
 }
 
@@ -76,12 +109,9 @@ def describe_run(seed: int | None = None, device: str = "cpu", **more: Any) -> d
 
 def write_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | None = None) -> None:
     """Write a rows file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"run": run or describe_run()}), *(_dumps(row) for row in rows)]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 def append_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | None = None) -> None:
@@ -117,6 +147,10 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
 def _row(record: Any) -> Result:
     if not isinstance(record, dict):
         raise TypeError(f"{str(record)[:40]!r} is no object")
+    if isinstance(was := record.pop("condition", ""), str):  # of an earlier version
+        record = dict(zip(("where", "against"), condition.parse(was), strict=True)) | record
+    else:
+        raise TypeError(f"condition is {str(was)[:40]!r}")
     if extra := set(record) - set(_TYPES):
         raise ValueError(f"unknown fields {sorted(extra)}")
     if "value" in record and record["value"] is None:
@@ -129,7 +163,8 @@ def _row(record: Any) -> Result:
 
 
 def _dumps(row: Result) -> str:
-    record = {key: value for key, value in asdict(row).items() if value is not None and value != {}}
+    record = {key: value for key, value in asdict(row).items() if value is not None}
+    record = {key: value for key, value in record.items() if value or key not in ("where", "against", "extra")}
     if isinstance(row.value, float) and not math.isfinite(row.value):
         record["value"] = None  # JSON has no NaN
     return json.dumps(record)

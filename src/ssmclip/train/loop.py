@@ -23,6 +23,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
 from ssmclip.rows import Result
+from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
 from ssmclip.train.build import build_accelerator, build_model, is_sharded, load_start, model_config, open_stream
 from ssmclip.train.checkpoint import (
@@ -41,7 +42,7 @@ from ssmclip.train.progress import Log, Measured, NonFinite, Watch
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
 
 # validate(model, preprocess, tokenizer, step) -> rows: the model in eval mode on its device; PIL image -> (3, H, W);
-# list[str] -> int64 (n, context). Called in the main process only. Rows' condition is set by the loop.
+# list[str] -> int64 (n, context). Called in the main process only. The loop adds the step to the rows.
 Validate = Callable[[nn.Module, Any, Any, int], list[Result]]
 
 _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
@@ -276,8 +277,7 @@ class _Run:
                 rows = validate(model, preprocess, models.build_tokenizer(self.architecture), self.step)
             if self.ema is None:
                 model.train()
-            here = f"step={self.step}"
-            rows = [dataclasses.replace(r, condition=f"{here} {r.condition}".strip()) for r in rows]
+            rows = [dataclasses.replace(row, where={STEP: self.step, **row.where}) for row in rows]
             self.log.rows(self.step, rows)
             values = {f"{row.task}/{row.metric}": row.value for row in rows}
             named = self.config.validation.best

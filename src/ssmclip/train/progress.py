@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -17,8 +14,8 @@ from tqdm import tqdm
 
 from ssmclip.config import TrainConfig
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
-
-_STEP = re.compile(r"step=(\d+)")
+from ssmclip.rows.condition import STEP
+from ssmclip.rows.resume import drop_half_a_line
 
 
 class NonFinite(ValueError):
@@ -110,7 +107,7 @@ class Log:
         seconds = time.perf_counter() - self._since
         speed = {"images_per_s": self._steps * self._config.batch_size / seconds, "memory_mib": peak_memory_mib(device)}
         numbers = {**numbers, **speed}
-        self.rows(step, [Result(self._name, "train", f"step={step}", k, float(v)) for k, v in numbers.items()])
+        self.rows(step, [Result(self._name, "train", k, float(v), where={STEP: step}) for k, v in numbers.items()])
         shown = {
             "images/s": "images_per_s",
             "loss": "loss",
@@ -122,7 +119,7 @@ class Log:
         self._restart_clock()
 
     def rows(self, step: int, rows: Iterable[Result]) -> None:
-        """Write rows that carry their step in `condition`, under the run's name."""
+        """Write rows that carry their step in `where`, under the run's name."""
         rows = [replace(row, model=self._name) for row in rows]
         append_rows(self._out / "rows.jsonl", rows)
         if self._writer:
@@ -160,18 +157,9 @@ def truncate_rows(path: Path, step: int) -> None:
     """Drop rows of steps after `step`, and a last line that a kill cut short; nothing when there is no file."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found = _STEP.match(record.get("condition", ""))
-        if found is None or int(found.group(1)) <= step:
-            kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    drop_half_a_line(path)
+    head, rows = read_rows(path)
+    write_rows(path, [row for row in rows if row.where.get(STEP, 0) <= step], head)
 
 
 def _rename_rows(path: Path, name: str) -> None:

@@ -1,6 +1,6 @@
 """What models cost at each image size and text length, measured, as rows.
 
-condition: "image=224", "image=224x448", "text=77", and " attention=plain" where that was asked for.
+where: IMAGE (224, or "224x448"), or TOKENS of a text, and ATTENTION where another was asked for.
 metrics: parameters (of the tower) · macs (see `count_macs`; extra: the parts) · long_sequence_ratio (MambaOut's r, of
 towers that attend; extra: threshold, side) · inference_memory_mb, training_memory_mb (peak for a batch) · latency_ms
 (batch of 1; extra: quartiles) · images_per_s, texts_per_s, training_images_per_s, training_texts_per_s · energy_j,
@@ -25,6 +25,7 @@ from ssmclip.analyze.cost.macs import count_macs, sequence_criterion
 from ssmclip.analyze.cost.measure import Job, memory_limit, to_json
 from ssmclip.models import names as towers
 from ssmclip.rows import Result, append_rows, read_rows, write_rows
+from ssmclip.rows.condition import ATTENTION, IMAGE, TOKENS, Where, text
 
 __all__ = ["in_fresh_process", "sweep"]
 
@@ -79,28 +80,32 @@ def sweep(
     ]
     for label, fields in tqdm(jobs, desc="sizes", disable=None):
         job = Job(**fields, **settings)
-        missing = [part for part in (COUNT, *modes) if (label, condition_of(job), part) not in done]
+        missing = [part for part in (COUNT, *modes) if (label, _place(where_of(job)), part) not in done]
         for rows in _parts(label, job, missing, measure or in_fresh_process):
             _add(out, rows, run)
     return read_rows(out)[1]
 
 
-def _key(row: Result) -> tuple[str, str, str]:
-    """Model, condition, and what the row came with: COUNT, or a mode."""
+def _key(row: Result) -> tuple[str, tuple, str]:
+    """Return the model, where, and what the row came with: COUNT, or a mode."""
     if row.metric == "fits":
         part = row.extra.get("mode", COUNT)
     elif row.metric.startswith("training_"):
         part = "training"
     else:
         part = COUNT if row.metric in COUNTED else "inference"
-    return row.model, row.condition, part
+    return row.model, _place(row.where), part
+
+
+def _place(where: Where) -> tuple:
+    return tuple(sorted(where.items()))
 
 
 def _require_same_settings(known: Sequence[Result], job: Job, out: Path) -> None:
     for row in known:
         for name, value in _settings(job).items():
             if name == "attention" or (name == "batch_size" and row.metric == "latency_ms"):
-                continue  # said in the condition; always of 1
+                continue  # `where` has it; always 1
             if row.extra.get(name, value) != value:
                 raise ValueError(f"{out} has rows of {name} {row.extra[name]}, not {value}: give another --out")
 
@@ -134,17 +139,18 @@ def _add(out: Path, rows: Sequence[Result], run: dict[str, Any] | None) -> None:
         append_rows(out, rows, run)
 
 
-def condition_of(job: Job) -> str:
-    """
-    >>> condition_of(Job("m", image_size=(224, 448))), condition_of(Job("m", length=77, attention="plain"))
-    ('image=224x448', 'text=77 attention=plain')
+def where_of(job: Job) -> dict[str, int | str]:
+    """Return what a job varies, as the keys of a row.
+
+    >>> where_of(Job("m", image_size=(224, 448))), where_of(Job("m", length=77, attention="plain"))
+    ({'image': '224x448'}, {'tokens': 77, 'attention': 'plain'})
     """
     if job.length is not None:
-        what = f"text={job.length}"
+        where: dict[str, int | str] = {TOKENS: job.length}
     else:
         height, width = job.image_size
-        what = f"image={height}" if height == width else f"image={height}x{width}"
-    return what if job.attention == "fused" else f"{what} attention={job.attention}"
+        where = {IMAGE: height if height == width else f"{height}x{width}"}
+    return where if job.attention == "fused" else where | {ATTENTION: job.attention}
 
 
 def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
@@ -169,16 +175,16 @@ def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
 
 def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iterator[list[Result]]:
     """The rows of each part, COUNT or a mode, as they come."""
-    condition, kind = condition_of(job), "text" if job.length is not None else "image"
+    where, kind = where_of(job), "text" if job.length is not None else "image"
 
     def row(metric: str, value: float, n: int | None = None, **extra: Any) -> Result:
-        return Result(label, TASK, condition, metric, value, n=n, extra=extra)
+        return Result(label, TASK, metric, value, where=where, n=n, extra=extra)
 
     try:
         counted = _counted(job, kind, row) if parts else []
     except ValueError as error:  # a size that this model cannot take; the others may
         if COUNT in parts:
-            log.warning("%s, %s: %s", label, condition, error)
+            log.warning("%s, %s: %s", label, text(where), error)
             yield [row("fits", 0.0, why=str(error))]
         return
     for part in parts:
@@ -189,7 +195,7 @@ def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iter
         limited = replace(job, training=training, memory_limit=memory_limit(job))
         found = measure(limited)
         if "failed" in found:
-            log.warning("%s, %s, %s: %s", label, condition, part, found["failed"])
+            log.warning("%s, %s, %s: %s", label, text(where), part, found["failed"])
             limits = {"timed_out": found.get("timed_out", False), "memory_limit": limited.memory_limit}
             yield [row("fits", 0.0, mode=part, why=found["failed"], **limits, **_settings(job))]
         else:

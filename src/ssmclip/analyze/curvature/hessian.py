@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ssmclip.analyze.curvature import park_kim
-from ssmclip.analyze.curvature.batches import read_batches, to_model
+from ssmclip.analyze.curvature.batches import to_model
 from ssmclip.analyze.curvature.estimate import density, trace
-from ssmclip.analyze.curvature.landscape import surface
 from ssmclip.analyze.curvature.parameters import only_read_rows, tower_parameters
 from ssmclip.analyze.curvature.product import Hessian, OutOfMemory
 from ssmclip.analyze.curvature.spectrum import check_k, check_search, extreme_eigenvalues
-from ssmclip.analyze.curvature.summary import TASK, summary_rows
 from ssmclip.rows import Result
+from ssmclip.rows.condition import Where
+from ssmclip.rows.tasks import HESSIAN, LANCZOS, POWER, PROTOCOLS
 from ssmclip.train.objective import contrastive_loss
-
-PROTOCOLS = ("lanczos", "park-kim", "power")
 
 
 @dataclass(frozen=True)
-class HessianStudy:
+class SpectrumSettings:
     """How a batch's spectrum is measured.
 
     protocol: "lanczos" (to a relative residual of tol), "park-kim" or, gone on with to that residual, "power" (see
@@ -35,7 +32,7 @@ class HessianStudy:
     trace, none of either for 0. Raises ValueError for values that no model could be measured with.
     """
 
-    protocol: str = "lanczos"
+    protocol: str = LANCZOS
     k: int = 5
     which: str = "both"
     tol: float = 1e-3
@@ -57,10 +54,10 @@ def batch_rows(
     model: nn.Module,
     images: Tensor,
     texts: Tensor,
-    study: HessianStudy,
+    study: SpectrumSettings,
     *,
     model_name: str,
-    condition: str,
+    where: Where,
     tower: str = "whole",
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = contrastive_loss,
     progress: Callable[[int], None] | None = None,
@@ -86,8 +83,8 @@ def batch_rows(
     try:
         with reduced as varied:
             hessian = Hessian(objective, varied)
-            rows = _eigenvalue_rows(hessian, study, model_name, condition, progress)
-            return rows + _estimate_rows(hessian, study, model_name, condition)
+            rows = _eigenvalue_rows(hessian, study, model_name, where, progress)
+            return rows + _estimate_rows(hessian, study, model_name, where)
     except OutOfMemory as error:
         fits = largest_fitting(lambda size: Hessian(lambda: objective(size), parameters), len(images))
         raise OutOfMemory(
@@ -97,7 +94,7 @@ def batch_rows(
 
 
 def _eigenvalue_rows(
-    hessian: Hessian, study: HessianStudy, model_name: str, condition: str, progress: Callable[[int], None] | None
+    hessian: Hessian, study: SpectrumSettings, model_name: str, where: Where, progress: Callable[[int], None] | None
 ) -> list[Result]:
     rows = []
 
@@ -105,10 +102,10 @@ def _eigenvalue_rows(
         extra = {"residual": residual, "products": products, "converged": converged, "loss": hessian.value}
         if found_after > 0:
             extra["found_after"] = found_after
-        rows.append(Result(model_name, TASK, condition, metric, value, extra=extra))
+        rows.append(Result(model_name, HESSIAN, metric, value, where=where, extra=extra))
 
-    if study.protocol != "lanczos":
-        if study.protocol == "power":
+    if study.protocol != LANCZOS:
+        if study.protocol == POWER:
             found = park_kim.power_to_residual(
                 hessian, study.k, study.tol, study.max_products, study.seed, progress=progress
             )
@@ -134,7 +131,7 @@ def _eigenvalue_rows(
     return rows
 
 
-def _estimate_rows(hessian: Hessian, study: HessianStudy, model_name: str, condition: str) -> list[Result]:
+def _estimate_rows(hessian: Hessian, study: SpectrumSettings, model_name: str, where: Where) -> list[Result]:
     if not study.density_probes:
         return []
     found = density(hessian, study.density_probes, study.density_steps, study.seed)
@@ -142,8 +139,12 @@ def _estimate_rows(hessian: Hessian, study: HessianStudy, model_name: str, condi
     half = 1.96 * total.standard_error
     extra = {"nodes": found.nodes.tolist(), "weights": found.weights.tolist(), "size": found.size}
     return [
-        Result(model_name, TASK, condition, "negative_mass", found.negative_mass, n=study.density_probes, extra=extra),
-        Result(model_name, TASK, condition, "trace", total.value, total.value - half, total.value + half, total.probes),
+        Result(
+            model_name, HESSIAN, "negative_mass", found.negative_mass, where=where, n=study.density_probes, extra=extra
+        ),
+        Result(
+            model_name, HESSIAN, "trace", total.value, total.value - half, total.value + half, total.probes, where=where
+        ),
     ]
 
 
@@ -157,37 +158,3 @@ def largest_fitting(attempt: Callable[[int], Callable[[Tensor], Tensor]], size: 
         except OutOfMemory:
             continue
     return 0
-
-
-def quick_look(
-    model: nn.Module,
-    preprocess: Callable,
-    tokenizer: Callable,
-    source: str,
-    *,
-    model_name: str,
-    tower: str = "image",
-    batches: int = 1,
-    batch_size: int = 15,
-    k: int = 3,
-    points: int = 11,
-    seed: int = 0,
-) -> list[Result]:
-    """Rows of a first look at a landscape: both ends of a tower's spectrum on a batch, and the loss along a line.
-
-    source: what `open_pairs` takes. About 30 Hessian-vector products a batch.
-    """
-    study = HessianStudy(k=k, seed=seed)
-    pairs = list(read_batches(source, preprocess, tokenizer, batches=batches, batch_size=batch_size, seed=seed))
-    rows = []
-    for number, (images, texts) in enumerate(tqdm(pairs, desc=f"Hessian of {model_name}", leave=False, disable=None)):
-        condition = f"batch={number},tower={tower}"
-        rows += batch_rows(model, images, texts, study, model_name=model_name, condition=condition, tower=tower)
-    rows += summary_rows(rows, study.k, seed)
-    line = surface(model, pairs, model_name=model_name, dimensions=1, points=points, seed=seed)
-    return rows + [row for _, measure in line for row in measure()]
-
-
-def settings(study: HessianStudy) -> dict:
-    """The study as JSON-able values, for a rows file's first line."""
-    return asdict(study)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ssmclip.analyze.curvature.batches import to_model
 from ssmclip.rows import Result
+from ssmclip.rows.condition import Where
 from ssmclip.train.objective import contrastive_loss
 
 Direction = dict[str, Tensor]
+Unit = tuple[Where, Callable[[], list[Result]]]  # where something is measured, and what measures it
 
 
 def filter_normalised_direction(parameters: Mapping[str, Tensor], seed: int) -> Direction:
@@ -71,8 +73,8 @@ def surface(
     points: int,
     distance: float = 1.0,
     seed: int = 0,
-) -> Iterator[tuple[str, Callable[[], list[Result]]]]:
-    """(condition, a function that gives its row) of every point of a surface: the mean contrastive loss of the batches.
+) -> Iterator[Unit]:
+    """Yield (where, a function that measures it) of every point of a surface: the mean contrastive loss of the batches.
 
     model: in the mode it is to be measured in; batches: (images, texts); dimensions: 1 or 2. Raises ValueError as
     `grid` does.
@@ -85,12 +87,12 @@ def surface(
     def loss() -> Tensor:
         return torch.stack([contrastive_loss(model, *batch) for batch in batches]).mean()
 
-    def measure(steps: list[float], condition: str) -> list[Result]:
+    def measure(steps: list[float], where: Where) -> list[Result]:
         value = loss_at(loss, parameters, directions, steps)
         extra = {"title": "Loss surface"}
-        return [Result(model_name, f"surface_{dimensions}d", condition, "loss", value, n=len(batches), extra=extra)]
+        return [Result(model_name, f"surface_{dimensions}d", "loss", value, where=where, n=len(batches), extra=extra)]
 
     for x in places:
         for y in places if dimensions == 2 else [0.0]:
-            condition = f"x={x},y={y}" if dimensions == 2 else f"x={x}"
-            yield condition, partial(measure, [x, y][:dimensions], condition)
+            where = {"x": x, "y": y} if dimensions == 2 else {"x": x}
+            yield where, partial(measure, [x, y][:dimensions], where)

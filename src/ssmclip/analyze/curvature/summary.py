@@ -8,50 +8,59 @@ from itertools import combinations
 import numpy as np
 
 from ssmclip.rows import Result
-from ssmclip.rows.condition import LONG, USUAL, split_condition
+from ssmclip.rows.condition import BATCH, PROTOCOL, Where
+from ssmclip.rows.tasks import HESSIAN, PARK_KIM, POWER
 
-TASK = "hessian"
-Batches = dict[str, dict[str, Result]]  # batch -> metric -> row
+Batches = dict[int, dict[str, Result]]  # batch -> metric -> row
 
 
 def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
-    """For each model and condition ("tower=image"), means over the batches with 95 % bootstrap intervals.
+    """Return means over the batches with 95 % bootstrap intervals, for each model, tower, step and protocol.
 
     negative_share: of the k eigenvalues of largest magnitude, the paper's measure; top_magnitude: the mean of |lambda|
     over them; min_over_max: |most negative| / most positive, if Lanczos converged both on every batch; converged_share;
     products.
-    "X_difference" of "tower=image, minus SECOND": the same of two models, batch by batch.
+    X_difference, against the second model: the same of two models, batch by batch.
     power_iteration_*, long_power_iteration_*: see `beside`, where two protocols were run on the same batches.
     """
-    groups: dict[str, dict[str, Batches]] = {}  # where -> model
-    for row in rows:
-        if row.task == TASK and "batch=" in row.condition:
-            step, batch, rest = split_condition(row.condition)
-            where = ",".join(filter(None, (step, rest)))
-            groups.setdefault(where, {}).setdefault(row.model, {}).setdefault(batch, {})[row.metric] = row
+    groups = _grouped(rows)
     found = []
-    for where, models in groups.items():
+    for place, models in groups.items():
+        where = dict(place)
         measured = {model: measures(batches, k) for model, batches in models.items()}
         for model, each in measured.items():
             found += [_mean(model, where, metric, values, k, seed) for metric, values in each.items()]
         for (first, mine), (second, other) in combinations(measured.items(), 2):
-            there = f"{where}, minus {second}"
             for metric in ("negative_share", "top_magnitude", "min_over_max"):
-                gains = _minus(mine.get(metric, {}), other.get(metric, {}))
-                found += [_mean(first, there, f"{metric}_difference", gains, k, seed)] if gains else []
+                if gains := _minus(mine.get(metric, {}), other.get(metric, {})):
+                    found.append(_mean(first, where, f"{metric}_difference", gains, k, seed, against=second))
         for model, batches in models.items():
-            for protocol, name in ((USUAL, "power_iteration"), (LONG, "long_power_iteration")):
-                given = groups.get(f"{where},{protocol}", {}).get(model, {})
+            for protocol, name in ((PARK_KIM, "power_iteration"), (POWER, "long_power_iteration")):
+                given = groups.get(_without_batch(where | {PROTOCOL: protocol}), {}).get(model, {})
                 for metric, values in beside(batches, given, k).items():
                     found.append(_mean(model, where, f"{name}_{metric}", values, k, seed))
     return found
 
 
-def measures(batches: Batches, k: int) -> dict[str, dict[str, float]]:
-    """metric -> batch -> value, of those metrics that some batch has."""
-    found: dict[str, dict[str, float]] = {}
+def _grouped(rows: Iterable[Result]) -> dict[tuple, dict[str, Batches]]:
+    """Return what `where` says besides the batch -> model -> its batches."""
+    groups: dict[tuple, dict[str, Batches]] = {}
+    for row in rows:
+        if row.task == HESSIAN and BATCH in row.where:
+            group = groups.setdefault(_without_batch(row.where), {})
+            group.setdefault(row.model, {}).setdefault(row.where[BATCH], {})[row.metric] = row
+    return groups
 
-    def add(metric: str, batch: str, value: float) -> None:
+
+def _without_batch(where: Where) -> tuple:
+    return tuple((key, value) for key, value in where.items() if key != BATCH)
+
+
+def measures(batches: Batches, k: int) -> dict[str, dict[int, float]]:
+    """metric -> batch -> value, of those metrics that some batch has."""
+    found: dict[str, dict[int, float]] = {}
+
+    def add(metric: str, batch: int, value: float) -> None:
         found.setdefault(metric, {})[batch] = value
 
     for batch, b in batches.items():
@@ -77,14 +86,14 @@ def top_of(batch: Mapping[str, Result], k: int) -> list[Result]:
     return [batch[f"by_magnitude_{i}"] for i in range(1, k + 1)] if f"by_magnitude_{k}" in batch else []
 
 
-def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[str, float]]:
+def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[int, float]]:
     """What a power iteration returns beside converged eigenvalues, on the batches that have both.
 
     products, residual (the largest of the k), error (the largest, relative to the eigenvalue at the same place), missed
     (the share of the k eigenvalues that none of its values is within 1 % of), and products_over_lanczos: how many times
     what Lanczos takes until the k of largest magnitude are converged.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[int, float]] = {}
     for batch in batches:
         true, given = top_of(batches[batch], k), top_of(usual.get(batch, {}), k)
         if not (true and given and all(row.extra.get("found_after") for row in true)):
@@ -104,14 +113,17 @@ def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[str, floa
     return found
 
 
-def _minus(mine: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+def _minus(mine: Mapping[int, float], other: Mapping[int, float]) -> dict[int, float]:
     return {batch: mine[batch] - other[batch] for batch in mine if batch in other}
 
 
-def _mean(model: str, where: str, metric: str, values: Mapping[str, float], k: int, seed: int) -> Result:
+def _mean(
+    model: str, where: Where, metric: str, values: Mapping[int, float], k: int, seed: int, against: str = ""
+) -> Result:
     low, high = bootstrap(values.values(), seed)
     extra = {"title": "Hessian"} | ({"top": k} if metric == "negative_share" else {})
-    return Result(model, TASK, where, metric, float(np.mean([*values.values()])), low, high, len(values), extra)
+    mean = float(np.mean([*values.values()]))
+    return Result(model, HESSIAN, metric, mean, low, high, len(values), where=where, against=against, extra=extra)
 
 
 def bootstrap(values: Iterable[float], seed: int, draws: int = 2000) -> tuple[float, float]:

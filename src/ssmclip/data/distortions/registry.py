@@ -38,7 +38,7 @@ class Distortion:
     tables: tuple[str, ...] = field(default=())
 
 
-DISTORTIONS: Registry[Distortion] = Registry("distortion")
+DISTORTIONS: Registry[Distortion] = Registry("distortion", ["ssmclip.data.distortions.geirhos"])
 
 
 def distortion(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
 from ssmclip.evaluate.search.embedder import Embedder
+from ssmclip.files import whole
 
 __all__ = ["Index", "build_index", "nearest", "read_index"]
 
@@ -176,7 +177,5 @@ def _about(table: pa.Table) -> dict[str, Any]:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with whole(path) as part:
+        pq.write_table(table, part)

@@ -45,7 +45,7 @@ def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> float:
 
 
 def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
-    """A row for each two models with a measure of the same images: model is the first, condition "minus SECOND".
+    """A row for each two models with a measure of the same images: model is the first, against is the second.
 
     The value is the difference of the fractions right, its interval resamples the images both saw; `extra` has the
     exact p value of McNemar's test and how many images only one of the two had right. Rows that don't say which images
@@ -54,18 +54,31 @@ def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
     having = [row for row in rows if "right" in row.extra and row.n]
     made = []
     for first, second in combinations(having, 2):
-        same = all(getattr(first, name) == getattr(second, name) for name in ("task", "condition", "metric", "n"))
+        same = all(getattr(first, name) == getattr(second, name) for name in ("task", "place", "metric", "n"))
         if not same or first.model == second.model or first.extra["images"] != second.extra["images"]:
             continue
         a, b = unmarked(first), unmarked(second)
         gain = a.double() - b.double()
         low, high = bootstrap_interval(lambda w, gain=gain: w @ gain / w.sum(-1), len(gain), seed=seed)
-        condition = ", ".join(filter(None, [first.condition, f"minus {second.model}"]))
         extra = {
             "mcnemar_p": mcnemar(a, b),
             "only_first": int((a & ~b).sum()),
             "only_second": int((b & ~a).sum()),
         }
         metric = f"{first.metric}_difference"
-        made.append(Result(first.model, first.task, condition, metric, gain.mean().item(), low, high, first.n, extra))
+        value = gain.mean().item()
+        made.append(
+            Result(
+                first.model,
+                first.task,
+                metric,
+                value,
+                low,
+                high,
+                first.n,
+                where=first.where,
+                against=second.model,
+                extra=extra,
+            )
+        )
     return made

@@ -25,7 +25,11 @@ NAME_STEP = 0.06  # of the height of the axes: a line of small letters
 MOST_CLASSES = 30  # bars of one figure that can still be read
 
 
-FIGURES: Registry[type[Drawing]] = Registry("figure")
+# The order of the page.
+FIGURES: Registry[type[Drawing]] = Registry(
+    "figure",
+    [f"ssmclip.report.figures.{name}" for name in ("efficiency", "examples", "evaluation", "curvature", "humans")],
+)
 
 
 @dataclass(frozen=True)

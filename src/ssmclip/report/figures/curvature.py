@@ -13,10 +13,10 @@ import numpy as np
 
 from ssmclip.report.figures.base import Drawing, canvas, figure, legend, models_of, plain_numbers
 from ssmclip.rows import Result
-from ssmclip.rows.condition import LONG, USUAL, step_of
+from ssmclip.rows.condition import PROTOCOL, STEP, TOWER
+from ssmclip.rows.tasks import LANCZOS, PROTOCOLS
 
 PLACE = re.compile(r"(largest|smallest|by_magnitude)_(\d+)")
-X_Y = re.compile(r"x=([-\d.e]+)(?:,y=([-\d.e]+))?")
 MARKERS = {"Lanczos": "o", "usual power iteration": "x", "power iteration to a residual": "+"}
 POINTS = 300  # along the axis of a density
 
@@ -29,21 +29,19 @@ def measured(rows: Iterable[Result], end: str) -> list[Result]:
 def where_of(row: Result) -> str:
     """What was differentiated by, and how it was measured where that is not Lanczos, in words.
 
-    >>> where_of(Result("m", "hessian", "step=4,batch=0,tower=image,protocol=park-kim", "by_magnitude_1", 2.0))
+    >>> where_of(Result("m", "hessian", "by_magnitude_1", 2.0, where={"tower": "image", "protocol": "park-kim"}))
     'image, usual power iteration'
     """
-    given = dict(part.split("=", 1) for part in row.condition.split(",") if "=" in part)
-    return given.get("tower", "whole") + (f", {protocol_of(row)}" if "protocol" in given else "")
+    return row.where.get(TOWER, "whole") + (f", {protocol_of(row)}" if PROTOCOL in row.where else "")
 
 
 def protocol_of(row: Result) -> str:
     """What its eigenvalues were found by, in words."""
-    lanczos, usual, long = MARKERS
-    return usual if USUAL in row.condition else long if LONG in row.condition else lanczos
+    return dict(zip(PROTOCOLS, MARKERS, strict=True))[row.where.get(PROTOCOL, LANCZOS)]
 
 
-def _of_batch(row: Result) -> tuple[str, str]:
-    return row.model, row.condition.removesuffix(f",{USUAL}").removesuffix(f",{LONG}")
+def _of_batch(row: Result) -> tuple[str, tuple]:
+    return row.model, tuple(sorted((key, value) for key, value in row.where.items() if key != PROTOCOL))
 
 
 def bandwidth(values: np.ndarray) -> float:
@@ -66,7 +64,7 @@ class Eigenvalues(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
+        mine = [row for row in measured(rows, "by_magnitude") if STEP not in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
             yield cls(f"Hessian: the largest eigenvalues of every batch, {where}", there, looks)
@@ -111,7 +109,7 @@ class SpectralDensity(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.task == "hessian" and "nodes" in row.extra and step_of(row) is None]
+        mine = [row for row in rows if row.task == "hessian" and "nodes" in row.extra and STEP not in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
             yield cls(f"Hessian: density of all eigenvalues, {where}", there, looks)
@@ -157,16 +155,16 @@ class Protocols(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in measured(rows, "by_magnitude") if step_of(row) is None]
+        mine = [row for row in measured(rows, "by_magnitude") if STEP not in row.where]
         usual = {_of_batch(row) for row in mine if protocol_of(row) != "Lanczos"}
         both = [row for row in mine if _of_batch(row) in usual]
         if any(protocol_of(row) == "Lanczos" for row in both):
             yield cls("Hessian: the usual power iteration and Lanczos on the same batches", both, looks)
 
     def frame(self):
-        batches: dict[tuple[str, str], list[Result]] = {}
+        batches: dict[tuple[str, tuple], list[Result]] = {}
         for row in self.rows:
-            batches.setdefault((row.model, row.condition), []).append(row)
+            batches.setdefault((row.model, row.place), []).append(row)
         return [
             {
                 "model": model,
@@ -209,7 +207,7 @@ class EigenvaluesOverTraining(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.task == "hessian" and step_of(row) is not None]
+        mine = [row for row in rows if row.metric in cls.needs and row.task == "hessian" and STEP in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
             yield cls(f"Hessian: the extreme eigenvalues over training, {where}", there, looks)
@@ -217,7 +215,7 @@ class EigenvaluesOverTraining(Drawing):
     def frame(self):
         groups: dict[tuple[str, str, int], list[float]] = {}
         for row in self.rows:
-            groups.setdefault((row.model, row.metric.removesuffix("_1"), step_of(row)), []).append(row.value)
+            groups.setdefault((row.model, row.metric.removesuffix("_1"), row.where[STEP]), []).append(row.value)
         return [
             {"model": model, "end": end, "step": step, "median": float(np.median(values)), "batches": len(values)}
             for (model, end, step), values in groups.items()
@@ -247,11 +245,13 @@ class Surfaces(Drawing):
 
     @classmethod
     def of(cls, rows: Sequence[Result], task: str) -> list[Result]:
-        return [row for row in rows if row.task == task and X_Y.fullmatch(row.condition)]
+        return [row for row in rows if row.task == task]
 
     def frame(self):
-        places = [(row, X_Y.fullmatch(row.condition)) for row in self.rows]
-        return [{"model": r.model, "x": float(m[1]), "y": float(m[2] or 0), "loss": r.value} for r, m in places]
+        return [
+            {"model": row.model, "x": row.where["x"], "y": row.where.get("y", 0.0), "loss": row.value}
+            for row in self.rows
+        ]
 
     def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x (n,), y (m,) and the loss (m, n), NaN where it was not measured."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -12,8 +11,9 @@ import matplotlib.ticker as ticker
 
 from ssmclip.report.figures.base import Drawing, canvas, figure, legend, plain_numbers
 from ssmclip.report.words import metric_name
+from ssmclip.rows.condition import ATTENTION, IMAGE, TOKENS
+from ssmclip.rows.tasks import EFFICIENCY
 
-CONDITION = re.compile(r"(image|text)=(\d+)(?:x(\d+))?(?: attention=(\w+))?")
 METRICS = (
     "macs",
     "inference_memory_mb",
@@ -35,10 +35,10 @@ class Efficiency(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.task == "efficiency" and CONDITION.fullmatch(row.condition)]
-        for kind, against in (("image", "the size of the image"), ("text", "the length of the text")):
+        mine = [row for row in rows if row.task == EFFICIENCY]
+        for kind, against in ((IMAGE, "the size of the image"), (TOKENS, "the length of the text")):
             for metric in METRICS:
-                found = [row for row in mine if row.metric == metric and row.condition.startswith(kind)]
+                found = [row for row in mine if row.metric == metric and kind in row.where]
                 yield cls(f"{metric_name(metric)} against {against}", found, looks)
 
     def frame(self):
@@ -55,7 +55,7 @@ class Efficiency(Drawing):
         then `lower`: which of the two is lower throughout (None where they share no size).
         """
         lines = {name: points for name, points in self._lines().items() if len(points) > 1}
-        image = self.rows[0].condition.startswith("image")
+        image = IMAGE in self.rows[0].where
         found = []
         for a, b in combinations(lines, 2):
             at = crossing(lines[a], lines[b])
@@ -74,7 +74,7 @@ class Efficiency(Drawing):
 
     def plot(self):
         frame, growth = self.frame(), self.growth()
-        image = self.rows[0].condition.startswith("image")
+        image = IMAGE in self.rows[0].where
         what = "pixels" if image else "tokens"
         crossings = self.crossings()
         crossed = [c for c in crossings if c["x"] is not None]
@@ -115,10 +115,10 @@ class Memory(Drawing):
     @classmethod
     def each(cls, rows, looks):
         for metric in cls.needs:
-            found = [r for r in rows if r.metric == metric and r.task == "efficiency" and r.condition[:5] == "image"]
-            sides = {row.condition: _point(row)["x"] for row in found if CONDITION.fullmatch(row.condition)}
+            found = [r for r in rows if r.metric == metric and r.task == EFFICIENCY and IMAGE in r.where]
+            sides = {row.place: _point(row)["x"] for row in found}
             side = CLIMP_PIXELS if CLIMP_PIXELS in sides.values() else max(sides.values(), default=None)
-            there = [row for row in found if sides.get(row.condition) == side]
+            there = [row for row in found if sides[row.place] == side]
             if len(there) > 1:
                 yield cls(f"{metric_name(metric)}, images of {side:.0f} pixels", there, looks)
 
@@ -181,10 +181,11 @@ def _other(pair: dict[str, Any]) -> str:
 
 
 def _point(row) -> dict[str, Any]:
-    kind, height, width, attention = CONDITION.fullmatch(row.condition).groups()
-    inputs = int(height) * int(width or height) if kind == "image" else int(height)
+    image, attention = row.where.get(IMAGE), row.where.get(ATTENTION)
+    height, _, width = str(image).partition("x")
+    inputs = row.where[TOKENS] if image is None else int(height) * int(width or height)
     line = f"{row.model} ({attention} attention)" if attention else row.model
-    return {"model": row.model, "line": line, "inputs": inputs, "x": _x(inputs, kind == "image"), "value": row.value}
+    return {"model": row.model, "line": line, "inputs": inputs, "x": _x(inputs, image is not None), "value": row.value}
 
 
 def _x(inputs: int | float, image: bool) -> int | float:

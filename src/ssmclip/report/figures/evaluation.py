@@ -30,7 +30,7 @@ from ssmclip.report.store import by_task, final
 from ssmclip.report.style import INK, LINE, WIDTH
 from ssmclip.report.table1 import points
 from ssmclip.report.words import RECALL, headline, kind_of, metric_name, title_of
-from ssmclip.rows.condition import step_of
+from ssmclip.rows.condition import STEP
 
 WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers written in
 
@@ -41,14 +41,14 @@ class TrainingCurves(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        curves = [row for row in rows if step_of(row) is not None and row.metric in cls.needs]
+        curves = [row for row in rows if STEP in row.where and row.metric in cls.needs]
         for task, metric in dict.fromkeys((row.task, row.metric) for row in curves):
             where = "training" if task == "train" else title_of(task, rows)
             mine = [row for row in curves if (row.task, row.metric) == (task, metric)]
             yield cls(f"{where}: {metric_name(metric)} over the steps", mine, looks)
 
     def frame(self):
-        return [{"model": row.model, "step": step_of(row), "value": row.value} for row in self.rows]
+        return [{"model": row.model, "step": row.where[STEP], "value": row.value} for row in self.rows]
 
     def plot(self):
         frame = self.frame()
@@ -73,7 +73,7 @@ class ZeroShot(Bars):
         tasks = dict.fromkeys(row.task for row in final(rows) if kind_of(row.task, rows) == "classification")
         heads = [(task, headline(rows, task)) for task in tasks]
         mine = [row for row in final(rows) if row.metric in cls.needs and (row.task, row.metric) in heads]
-        yield cls("Zero-shot classification", [row for row in mine if row.condition == ""], looks)
+        yield cls("Zero-shot classification", [row for row in mine if row.plain], looks)
 
     def group(self, row):
         return f"{title_of(row.task, self.rows)}: {metric_name(row.metric)}"
@@ -85,7 +85,7 @@ class Recalls(Bars):
 
     @classmethod
     def each(cls, rows, looks):
-        recalls = [row for row in final(rows) if RECALL.fullmatch(row.metric) and row.condition == ""]
+        recalls = [row for row in final(rows) if RECALL.fullmatch(row.metric) and row.plain]
         for task in dict.fromkeys(row.task for row in recalls):
             mine = [row for row in recalls if row.task == task]
             yield cls(f"{title_of(task, rows)}: retrieval", mine, looks)
@@ -147,7 +147,7 @@ class Throughput(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.task == "train" and row.metric in cls.needs and step_of(row) is not None]
+        mine = [row for row in rows if row.task == "train" and row.metric in cls.needs and STEP in row.where]
         yield cls("training: images per second", mine, looks)
 
     def frame(self):

@@ -18,11 +18,9 @@ from ssmclip.report.store import final
 from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of
 from ssmclip.rows import Result
-from ssmclip.rows.condition import DISTORTED, level_of
+from ssmclip.rows.condition import AVERAGE, LEVEL
+from ssmclip.rows.tasks import HUMANS, OOD, is_distorted, is_ood_set
 
-HUMANS = "humans"
-SET = "ood/"  # begins the task of a data set
-AVERAGE = "ood"
 MEASURES = {  # and which way is better
     "ood_accuracy": "more is better",
     "accuracy_difference": "less is better",
@@ -47,7 +45,7 @@ def _set(row: Result) -> str:
 
 def _family(row: Result) -> str | None:
     """The data set that was distorted, None for rows of another kind."""
-    return row.task.rpartition("/")[0] if row.task.startswith(DISTORTED) else None
+    return row.task.rpartition("/")[0] if is_distorted(row.task) else None
 
 
 def _families(rows: Sequence[Result]) -> list[str]:
@@ -65,8 +63,8 @@ class AccuracyByLevel(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and level_of(row)]
-        published = [row for row in mine if row.task.startswith(SET)]
+        mine = [row for row in rows if row.metric in cls.needs and LEVEL in row.where]
+        published = [row for row in mine if is_ood_set(row.task)]
         yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(published), looks)
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
@@ -75,7 +73,7 @@ class AccuracyByLevel(Drawing):
 
     def frame(self):
         return [
-            _point(row, set=_set(row), level=level_of(row), metric=row.metric, chance=row.extra.get("chance"))
+            _point(row, set=_set(row), level=row.where[LEVEL], metric=row.metric, chance=row.extra.get("chance"))
             for row in self.rows
         ]
 
@@ -114,7 +112,7 @@ class Stimuli(Drawing):
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in rows if row.metric in cls.needs and row.extra.get("stimuli")]
-        published = [row for row in mine if row.task.startswith(SET)]
+        published = [row for row in mine if is_ood_set(row.task)]
         yield cls("Out of distribution: a stimulus of each condition", published, looks)
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
@@ -176,9 +174,9 @@ class WithoutLevels(Bars):
 
     @classmethod
     def each(cls, rows, looks):
-        levelled = {row.task for row in rows if level_of(row)}
-        mine = [row for row in final(rows) if row.metric in cls.needs and row.task.startswith(SET)]
-        mine = _humans_first([row for row in mine if row.condition == "" and row.task not in levelled])
+        levelled = {row.task for row in rows if LEVEL in row.where}
+        mine = [row for row in final(rows) if row.metric in cls.needs and is_ood_set(row.task)]
+        mine = _humans_first([row for row in mine if row.plain and row.task not in levelled])
         looks = {model: _look(looks, model) for model in looks}
         yield cls("Out of distribution: sketches, outlines and styles", mine, looks)
 
@@ -192,10 +190,10 @@ class Overall(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.task == AVERAGE]
-        for condition in list(dict.fromkeys(row.condition for row in mine))[:2]:
-            of_these = [row for row in mine if row.condition == condition]
-            yield cls(f"Out of distribution, {condition}: overall", _humans_first(of_these), looks)
+        mine = [row for row in rows if row.metric in cls.needs and row.task == OOD]
+        for average in list(dict.fromkeys(row.where.get(AVERAGE, "") for row in mine))[:2]:
+            of_these = [row for row in mine if row.where.get(AVERAGE, "") == average]
+            yield cls(f"Out of distribution, {average}: overall", _humans_first(of_these), looks)
 
     def frame(self):
         return [_point(row, metric=row.metric) for row in self.rows]
@@ -285,14 +283,12 @@ class ConsistencyMatrix(Drawing):
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [
-            row for row in final(rows) if row.metric in cls.needs and (row.task == AVERAGE or row.task.startswith(SET))
-        ]
-        averages = list(dict.fromkeys(row.condition for row in mine if row.task == AVERAGE))[:1]
-        groups = [(AVERAGE, condition) for condition in averages] or list(dict.fromkeys((r.task, "") for r in mine))
-        for task, condition in groups:
-            these = [row for row in mine if (row.task, row.condition) == (task, condition)]
-            where = f"{title_of(task, rows)}, {condition}" if condition else title_of(task, rows)
+        mine = [row for row in final(rows) if row.metric in cls.needs and (row.task == OOD or is_ood_set(row.task))]
+        averages = list(dict.fromkeys(row.where.get(AVERAGE, "") for row in mine if row.task == OOD))[:1]
+        groups = [(OOD, average) for average in averages] or list(dict.fromkeys((r.task, "") for r in mine))
+        for task, average in groups:
+            these = [row for row in mine if (row.task, row.where.get(AVERAGE, "")) == (task, average)]
+            where = f"{title_of(task, rows)}, {average}" if average else title_of(task, rows)
             yield cls(f"{where}: error consistency of each with each", _humans_first(these), looks)
 
     def frame(self):

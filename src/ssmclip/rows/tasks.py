@@ -1,0 +1,30 @@
+"""Names of tasks that several packages know: who measures writes them, who draws looks for them."""
+
+TRAIN = "train"
+HESSIAN = "hessian"
+SURFACES = ("surface_1d", "surface_2d")  # of the loss, along one direction and two
+EFFICIENCY = "efficiency"
+OOD = "ood"  # averages over the data sets of stimuli, of which each is OOD/SET
+DISTORTED = "distorted"  # DISTORTED/DATA SET/DISTORTION
+
+PROTOCOLS = LANCZOS, PARK_KIM, POWER = "lanczos", "park-kim", "power"  # how eigenvalues are found
+
+HUMANS = "humans"  # the model that people's own rows carry
+
+
+def of_ood(dataset: str) -> str:
+    """Return the task of one data set of stimuli."""
+    return f"{OOD}/{dataset}"
+
+
+def is_ood_set(task: str) -> bool:
+    return task.startswith(f"{OOD}/")
+
+
+def of_distorted(dataset: str, distortion: str) -> str:
+    """Return the task of one distortion of a data set."""
+    return f"{DISTORTED}/{dataset}/{distortion}"
+
+
+def is_distorted(task: str) -> bool:
+    return task.startswith(f"{DISTORTED}/")
