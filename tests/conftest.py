@@ -1,8 +1,11 @@
 """What several test files share: two small CLIPs, and where the shared real data is."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +59,19 @@ def vit():
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
     return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
+
+
+@pytest.fixture
+def corruptions(monkeypatch) -> None:
+    """A package in place of `imagecorruptions`, whose every corruption adds the severity and a random number."""
+
+    def corrupt(image, severity):
+        return image + np.uint8(severity) + np.uint8(np.random.randint(100))
+
+    stand_in = ModuleType("imagecorruptions")
+    stand_in.corrupt = lambda image, severity, name: stand_in.corruption_dict[name](image, severity)
+    stand_in.corruption_dict = dict.fromkeys(("fog", "snow"), corrupt)
+    monkeypatch.setitem(sys.modules, "imagecorruptions", stand_in)
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """The registry of distortions, against the authors' own pictures and the definitions in plain NumPy, SciPy, Pillow."""
 
+import importlib
 import io
 import math
+import sys
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +14,29 @@ from PIL import Image
 
 import ssmclip
 from ssmclip import UnknownName
+from ssmclip.data.distortions import DISTORTIONS, GEIRHOS, IMAGENET_C, UNDISTORTED, imagenet_c
 from ssmclip.data.distortions import eidolon as fast
 from ssmclip.data.distortions import reference as plain
-from ssmclip.data.distortions.registry import DISTORTIONS, parse_level
+from ssmclip.data.distortions.registry import Distortion, kept, parse_level, prepare
 from ssmclip.humans.stimuli import STIMULUS_SETS
 
 RANDOM = {"phase-scrambling", "uniform-noise"}  # bit-reproducible from a RandomState; eidolons are not
 EIDOLONS = {"eidolonI", "eidolonII", "eidolonIII"}
+# The published list: what does not distort, and what people get right in less than 20 % of trials.
+NOT_COUNTED = {
+    "colour": "cr",
+    "contrast": "c100 c03 c01",
+    "high-pass": "inf 0.55 0.45 0.4",
+    "low-pass": "0 15 40",
+    "phase-scrambling": "0 150 180",
+    "power-equalisation": "0",
+    "false-colour": "True",
+    "rotation": "0",
+    "eidolonI": "1-10-10 64-10-10 128-10-10",
+    "eidolonII": "1-3-10 32-3-10 64-3-10 128-3-10",
+    "eidolonIII": "1-0-10 16-0-10 32-0-10 64-0-10 128-0-10",
+    "uniform-noise": "0.0 0.6 0.9",
+}
 PARAMETRIC = [name for name, known in STIMULUS_SETS.items() if len(known.conditions) > 1]
 
 
@@ -51,7 +69,17 @@ def published(shared: Path, name: str) -> np.ndarray:
 
 def test_all_parametric_sets_have_a_distortion():
     assert len(PARAMETRIC) == 12
-    assert set(DISTORTIONS) == set(PARAMETRIC) == set(plain.REFERENCE)
+    assert set(GEIRHOS) == set(PARAMETRIC) == set(plain.REFERENCE)
+    assert set(DISTORTIONS) == {*GEIRHOS, *IMAGENET_C}
+
+
+@pytest.mark.parametrize("name", GEIRHOS)
+def test_levels_are_the_conditions_of_the_experiment(name):
+    assert DISTORTIONS[name].labels == STIMULUS_SETS[name].conditions
+    left_out = NOT_COUNTED[name].split()
+    assert [DISTORTIONS[name].labels[place] for place in kept(name)] == [
+        label for label in STIMULUS_SETS[name].conditions if label not in left_out
+    ]
 
 
 @pytest.mark.parametrize(
@@ -336,11 +364,55 @@ def test_corruptions_of_imagenet_c():
     np.testing.assert_array_equal(ssmclip.distort(image, "imagenet-c/jpeg_compression", 3), np.array(Image.open(jpeg)))
 
 
-def test_corruptions_that_cannot_be():
-    pytest.importorskip("imagecorruptions")
+def test_the_corruptions_are_those_of_the_package():
+    package = pytest.importorskip("imagecorruptions")
+    assert imagenet_c.CORRUPTIONS == [*package.get_corruption_names(), *package.get_corruption_names("validation")]
+
+
+def test_a_picture_keeps_its_pixels_at_the_undistorted_level(corruptions):
+    image = photograph(15, 40, 50)
+    out = ssmclip.distort(image, "imagenet-c/fog", UNDISTORTED)
+    np.testing.assert_array_equal(out, image)
+    assert not np.shares_memory(out, image)
+    assert DISTORTIONS["imagenet-c/fog"].labels == (UNDISTORTED, *"12345")
+    assert kept("imagenet-c/fog") == [1, 2, 3, 4, 5]
+
+
+def test_a_corruption_gets_the_severity_and_a_seeded_generator(corruptions):
+    """With a package that stands in: the picture, moved by its severity and by the next number of NumPy's generator."""
+    batch = np.stack([photograph(16, 40, 50) // 2, photograph(17, 40, 50) // 2])
+    for level in (3, 3.0, "3", "3.0"):
+        out = ssmclip.distort(batch, "imagenet-c/fog", level, seed=[7, 8])
+        for image, seed, one in zip(batch, (7, 8), out, strict=True):
+            np.testing.assert_array_equal(one, image + 3 + np.random.RandomState(seed).randint(100))
+
+
+def test_corruptions_that_cannot_be(corruptions):
     with pytest.raises(UnknownName, match="did you mean 'imagenet-c/fog'"):
         ssmclip.distort(photograph(0), "imagenet-c/fogg", 3)
-    with pytest.raises(ValueError, match="1, 2, 3, 4 or 5"):
-        ssmclip.distort(photograph(0), "imagenet-c/fog", 6)
+    for level in (6, 0, 2.5, None):
+        with pytest.raises(ValueError, match="it takes a severity, one of 1, 2, 3, 4, 5"):
+            ssmclip.distort(photograph(0), "imagenet-c/fog", level)
     with pytest.raises(ValueError, match="32 x 32 or more"):
         ssmclip.distort(photograph(0, 20, 40), "imagenet-c/fog", 1)
+
+
+def test_the_package_is_imported_with_the_first_corruption_and_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(DISTORTIONS, "_items", {})
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)  # an import fails
+    importlib.reload(imagenet_c)
+    with pytest.raises(ImportError, match=r"pip install 'ssmclip\[corruptions\]'"):
+        ssmclip.distort(photograph(0), "imagenet-c/fog", 1)
+    with pytest.raises(ImportError, match=r"pip install 'ssmclip\[corruptions\]'"):  # before there is a picture
+        prepare("imagenet-c/fog", {})
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_a_distortion_checks_its_labels():
+    fields = dict(name="fog", function=np.copy, levels={"1": 1.0, "2": 2.0}, meaning="a thickness", allowed=None)
+    with pytest.raises(ValueError, match=r"counted has 3, which are not among its levels \(1, 2\)"):
+        Distortion(**fields, counted=("1", "3"))
+    with pytest.raises(ValueError, match=r"first of its levels \(1, 2; got '2'\)"):
+        Distortion(**fields, counted=("1",), undistorted="2")

@@ -14,9 +14,9 @@ from scipy.stats import rankdata
 from sklearn.metrics import cohen_kappa_score
 
 from ssmclip.cli import ood as ood_command
-from ssmclip.data.distortions.registry import EXCLUDED
+from ssmclip.data.distortions import DISTORTIONS, distortion
 from ssmclip.humans.scores import score_decisions
-from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, StimulusSet
 from ssmclip.humans.trials import read_trials
 from ssmclip.rows import read_rows
 
@@ -380,9 +380,27 @@ def test_equal_names_of_two_sources_are_two_models(tmp_path):
     assert ours == find(alone, "bad", "ood/contrast", "error_consistency").value
 
 
-def test_the_excluded_conditions_exist():
-    for dataset, labels in EXCLUDED.items():
-        assert set(labels.split()) < set(STIMULUS_SETS[dataset].conditions)
+def test_a_further_data_set_is_scored_and_changes_no_average(tmp_path, monkeypatch):
+    """An eighteenth set of two conditions, which the models were asked and were not asked."""
+    people, models = complete({"1": 0.9, "2": 0.8, "3": 0.7, "4": 0.9}, 0), complete({"a": 0.9, "b": 0.5}, 1)
+    before = score(tmp_path, people, models, resamples=10)
+    monkeypatch.setattr(STIMULUS_SETS, "_items", dict(STIMULUS_SETS._items))
+    monkeypatch.setattr(DISTORTIONS, "_items", dict(DISTORTIONS._items))
+    STIMULUS_SETS.register("fog")(StimulusSet("fog", "fog", ("thin", "thick"), 4))
+    distortion("edge", levels={"0": 0, "1": 1}, meaning="a name that is a set of stimuli, too")(np.copy)
+    assert score(tmp_path, people, models, resamples=10) == before
+    assert len([row for row in before if row.task == "ood" and row.model == "a"]) == 3 * 5
+    more = [
+        {**stimulus, "subject": who, "object_response": "cat" if who in "1a" else "dog"}
+        for who in "12a"
+        for stimulus in (
+            dict(zip(COLUMNS, ("fog", "", f"n1_{c}", c, "cat", ""), strict=True)) for c in ("thin", "thick")
+        )
+    ]
+    after = score(tmp_path, people + more[:4], models + more[4:], resamples=10)
+    assert [row for row in after if row.task != "ood/fog"] == before
+    assert find(after, "a", "ood/fog", "ood_accuracy").value == 1
+    assert find(after, "humans", "ood/fog", "accuracy", "level=thick").value == 0.5
 
 
 def test_command_scores_files(tmp_path, capsys):

@@ -21,6 +21,7 @@ LEVELS = {
     "eidolonI": ["1-10-10", "64-10-10"],
     "uniform-noise": ["0.0", "0.35", "0.9"],
 }
+DISTORTIONS = LEVELS | {"imagenet-c/fog": ["undistorted", "1", "5"]}
 
 
 def interval(value: float) -> tuple[float, float, float]:
@@ -53,7 +54,7 @@ def make_rows() -> list[Result]:
             rows.append(Result(model, f"ood/{name}", "ood_accuracy", 0.5))
         small = {} if place else {"stimuli": {"0": SMALL}}
         rows.append(Result(model, "ood/edge", "ood_accuracy", *interval(0.3 + place / 10), 160, extra=small))
-        for name, levels in LEVELS.items() if model != "humans" else ():
+        for name, levels in DISTORTIONS.items() if model != "humans" else ():
             shown = {"stimuli": dict.fromkeys(levels, SMALL)} if not place and name != "eidolonI" else {}
             about = {"title": f"CIFAR-10, {name}", "chance": 0.1}
             task = f"distorted/cifar10/{name}"
@@ -126,7 +127,8 @@ def test_a_data_set_that_was_distorted_has_a_figure_of_its_own(drawn):
     _, own = drawn["ood_accuracy_by_level"]
     assert own.title == "CIFAR-10, distorted: top-1 accuracy over the level of distortion"
     panels = {axes.get_title(loc="left"): axes for axes in own.plot().axes}
-    for name, levels in LEVELS.items():
+    assert list(panels) == list(DISTORTIONS)
+    for name, levels in DISTORTIONS.items():
         lines = {line.get_label(): list(line.get_ydata()) for line in panels[name].lines}
         falling = [0.3 - i / 20 for i in range(len(levels))]
         assert [lines[model] for model in MODELS[:2]] == [falling, falling]
@@ -138,11 +140,11 @@ def test_example_stimuli_are_at_their_levels(drawn):
     published, own = drawn["stimuli"]
     assert [(cell["set"], cell["level"]) for cell in published.frame()] == [("edge", "0")]
     assert own.title == "CIFAR-10, distorted: one picture at each level"
-    expected = [(name, level) for name in ("contrast", "uniform-noise") for level in LEVELS[name]]
+    expected = [(name, level) for name in DISTORTIONS if name != "eidolonI" for level in DISTORTIONS[name]]
     assert [(cell["set"], cell["level"]) for cell in own.frame()] == expected
     shown = [axes for axes in own.plot().axes if axes.images]
     assert [axes.get_title() for axes in shown] == [level for _, level in expected]
-    assert {axes.texts[0].get_text() for axes in shown if axes.texts} == {"contrast", "uniform-noise"}
+    assert {axes.texts[0].get_text() for axes in shown if axes.texts} == set(DISTORTIONS) - {"eidolonI"}
     assert abs(shown[0].images[0].get_array()[5, 5].astype(int) - [250, 20, 20]).max() < 4
     rows = [replace(row, extra={"stimuli": {"0": "no picture"}}) for row in ROWS if "stimuli" in row.extra]
     with pytest.raises(ValueError, match="no small JPEG"):

@@ -1,4 +1,4 @@
-"""Accuracy over the level of distortion on any data set: the 12 manipulations of Geirhos et al. 2021, own classes.
+"""Accuracy over the level of distortion on any data set, by its own classes or captions.
 
 n images · l levels
 
@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ssmclip.data.distortions.apply import distort
+from ssmclip.data.distortions import DISTORTIONS, GEIRHOS, distort
+from ssmclip.data.distortions.apply import fingerprint
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
-from ssmclip.data.distortions.registry import DISTORTIONS, Table, kept, load_table
+from ssmclip.data.distortions.registry import Table, find, kept, prepare
 from ssmclip.evaluate.embeddings.cache import texts_hash
 from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
 from ssmclip.evaluate.pictures import draw, thumbnail
@@ -34,10 +35,10 @@ from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_releva
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL
+from ssmclip.rows.tasks import of_distorted
 
 log = logging.getLogger(__name__)
 
-TASK = "distorted/"  # begins the task of a row; DATA SET/DISTORTION follows
 MEAN = "mean over levels"
 METRIC = {"classification": "top1", "retrieval": "image_to_text_recall@10"}
 RECALL_AT = 10
@@ -46,7 +47,7 @@ REMEMBERED = 2000  # distorted pictures kept for the next model, 300 MB
 
 @dataclass(frozen=True)
 class Manipulations:
-    """Which of DISTORTIONS, each at its published levels; tables: "amplitude" and "gamma", checked, where given."""
+    """Which of DISTORTIONS, each at all of its levels; tables: "amplitude" and "gamma", checked, where given."""
 
     names: tuple[str, ...]
     tables: dict[str, np.ndarray] = field(default_factory=dict)
@@ -54,18 +55,21 @@ class Manipulations:
 
 
 def choose(names: Sequence[str] | None, amplitude: Table = None, gamma: Table = None, seed: int = 0) -> Manipulations:
-    """The named ones, or all whose tables are given (which are left out is logged).
+    """Return the named ones, or those of Geirhos et al. whose tables are given (which are left out is logged).
 
-    Raises UnknownName, and ValueError for a named one without its table and for tables that don't fit.
+    names: as `find` takes them: "contrast", "imagenet-c/fog", "FILE.py:NAME".
+    Raises UnknownName, ValueError for a named one without its table and for tables that don't fit, and ImportError for
+    a named one whose package is missing.
     """
     given = {"amplitude": amplitude, "gamma": gamma}
-    lacking = [name for name, one in DISTORTIONS.items() if any(given[kind] is None for kind in one.tables)]
     if names is None:
-        names = [name for name in DISTORTIONS if name not in lacking]
+        lacking = [name for name in GEIRHOS if any(given[kind] is None for kind in DISTORTIONS[name].tables)]
+        names = [name for name in GEIRHOS if name not in lacking]
         for name in lacking:
             log.warning("%s is left out: it needs --%s FILE.npy", name, " and --".join(DISTORTIONS[name].tables))
-    tables = {kind: load_table(kind, given[kind], name) for name in names for kind in DISTORTIONS[name].tables}
-    return Manipulations(tuple(names), tables, seed)
+    names = tuple(find(name) for name in names)
+    tables = {kind: table for name in names for kind, table in prepare(name, given).items()}
+    return Manipulations(names, tables, seed)
 
 
 class Distorted(Dataset):
@@ -75,7 +79,8 @@ class Distorted(Dataset):
         self.dataset, self.name, self.label, self.how = dataset, name, label, how
         self.tables = {kind: how.tables[kind] for kind in DISTORTIONS[name].tables}
         # Embeddings are found again by files, keys and labels: the keys say what was done to the pictures.
-        mark = f"{name} {label} {SIDE} {how.seed} {texts_hash(table.tobytes().hex() for table in self.tables.values())}"
+        tables = texts_hash(table.tobytes().hex() for table in self.tables.values())
+        mark = f"{name} {label} {SIDE} {how.seed} {tables} {fingerprint(name, label, self.tables)}"
         self.keys = [f"{key} {mark}" for key in dataset.keys]
         self.files = dataset.files
         self.labels = getattr(dataset, "labels", None)
@@ -108,15 +113,15 @@ def distorted_rows(
     """The rows of one distortion after another: each model's at each level, their mean, and models compared.
 
     At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
-    levels that count in `ood.EXCLUDED`'s sense, and `..._retained`: of what the model has above guessing at the level
+    levels that count (`Distortion.counted`), and `..._retained`: of what the model has above guessing at the level
     that does not distort, the share it keeps, for models that are clearly above it there (by the interval). Intervals
     resample images. Against another model: differences, over the same images.
     """
     metric = METRIC[card.kind]
     judges = [_judge(clip, dataset, card, settings) for clip in clips]
-    with tqdm(total=sum(len(DISTORTIONS[name].levels) for name in how.names), unit="level", disable=None) as bar:
+    with tqdm(total=sum(len(DISTORTIONS[name].labels) for name in how.names), unit="level", disable=None) as bar:
         for name in how.names:
-            task, labels = f"{TASK}{card.name}/{name}", list(DISTORTIONS[name].levels)
+            task, labels = of_distorted(card.name, name), list(DISTORTIONS[name].labels)
             levels, right, shown = [], {clip.name: [] for clip in clips}, {}
             for place, label in enumerate(labels):
                 bar.set_description(f"{name} {label}")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from ssmclip.data.distortions import GEIRHOS
 from ssmclip.data.distortions.folder import Job
 from ssmclip.data.distortions.pictures import picture_seed
-from ssmclip.data.distortions.registry import DISTORTIONS
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.registry import UnknownName
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ def rebuild_jobs(
     Files are OUT/DATASET/dnn/session-1/NUMBER_CODE_dnn_CONDITION_CATEGORY_K_IMAGEID.png; numbers count the stimuli in
     the order of conditions, categories and ids. How the published images were cropped is not published: see `crop`.
 
-    Raises ValueError for a file without those columns or sets, FileNotFoundError for a folder without image folders.
+    Raises UnknownName for a set that is not parametric, ValueError for a file without those columns or sets,
+    FileNotFoundError for a folder without image folders.
     """
-    names = list(DISTORTIONS) if datasets is None else [DISTORTIONS[name].name for name in datasets]
+    names = list(GEIRHOS if datasets is None else datasets)
+    for name in names:
+        if name not in GEIRHOS:
+            raise UnknownName("parametric data set", name, GEIRHOS)
     root = _image_root(Path(imagenet))
     jobs: list[Job] = []
     missing: dict[str, int] = {}

@@ -8,7 +8,7 @@ Per condition and single person, then the mean over conditions, over people, ove
     observed_consistency  o = share of stimuli both get right or both get wrong
     error_consistency     (o - e) / (1 - e)         e = p q + (1 - p)(1 - q); 1 where o = 1   (Cohen's kappa)
 
-Accuracy pools the trials of a data set. Conditions in EXCLUDED are left out of all four. People among themselves:
+Accuracy pools the trials of a data set. Conditions that do not count are left out of all four. People among themselves:
 the same over their pairs. Shape bias (Geirhos et al. 2019, arXiv:1811.12231): of the cue conflicts answered with the
 shape's or the texture's category, the share answered with the shape's.
 """
@@ -23,19 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from ssmclip.data.distortions.registry import EXCLUDED, kept
-from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
+from ssmclip.data.distortions.registry import kept
+from ssmclip.humans.stimuli import CATEGORIES, CUE_CONFLICT, GEIRHOS_2021, PARAMETRIC_SETS, STIMULUS_SETS
 from ssmclip.humans.trials import NOT_SHOWN, Answers, Trials, match_trials
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL, Where
 
 log = logging.getLogger(__name__)
 
-CUE_CONFLICT = "cue-conflict"
 AVERAGES = {
-    "17 data sets": tuple(STIMULUS_SETS),
-    "16 data sets, without cue conflict": tuple(name for name in STIMULUS_SETS if name != CUE_CONFLICT),
-    "12 parametric data sets": tuple(EXCLUDED),
+    "17 data sets": GEIRHOS_2021,
+    "16 data sets, without cue conflict": tuple(name for name in GEIRHOS_2021 if name != CUE_CONFLICT),
+    "12 parametric data sets": PARAMETRIC_SETS,
 }
 MEASURES = ("ood_accuracy", "accuracy_difference", "observed_consistency", "error_consistency")
 RANKED = {"accuracy_difference": 1, "observed_consistency": -1, "error_consistency": -1}  # -1: the highest comes first
@@ -88,7 +87,7 @@ def score_decisions(humans: Trials, models: Trials, *, resamples: int = 0, seed:
     }
     for name in dict.fromkeys(name for answers in found for name in answers.models):
         if lacking := [
-            dataset for dataset in STIMULUS_SETS if dataset not in scored or name not in scored[dataset].whole
+            dataset for dataset in GEIRHOS_2021 if dataset not in scored or name not in scored[dataset].whole
         ]:
             notes.append(f"{name}: no average over 17 data sets; missing or not whole: {', '.join(lacking)}")
     for note in notes:
@@ -183,12 +182,16 @@ def dataset_rows(scores: Scores) -> list[Result]:
         rows.append(
             _row(subject, task, {}, "shape_bias", samples[0], scores.n[subject], extra | _partial(scores, subject))
         )
-    counted = kept(scores.dataset)
+    counted = _counted(scores.dataset)
     for (place, measure, subject), samples in scores.levels.items() if len(labels) > 1 else ():
         extra = title | {"counted": place in counted} | _partial(scores, subject)
         metric = "accuracy" if measure == "ood_accuracy" else measure
         rows.append(_row(subject, task, {LEVEL: labels[place]}, metric, samples, None, extra))
     return rows
+
+
+def _counted(dataset: str) -> list[int]:
+    return kept(dataset) if dataset in PARAMETRIC_SETS else list(range(len(STIMULUS_SETS[dataset].conditions)))
 
 
 def _score_people(scores: Scores, human, conditions, weights, share) -> None:
@@ -214,7 +217,7 @@ def _score_models(scores: Scores, names: Sequence[str], model, human, conditions
     for cells in table.values():
         cells["ood_accuracy"] = cells["ood_accuracy"][..., None]  # of no person
     _add(scores, names, table, conditions, {"ood_accuracy": np.ones((len(weights), 1))} | dict.fromkeys(RANKED, share))
-    places = [place for place in kept(scores.dataset) if place in table]
+    places = [place for place in _counted(scores.dataset) if place in table]
     among = _by_condition(model, model, conditions, weights[:1])
     matrix = np.mean([among[place]["error_consistency"][0] for place in places], axis=0)
     with_people = np.mean([table[place]["error_consistency"][0] for place in places], axis=0)
@@ -240,7 +243,7 @@ def _by_condition(a, b, conditions, weights) -> dict[int, dict[str, np.ndarray]]
 def _add(scores: Scores, names: Sequence[str], table, conditions, shares) -> None:
     """Cells (r, subject, person) of each condition into the scores: means over people, then over kept conditions."""
     counts = np.bincount(conditions)
-    places = [place for place in kept(scores.dataset) if place in table]
+    places = [place for place in _counted(scores.dataset) if place in table]
     if not places:
         raise ValueError(f"{scores.dataset}: {', '.join(names)} answered to no stimulus of a condition that counts")
     for measure, share in shares.items():

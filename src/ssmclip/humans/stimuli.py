@@ -18,6 +18,25 @@ from ssmclip.registry import Registry
 CATEGORIES = tuple(
     "airplane bear bicycle bird boat bottle car cat chair clock dog elephant keyboard knife oven truck".split()
 )
+# The sets of the paper, as its tables average them: a set that is added to STIMULUS_SETS is none of these.
+PARAMETRIC_SETS = (
+    "colour",
+    "contrast",
+    "high-pass",
+    "low-pass",
+    "phase-scrambling",
+    "power-equalisation",
+    "false-colour",
+    "rotation",
+    "eidolonI",
+    "eidolonII",
+    "eidolonIII",
+    "uniform-noise",
+)
+CUE_CONFLICT = "cue-conflict"
+GEIRHOS_2021 = (*PARAMETRIC_SETS, "sketch", "stylized", "edge", "silhouette", CUE_CONFLICT)
+
+# The forms of image ids.
 PARAMETRIC = re.compile(r"n\d{8}_\d+\.png")
 NOT_PARAMETRIC = re.compile(r"[a-z]+-\d{4}-(ilsvrc2012-val-\d{8}|sketch-\d+)\.png", re.IGNORECASE)
 SHAPE = re.compile(r"([a-z]+)\d+(-[a-z]+\d+)?\.png")
@@ -29,7 +48,7 @@ class BadName(ValueError):
 
 @dataclass(frozen=True)
 class StimulusSet:
-    """One of the 17 data sets.
+    """One data set of stimuli.
 
     code: the second field of its file names; conditions: labels as the human data give them, undistorted first;
     count: stimuli per observer; folders: other names the folder goes by; image_id: the form of its image ids.

@@ -1,6 +1,6 @@
 """Who said what of which stimulus: the trials of people and of models on the sets of `stimuli.py`, as arrays.
 
-s subjects · n stimuli · t trials
+h people · m models · n stimuli · t trials · i images
 
 Read are parquet and csv files, and folders of csv files as model-vs-human keeps them (raw-data/SET/SET_WHO_*.csv).
 Columns in any order and any case: dataset, subject (subj), image_id (imagename), condition, category, object_response
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import Int, Shaped
 from pyarrow import csv
 
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
@@ -28,7 +29,6 @@ NO_ANSWER = -1  # the subject was asked and gave none of the categories: an erro
 NOT_SHOWN = -2
 UNKNOWN = -1  # of a condition or category: the table doesn't say
 
-SETS = tuple(STIMULUS_SETS)
 NAMES = {"subj": "subject", "imagename": "image_id", "image": "image_id", "response": "object_response"}
 NEEDED = ("subject", "image_id", "object_response")
 PERSON = re.compile(r"s\d+")
@@ -40,19 +40,22 @@ IMAGE_ID = r"(?:^|[_/])(?P<id>n0[^_/]*_[^_/]+|[^_/]+)$"
 
 @dataclass(frozen=True)
 class Trials:
-    """A table of trials, as codes. dataset: place in SETS; subject: place in `subjects`; image: place in `images`
-    (image ids, lower case, no suffix); condition: place in the set's `conditions`; category, response: place in
-    CATEGORIES. UNKNOWN stands for a condition or category the table leaves out, NO_ANSWER for a missing response.
-    notes: what was odd, in words, with counts."""
+    """A table of trials, as codes.
 
-    dataset: np.ndarray
-    subject: np.ndarray
-    image: np.ndarray
-    condition: np.ndarray
-    category: np.ndarray
-    response: np.ndarray
+    dataset: place in STIMULUS_SETS; subject: place in `subjects`; image: place in `images` (image ids, lower case, no
+    suffix); condition: place in the set's `conditions`; category, response: place in CATEGORIES. UNKNOWN stands for a
+    condition or category the table leaves out, NO_ANSWER for a missing response.
+    notes: what was odd, in words, with counts.
+    """
+
+    dataset: Int[np.ndarray, " t"]
+    subject: Int[np.ndarray, " t"]
+    image: Int[np.ndarray, " t"]
+    condition: Int[np.ndarray, " t"]
+    category: Int[np.ndarray, " t"]
+    response: Int[np.ndarray, " t"]
     subjects: tuple[str, ...]
-    images: np.ndarray
+    images: Shaped[np.ndarray, " i"]
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -63,18 +66,18 @@ class Trials:
 class Answers:
     """One data set: the stimuli people saw, in the order of conditions and image ids, and what each subject said.
 
-    images, conditions, categories: (n,), condition and category as places in the set's conditions and in CATEGORIES.
-    humans, models: names; human, model: responses, (s, n), a place in CATEGORIES, NO_ANSWER or NOT_SHOWN.
+    conditions, categories: places in the set's conditions and in CATEGORIES.
+    humans, models: names; human, model: their responses, places in CATEGORIES, NO_ANSWER or NOT_SHOWN.
     """
 
     dataset: str
-    images: np.ndarray
-    conditions: np.ndarray
-    categories: np.ndarray
+    images: Shaped[np.ndarray, " n"]
+    conditions: Int[np.ndarray, " n"]
+    categories: Int[np.ndarray, " n"]
     humans: tuple[str, ...]
-    human: np.ndarray
+    human: Int[np.ndarray, "h n"]
     models: tuple[str, ...]
-    model: np.ndarray
+    model: Int[np.ndarray, "m n"]
 
 
 def read_trials(source: str | Path | Iterable[str | Path]) -> Trials:
@@ -105,7 +108,7 @@ def match_trials(humans: Trials, models: Trials) -> tuple[list[Answers], list[st
     images = np.unique(np.concatenate([humans.images, models.images]))
     humans, models = (_recoded(trials, images) for trials in (humans, models))
     found = []
-    for code, name in enumerate(SETS):
+    for code, name in enumerate(STIMULUS_SETS):
         seen, asked = _select(humans, humans.dataset == code), _select(models, models.dataset == code)
         if not len(seen):
             if len(asked):
@@ -282,12 +285,13 @@ def _read(file: Path) -> pa.Table:
 
 def _set_of(file: Path) -> str:
     """The data set a csv file is of: its name's beginning, contrast_subject-01_session_1.csv, or its folder."""
+    known = _set_codes()
     for word in (file.name.split("_")[0], file.parent.name):
-        if _plain(word) in _SET_CODES:
+        if _plain(word) in known:
             return word
     raise ValueError(
         f"{file} does not say its data set: it takes a column `dataset`, a name that begins with SET_ or a folder SET; "
-        f"there are {', '.join(SETS)}"
+        f"there are {', '.join(STIMULUS_SETS)}"
     )
 
 
@@ -295,7 +299,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-_SET_CODES = {_plain(name): code for code, name in enumerate(SETS)}
+def _set_codes() -> dict[str, int]:
+    return {_plain(name): code for code, name in enumerate(STIMULUS_SETS)}
 
 
 def _trials(table: pa.Table, where: str) -> Trials:
@@ -304,9 +309,12 @@ def _trials(table: pa.Table, where: str) -> Trials:
     if missing := [name for name in NEEDED if name not in table.column_names]:
         raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
     sets, of_set = _encoded(table["dataset"])
-    if unknown := [name for name in sets if _plain(name) not in _SET_CODES]:
-        raise ValueError(f"{where}: unknown data sets {unknown[:5]} ({len(unknown)} in all); known: {', '.join(SETS)}")
-    dataset = np.array([_SET_CODES[_plain(name)] for name in sets], np.int64)[of_set]
+    known = _set_codes()
+    if unknown := [name for name in sets if _plain(name) not in known]:
+        raise ValueError(
+            f"{where}: unknown data sets {unknown[:5]} ({len(unknown)} in all); known: {', '.join(STIMULUS_SETS)}"
+        )
+    dataset = np.array([known[_plain(name)] for name in sets], np.int64)[of_set]
     images, image = _image_ids(table["image_id"], where)
     subjects, subject = _subjects(*_encoded(table["subject"]))
     if "source" in table.column_names:
@@ -402,8 +410,9 @@ def _conditions(table: pa.Table, dataset: np.ndarray, where: str, notes: list[st
     labels, codes = (
         _encoded(table["condition"]) if "condition" in table.column_names else ([""], np.zeros_like(dataset))
     )
+    sets = tuple(STIMULUS_SETS)
     for code in np.unique(dataset):
-        known = STIMULUS_SETS[SETS[code]].conditions
+        known = STIMULUS_SETS[sets[code]].conditions
         here = dataset == code
         if len(known) == 1:  # whatever the label says: models' files say nan
             condition[here] = 0
@@ -413,7 +422,7 @@ def _conditions(table: pa.Table, dataset: np.ndarray, where: str, notes: list[st
         unknown = [labels[c] for c in np.unique(codes[here]) if place[c] == UNKNOWN and not _nothing(labels[c])]
         if unknown:
             raise ValueError(
-                f"{where}: {SETS[code]} has no condition {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+                f"{where}: {sets[code]} has no condition {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
             )
     return condition
 

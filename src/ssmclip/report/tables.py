@@ -14,7 +14,7 @@ from ssmclip.report.words import caveats, distorted_title, interval, metric_name
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL, STEP
 from ssmclip.rows.resume import latest
-from ssmclip.rows.tasks import is_distorted
+from ssmclip.rows.tasks import family_of, is_distorted
 
 VISIBLE = 12  # lines of a table, before some are folded away
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -68,7 +68,7 @@ def blocks(rows: Sequence[Result], models: Sequence[str]) -> list[Block]:
     families: dict[str, list[Line]] = {}
     for line in lines(rows, models):
         task = line.first.task
-        families.setdefault(task.rpartition("/")[0] or task, []).append(line)
+        families.setdefault(family_of(task) or task, []).append(line)
     tables: dict[tuple, list[Line]] = {}
     for family, own in families.items():
         there = tuple(place for place in range(len(models)) if any(line.cells[place] for line in own))

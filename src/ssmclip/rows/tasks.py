@@ -28,3 +28,12 @@ def of_distorted(dataset: str, distortion: str) -> str:
 
 def is_distorted(task: str) -> bool:
     return task.startswith(f"{DISTORTED}/")
+
+
+def family_of(task: str) -> str:
+    """Return what a task is one of: of a distortion the distorted data set, of others all before the last slash.
+
+    >>> family_of("distorted/cifar10/imagenet-c/fog"), family_of("ood/edge"), family_of("digits")
+    ('distorted/cifar10', 'ood', '')
+    """
+    return "/".join(task.split("/")[:2]) if is_distorted(task) else task.rpartition("/")[0]

@@ -1,1 +1,15 @@
-"""Pictures distorted as published, from arrays to arrays and from files to files."""
+"""Pictures distorted, from arrays to arrays and from files to files: a list that anyone can add to.
+
+@distortion("darkness", levels={"half": 0.5, "most": 0.9}, meaning="the share of light removed", allowed=(0, 1))
+def darkness(images, level, seeds):
+    return (images * (1 - level)).astype("uint8")
+
+distort(image, "darkness", 0.7)
+"""
+
+from ssmclip.data.distortions.apply import distort
+from ssmclip.data.distortions.geirhos import GEIRHOS
+from ssmclip.data.distortions.imagenet_c import IMAGENET_C
+from ssmclip.data.distortions.registry import DISTORTIONS, UNDISTORTED, Distortion, distortion
+
+__all__ = ["DISTORTIONS", "GEIRHOS", "IMAGENET_C", "UNDISTORTED", "Distortion", "distort", "distortion"]

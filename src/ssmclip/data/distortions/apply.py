@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ssmclip.data.distortions.registry import DISTORTIONS, Number, Table, load_table, parse_level
+from ssmclip.data.distortions.pictures import SIDE
+from ssmclip.data.distortions.registry import DISTORTIONS, Number, Table, parse_level, prepare
 
 
 def distort(
@@ -18,29 +20,35 @@ def distort(
     amplitude: Table = None,
     gamma: Table = None,
 ) -> np.ndarray:
-    """The picture or pictures, distorted.
+    """Return the picture or pictures, distorted.
 
     images: uint8, RGB, (H, W, 3) or (N, H, W, 3).
-    name: one of DISTORTIONS, or "imagenet-c/NAME" for a corruption of ImageNet-C (needs the extra `corruptions`).
-    level: a number, or a label of the human data ("c30", "8-3-10", "pow"); may be left out where only one distorts.
+    name: one of DISTORTIONS: the 12 of Geirhos et al., "imagenet-c/fog" and the other corruptions of ImageNet-C (which
+        need the extra `corruptions`), and those that were added with the decorator `distortion`.
+    level: a number, or the label of a level ("c30", "8-3-10", "pow"); may be left out where only one level distorts.
     seed: of a picture; picture i of a batch has seed + i, so that a batch equals its pictures one by one.
     amplitude: for power-equalisation, the mean of abs(fftshift(fft2(grey))) over images, float (H, W), .npy or array.
     gamma: for false-colour, the light a screen emits for each of 256 values, in [0, 1] and rising, .npy or array.
 
-    Raises UnknownName for a name nobody registered, ValueError for pictures, levels and tables that don't fit.
+    Raises UnknownName for a name nobody registered, ValueError for pictures, levels and tables that don't fit,
+    ImportError for a distortion whose package is missing.
     """
     batch, single = _as_batch(images)
     seeds = _seeds(seed, len(batch))
-    if name.startswith("imagenet-c/"):
-        from ssmclip.data.distortions.imagenet_c import corrupt
-
-        out = corrupt(batch, name, level, seeds)
-    else:
-        chosen = DISTORTIONS[name]
-        given = {"amplitude": amplitude, "gamma": gamma}
-        tables = {key: load_table(key, given[key], name) for key in chosen.tables}
-        out = chosen.function(batch, parse_level(name, level), seeds, **tables)
+    tables = prepare(name, {"amplitude": amplitude, "gamma": gamma})
+    number = parse_level(name, level)
+    out = batch.copy() if number is None else DISTORTIONS[name].function(batch, number, seeds, **tables)
+    if not (out.dtype == np.uint8 and out.ndim == 4 and len(out) == len(batch) and out.shape[-1] == 3):
+        raise ValueError(
+            f"{name} must return uint8 pictures ({len(batch)}, height, width, 3) (got {out.dtype} {out.shape})"
+        )
     return out[0] if single else out
+
+
+def fingerprint(name: str, level: Number | str, tables: Mapping[str, Table]) -> str:
+    """Return a hash of what the distortion makes of a fixed picture of noise: another one when its code is changed."""
+    probe = np.random.RandomState(0).randint(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    return hashlib.blake2b(distort(probe, name, level, **tables).tobytes(), digest_size=16).hexdigest()
 
 
 def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:

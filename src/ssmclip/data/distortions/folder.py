@@ -1,4 +1,4 @@
-"""Many pictures distorted, from files to files: a folder of one's own, or the published sets rebuilt from ImageNet.
+"""Many pictures distorted, from files to files.
 
 Written are PNGs, whole or not at all, so that a run that was stopped goes on with what is missing. A picture's seed
 comes from its name: it gets the same noise whatever else the folder holds, and other noise than its neighbours.
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ssmclip.data.distortions.apply import distort
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
-from ssmclip.data.distortions.registry import DISTORTIONS, Table, load_table, parse_level
+from ssmclip.data.distortions.registry import DISTORTIONS, Table, parse_level, prepare
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
 
 
@@ -55,11 +55,8 @@ def run_jobs(jobs: Sequence[Job], *, side: int | None = SIDE, amplitude: Table =
     if len(set(targets)) < len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
         raise ValueError(f"two pictures would be written to {twice}")
-    tables = {}
-    for job in {job.distortion: job for job in jobs}.values():
-        kinds = DISTORTIONS[job.distortion].tables if job.distortion in DISTORTIONS else ()
-        given = {"amplitude": amplitude, "gamma": gamma}
-        tables[job.distortion] = {kind: load_table(kind, given[kind], job.distortion) for kind in kinds}
+    given = {"amplitude": amplitude, "gamma": gamma}
+    tables = {name: prepare(name, given) for name in dict.fromkeys(job.distortion for job in jobs)}
     outcome = Outcome()
     missing = [job for job in jobs if not job.target.exists()]
     outcome.present = len(jobs) - len(missing)
@@ -98,7 +95,7 @@ def folder_jobs(
 ) -> list[Job]:
     """Every picture under `folder` at every level, as OUT/DISTORTION/LEVEL/its/own/folders/NAME.png.
 
-    levels: numbers or labels of the human data, the same for all distortions; None: each one's published levels.
+    levels: numbers or labels, the same for all distortions; None: the levels of each.
     Two files that differ in their suffixes alone keep them (NAME.jpg.png). Raises ValueError for levels that don't fit,
     FileNotFoundError for a folder without pictures.
     """
@@ -126,13 +123,8 @@ def folder_jobs(
 
 
 def _labels(name: str, levels: Sequence[str] | None) -> list[str]:
-    if name.startswith("imagenet-c/"):
-        return list(levels or "12345")
     if levels is None:
         return list(DISTORTIONS[name].levels)
     for level in levels:
         parse_level(name, level)
     return list(levels)
-
-
-# ---- the published sets ----------------------------------------------------------------------------------------------

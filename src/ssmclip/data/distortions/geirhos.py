@@ -1,11 +1,12 @@
-"""The 12 parametric distortions of Geirhos et al. 2018 and 2021 (arXiv:1808.08750, 2106.07411), and ImageNet-C's.
+"""The 12 parametric distortions of Geirhos et al. 2018 and 2021 (arXiv:1808.08750, 2106.07411).
 
     distort(image, "high-pass", level=3.0)        uint8 (H, W, 3) or (N, H, W, 3) in, the same out
 
 A distortion is a function of pictures, a level and a seed per picture. Deterministic ones give the published stimuli's
 pixels exactly: grey is skimage's, arithmetic is float64, and 8 bits are floor(255 x + 0.5). Random ones draw from
 numpy.random.RandomState in the published code's order. The pictures are expected as the experiments had them, cropped
-to 224 x 224: sigmas and reaches are in pixels.
+to 224 x 224: sigmas and reaches are in pixels. The labels of levels are those of the published human data. Not counted,
+as published, are the levels that do not distort and those that people get right in less than 20 % of trials.
 """
 
 from __future__ import annotations
@@ -16,9 +17,23 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from ssmclip.data.distortions import kernels
-from ssmclip.data.distortions.eidolon import disarray
+from ssmclip.data.distortions.eidolon import GRAIN, disarray
 from ssmclip.data.distortions.registry import Pictures, distortion
 
+GEIRHOS = (
+    "colour",
+    "contrast",
+    "false-colour",
+    "low-pass",
+    "high-pass",
+    "phase-scrambling",
+    "power-equalisation",
+    "rotation",
+    "uniform-noise",
+    "eidolonI",
+    "eidolonII",
+    "eidolonIII",
+)
 PADDING = 0.4423  # the mean grey of the experiments' images: what lies around an image, and a high-pass image's mean
 NOISE_CONTRAST = 0.3  # noise is added to pictures of 30 % contrast
 
@@ -26,7 +41,7 @@ NOISE_CONTRAST = 0.3  # noise is added to pictures of 30 % contrast
 # ---- colours ---------------------------------------------------------------------------------------------------------
 
 
-@distortion("colour", (0, 1), "the share of grey", (0, 1))
+@distortion("colour", levels={"cr": 0, "bw": 1}, undistorted="cr", meaning="the share of grey", allowed=(0, 1))
 def colour(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey at level 1; in between, a mix of the picture and its grey."""
     if level == 0:
@@ -38,7 +53,14 @@ def colour(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     return np.floor(255 * mixed + 0.5).astype(np.uint8)
 
 
-@distortion("contrast", (1, 0.5, 0.3, 0.15, 0.1, 0.05, 0.03, 0.01), "the contrast, as a fraction", (0, 1))
+@distortion(
+    "contrast",
+    levels={"c100": 1, "c50": 0.5, "c30": 0.3, "c15": 0.15, "c10": 0.1, "c05": 0.05, "c03": 0.03, "c01": 0.01},
+    undistorted="c100",
+    counted=("c50", "c30", "c15", "c10", "c05"),
+    meaning="the contrast, as a fraction",
+    allowed=(0, 1),
+)
 def contrast(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey, towards 0.5 (not towards the image's mean)."""
     return kernels.to_pictures(kernels.scaled(kernels.to_grey(images), level, (1 - level) / 2))
@@ -63,7 +85,14 @@ OPPONENT = np.array(
 )
 
 
-@distortion("false-colour", (0, 1), "how far the colours turn to their opponents", (0, 1), tables=("gamma",))
+@distortion(
+    "false-colour",
+    levels={"True": 0, "False": 1},
+    undistorted="True",
+    meaning="how far the colours turn to their opponents",
+    allowed=(0, 1),
+    tables=("gamma",),
+)
 def false_colour(images: Pictures, level: float, seeds: list[int], gamma: np.ndarray) -> Pictures:
     """L - M and S - luminance times 1 - 2 level, luminance kept: at 1 the opponent colours, at 0.5 no colour."""
     if level == 0:
@@ -88,14 +117,26 @@ def gaussian(greys: Float64[np.ndarray, "n h w"], sigma: float) -> Float64[np.nd
     return kernels.blur(greys, (weights / weights.sum())[radius:], PADDING)
 
 
-@distortion("low-pass", (0, 1, 3, 5, 7, 10, 15, 40), "the Gaussian's standard deviation in pixels", (0, 1e4))
+@distortion(
+    "low-pass",
+    levels={"0": 0, "1": 1, "3": 3, "5": 5, "7": 7, "10": 10, "15": 15, "40": 40},
+    undistorted="0",
+    counted=("1", "3", "5", "7", "10"),
+    meaning="the Gaussian's standard deviation in pixels",
+    allowed=(0, 1e4),
+)
 def low_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey, blurred."""
     return kernels.to_pictures(gaussian(kernels.to_grey(images), level))
 
 
 @distortion(
-    "high-pass", (math.inf, 3, 1.5, 1, 0.7, 0.55, 0.45, 0.4), "the Gaussian's standard deviation in pixels", (0, 1e4)
+    "high-pass",
+    levels={"inf": math.inf, "3.0": 3, "1.5": 1.5, "1.0": 1, "0.7": 0.7, "0.55": 0.55, "0.45": 0.45, "0.4": 0.4},
+    undistorted="inf",
+    counted=("3.0", "1.5", "1.0", "0.7"),
+    meaning="the Gaussian's standard deviation in pixels",
+    allowed=(0, 1e4),
 )
 def high_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey less its blurred self, moved to a mean of PADDING. At infinity, grey."""
@@ -109,7 +150,14 @@ def high_pass(images: Pictures, level: float, seeds: list[int]) -> Pictures:
 # ---- spectra ---------------------------------------------------------------------------------------------------------
 
 
-@distortion("phase-scrambling", (0, 30, 60, 90, 120, 150, 180), "the widest shift in degrees", (0, 180))
+@distortion(
+    "phase-scrambling",
+    levels={"0": 0, "30": 30, "60": 60, "90": 90, "120": 120, "150": 150, "180": 180},
+    undistorted="0",
+    counted=("30", "60", "90", "120"),
+    meaning="the widest shift in degrees",
+    allowed=(0, 180),
+)
 def phase_scrambling(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey, the phase of every frequency shifted by U[-level, level).
 
@@ -137,7 +185,14 @@ def phase_scrambling(images: Pictures, level: float, seeds: list[int]) -> Pictur
     return kernels.to_pictures(grey)
 
 
-@distortion("power-equalisation", (0, 1), "the share of the mean amplitudes", (0, 1), tables=("amplitude",))
+@distortion(
+    "power-equalisation",
+    levels={"0": 0, "pow": 1},
+    undistorted="0",
+    meaning="the share of the mean amplitudes",
+    allowed=(0, 1),
+    tables=("amplitude",),
+)
 def power_equalisation(images: Pictures, level: float, seeds: list[int], amplitude: np.ndarray) -> Pictures:
     """Grey, its amplitudes replaced by `amplitude` (at level 1; in between, a mix), its phases kept."""
     grey = kernels.to_grey(images)
@@ -160,7 +215,13 @@ def power_equalisation(images: Pictures, level: float, seeds: list[int], amplitu
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-@distortion("rotation", (0, 90, 180, 270), "the angle in degrees, counter-clockwise", (-360, 360))
+@distortion(
+    "rotation",
+    levels={"0": 0, "90": 90, "180": 180, "270": 270},
+    undistorted="0",
+    meaning="the angle in degrees, counter-clockwise",
+    allowed=(-360, 360),
+)
 def rotation(images: Pictures, level: float, seeds: list[int]) -> UInt8[np.ndarray, "n height width 3"]:
     """Grey, turned. Quarter turns move pixels (a side by another where the picture is no square); other angles are
     interpolated linearly and filled with PADDING."""
@@ -177,7 +238,14 @@ def rotation(images: Pictures, level: float, seeds: list[int]) -> UInt8[np.ndarr
 # ---- noise -----------------------------------------------------------------------------------------------------------
 
 
-@distortion("uniform-noise", (0, 0.03, 0.05, 0.1, 0.2, 0.35, 0.6, 0.9), "half the noise's width")
+@distortion(
+    "uniform-noise",
+    levels={"0.0": 0, "0.03": 0.03, "0.05": 0.05, "0.1": 0.1, "0.2": 0.2, "0.35": 0.35, "0.6": 0.6, "0.9": 0.9},
+    undistorted="0.0",
+    counted=("0.03", "0.05", "0.1", "0.2", "0.35"),
+    meaning="half the noise's width",
+    allowed=(0, math.inf),
+)
 def uniform_noise(images: Pictures, level: float, seeds: list[int]) -> Pictures:
     """Grey at 30 % contrast, plus U[-level, level) per pixel, the same in all channels."""
     grey = kernels.scaled(kernels.to_grey(images), NOISE_CONTRAST, (1 - NOISE_CONTRAST) / 2)
@@ -189,15 +257,24 @@ def uniform_noise(images: Pictures, level: float, seeds: list[int]) -> Pictures:
 # ---- eidolons --------------------------------------------------------------------------------------------------------
 
 
-def _add_eidolon(name: str, coherence: float) -> None:
+def _add_eidolon(name: str, coherence: float, counted: tuple[int, ...]) -> None:
     def partially_coherent_disarray(images: Pictures, level: float, seeds: list[int]) -> Pictures:
         pairs = zip(images, seeds, strict=True)
         return np.stack([disarray(image, level, coherence, seed) for image, seed in pairs])
 
-    reaches = [2**i for i in range(8)]
-    distortion(name, reaches, "the reach in pixels, of 256 on the longer side", (0, 1e4))(partially_coherent_disarray)
+    def label(reach: int) -> str:
+        return f"{reach}-{10 * coherence:g}-{GRAIN:g}"
+
+    distortion(
+        name,
+        levels={label(2**i): 2**i for i in range(8)},
+        undistorted=label(1),
+        counted=[label(reach) for reach in counted],
+        meaning="the reach in pixels, of 256 on the longer side",
+        allowed=(0, 1e4),
+    )(partially_coherent_disarray)
 
 
-_add_eidolon("eidolonI", coherence=1.0)
-_add_eidolon("eidolonII", coherence=0.3)
-_add_eidolon("eidolonIII", coherence=0.0)
+_add_eidolon("eidolonI", coherence=1.0, counted=(2, 4, 8, 16, 32))
+_add_eidolon("eidolonII", coherence=0.3, counted=(2, 4, 8, 16))
+_add_eidolon("eidolonIII", coherence=0.0, counted=(2, 4, 8))

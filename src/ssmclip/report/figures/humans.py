@@ -19,7 +19,7 @@ from ssmclip.report.style import INK, WIDTH, Style, drawing
 from ssmclip.report.words import distorted_title, metric_name, number, title_of
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL
-from ssmclip.rows.tasks import HUMANS, OOD, is_distorted, is_ood_set
+from ssmclip.rows.tasks import HUMANS, OOD, family_of, is_distorted, is_ood_set
 
 MEASURES = {  # and which way is better
     "ood_accuracy": "more is better",
@@ -40,12 +40,12 @@ def _humans_first(rows: Sequence[Result]) -> list[Result]:
 
 def _set(row: Result) -> str:
     """The data set of stimuli, or the distortion."""
-    return row.task.rpartition("/")[2]
+    return row.task.removeprefix(family_of(row.task)).removeprefix("/")
 
 
 def _family(row: Result) -> str | None:
     """The data set that was distorted, None for rows of another kind."""
-    return row.task.rpartition("/")[0] if is_distorted(row.task) else None
+    return family_of(row.task) if is_distorted(row.task) else None
 
 
 def _families(rows: Sequence[Result]) -> list[str]:
