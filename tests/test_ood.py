@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import logging
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -401,6 +402,15 @@ def test_a_further_data_set_is_scored_and_changes_no_average(tmp_path, monkeypat
     assert [row for row in after if row.task != "ood/fog"] == before
     assert find(after, "a", "ood/fog", "ood_accuracy").value == 1
     assert find(after, "humans", "ood/fog", "accuracy", "level=thick").value == 0.5
+
+
+def test_conditions_that_are_not_the_levels_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DISTORTIONS, "_items", dict(DISTORTIONS._items))
+    contrast = DISTORTIONS["contrast"]
+    turned = {label: contrast.levels[label] for label in ("c100", "c10", "c50", *list(contrast.levels)[5:])}
+    DISTORTIONS._items["contrast"] = replace(contrast, levels=turned, counted=("c10", "c50"))
+    with pytest.raises(ValueError, match=r"contrast: people's conditions are c100, c50.*the levels c100, c10, c50"):
+        score(tmp_path, PEOPLE, MODELS)
 
 
 def test_command_scores_files(tmp_path, capsys):

@@ -96,21 +96,22 @@ def _decide(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from ssmclip.humans.scores import TASK, score_decisions
+    from ssmclip.humans.scores import score_decisions
     from ssmclip.humans.trials import read_trials
     from ssmclip.rows import describe_run, write_rows
     from ssmclip.rows.condition import LEVEL
+    from ssmclip.rows.tasks import OOD
 
     require_writable(args.out, [*args.decisions, *args.humans])
     rows = score_decisions(
         read_trials(args.humans), read_trials(args.decisions), resamples=args.resamples, seed=args.seed
     )
     write_rows(args.out, rows, describe_run(args.seed, resamples=args.resamples))
-    averaged = {row.model for row in rows if row.task == TASK}
+    averaged = {row.model for row in rows if row.task == OOD}
     shown = [
         replace(row, task=row.condition or row.task)
         for row in rows
-        if row.task == TASK or (row.model not in averaged and LEVEL not in row.where)
+        if row.task == OOD or (row.model not in averaged and LEVEL not in row.where)
     ]
     sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(rows)} rows in {args.out}\n")
     return 0
