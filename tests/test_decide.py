@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from torchvision.transforms import Compose, Resize
 from ssmclip.__main__ import main
 from ssmclip.cli import evaluate as command
 from ssmclip.evaluate import Clip, Settings
+from ssmclip.humans import study
 from ssmclip.humans.decide import (
     IMAGENET,
     SCORED,
@@ -29,7 +31,9 @@ from ssmclip.humans.decide import (
     open_stimuli,
     timm_decider,
 )
+from ssmclip.humans.scores import score_decisions
 from ssmclip.humans.stimuli import CATEGORIES
+from ssmclip.humans.study import Experiment, OodTask
 from ssmclip.humans.trials import read_trials
 from ssmclip.rows import read_rows
 
@@ -249,16 +253,23 @@ def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp
         decide(imagenet_decider(Brightest(), see, "m"), stimuli, tmp_path / "old.parquet", QUICK)
 
 
-def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch):
-    people = tmp_path / "people.csv"
+@pytest.fixture
+def people(tmp_path):
+    """Two people's answers to the edges and to silhouettes of the same names."""
     lines = [
-        f"edge,s0{who},{c}{i + 1}.png,0,{c},{c if (i + who) % 4 else 'na'}"
+        f"{dataset},s0{who},{c}{i + 1}.png,0,{c},{c if (i + who) % 4 else 'na'}"
+        for dataset in ("edge", "silhouette")
         for who in (1, 2)
         for i, c in enumerate(CATEGORIES)
     ]
-    people.write_text("\n".join(["dataset,subj,imagename,condition,category,object_response", *lines]))
+    path = tmp_path / "people.csv"
+    path.write_text("\n".join(["dataset,subj,imagename,condition,category,object_response", *lines]))
+    return path
+
+
+def test_the_task_ood_decides_and_scores(root, tmp_path, people, tiny_clip, monkeypatch):
     monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:2])
-    monkeypatch.setattr("ssmclip.load", lambda *a, **k: tiny_clip)
+    monkeypatch.setattr(study, "load", lambda *a, **k: tiny_clip)
     out = tmp_path / "rows.jsonl"
     words = ["--model", "tiny,timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
     words += ["--cache", str(tmp_path / "cache")]
@@ -278,6 +289,37 @@ def test_the_task_ood_decides_and_scores(root, tmp_path, tiny_clip, monkeypatch)
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 1
     shown = {row.task: list(row.extra["stimuli"]) for row in rows if "stimuli" in row.extra}
     assert shown == {"ood/edge": ["0"]}
+
+
+def test_the_object_ood_yields_one_data_set_after_another(root, tmp_path, people, vit, monkeypatch):
+    """Of a model that is there, of one by its name and of one that decided in an earlier run."""
+    monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:2])
+    shutil.copytree(root / "edges", root / "silhouettes")
+    decisions, stimuli = tmp_path / "d.parquet", open_stimuli(root)
+    decide(imagenet_decider(Brightest(), see, "earlier"), stimuli, decisions, QUICK)
+    task = OodTask(read_trials(people), Experiment(stimuli, decisions, "categories"), resamples=20)
+    assert task.name == "ood"
+    models = {"vit": vit, "timm:resnet10t": "timm:resnet10t"}
+    averages, *of_sets = task.measure(models, replace(QUICK, examples=0, seed=3))
+    assert averages == []  # nobody was asked all 17
+    assert [{row.task for row in rows} for rows in of_sets] == [{"ood/edge"}, {"ood/silhouette"}]
+    rows = [row for of_set in of_sets for row in of_set]
+    assert {row.model for row in rows} == {"humans", "earlier", "vit", "resnet10t"}
+    assert rows == score_decisions(read_trials(people), read_trials(decisions), resamples=20, seed=3)
+    assert list(task.experiment.run({"vit": vit}, QUICK)) == [("vit", 0)]
+
+
+def test_a_timm_model_is_asked_at_another_size():
+    small = timm_decider("vit_tiny_patch16_224", image_size=64)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    inputs = small.preprocess(picture)
+    resized = np.asarray(picture.resize((64, 64), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(inputs, (resized.transpose(2, 0, 1) - 0.5) / 0.5, atol=1e-6)
+    assert small.logits(inputs[None]).shape == (1, 1000)
+    wide = timm_decider("vit_tiny_patch16_224", image_size=(64, 96))
+    assert wide.preprocess(picture).shape == (3, 64, 96)
+    with pytest.raises(ValueError, match="no multiple of the patch"):
+        timm_decider("vit_tiny_patch16_224", image_size=100)
 
 
 def test_sets_rebuilt_from_imagenet_are_decided_and_scored(tmp_path, capsys):

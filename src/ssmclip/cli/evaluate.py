@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssmclip.cli.ood import ood_task
 from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
 
 OOD = "ood"
@@ -59,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
     parser.add_argument("--humans", nargs="+", type=Path, help="of the task ood: people's trials, parquet or csv files")
     parser.add_argument(
-        "--distortions", help="of distorted:NAME, with commas (default: those of the 12 whose tables are given)"
+        "--distortions",
+        help="names for distorted:NAME, with commas: contrast,imagenet-c/fog, or FILE.py:NAME for one of your own "
+        "(default: the 12 of Geirhos et al., without those whose tables are not given)",
     )
     parser.add_argument("--amplitude", type=Path, help="power-equalisation's table of mean amplitudes, .npy")
     parser.add_argument("--gamma", type=Path, help="false-colour's table of the screen's light, .npy")
@@ -77,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.protocols import PROTOCOLS
     from ssmclip.evaluate.statistics.paired import paired_rows
     from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
-    from ssmclip.humans.study import decide_and_score, open_ood
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.rows import describe_run
     from ssmclip.rows.condition import LEVEL
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     names = args.distortions.split(",") if args.distortions else None
     how = choose(names, args.amplitude, args.gamma, args.seed) if distorted else None
     require_writable(args.out, args.humans or ())  # before the hours, not after
-    ood = open_ood(args) if OOD in asked else None
+    ood = ood_task(args) if OOD in asked else None
     rank, device = launched(args.device)
     more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
     described = describe_run(args.seed, args.device, tasks=asked, **more)
@@ -125,8 +127,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = {k: ssmclip.load(name, device=device, image_size=args.image_size) for k, name in models.items()}
         for made in distorted_evaluations(loaded, to_distort, how, settings, args.protocol, args.image_size):
             keep(made)
-    if ood and rank == 0:
-        keep(decide_and_score(models, *ood, args))
+    for made in ood.measure(models, settings) if ood and rank == 0 else ():
+        keep(made)
     if rank == 0:
         shown = [row for row in rows if LEVEL not in row.where]  # those are curves, for the report
         sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(kept)} rows in {args.out}\n")

@@ -1,4 +1,4 @@
-"""ssmclip ood: what models answer to distorted images, and how near they come to people."""
+"""ssmclip ood: what models answer to distorted images, and how close they come to people."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
-from ssmclip.humans.study import RESAMPLES, _settings, decide_model
+from ssmclip.humans import RESAMPLES
 
-HELP = "out-of-distribution images: what models decide, and their scores beside people"
+if TYPE_CHECKING:
+    from ssmclip.humans.study import OodTask
+
+HELP = "out-of-distribution images: what models decide, and how they compare with people"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,48 +22,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     says = "accuracy, consistency with people and shape bias, as rows"
     score = commands.add_parser("score", help=says, description=says)
     score.add_argument(
-        "--decisions", required=True, nargs="+", type=Path, help="parquet or csv files, or folders of them, of models"
+        "--decisions",
+        required=True,
+        nargs="+",
+        type=Path,
+        help="decisions of models: parquet or csv files, or folders of them",
     )
-    score.add_argument("--humans", required=True, nargs="+", type=Path, help="the same of people")
-    score.add_argument("--out", required=True, type=Path, help="the rows file to write (JSON lines)")
+    score.add_argument("--humans", required=True, nargs="+", type=Path, help="trials of people, in such files")
+    score.add_argument("--out", required=True, type=Path, help="rows file to write (JSON lines)")
     score.add_argument(
-        "--resamples", type=int, default=RESAMPLES, help="of the bootstrap intervals; 0: none (default: %(default)s)"
+        "--resamples",
+        type=int,
+        default=RESAMPLES,
+        help="number of bootstrap resamples; 0: no intervals (default: %(default)s)",
     )
-    score.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    score.add_argument("--seed", type=int, default=0, help="random seed for the intervals (default: %(default)s)")
     says = "the decisions of models on stimuli, as a parquet file"
     decide = commands.add_parser("decide", help=says, description=says)
     decide.add_argument(
         "--model",
         required=True,
-        help="as `ssmclip evaluate` takes them, and timm:NAME, timm:NAME.TAG, timm:NAME/FILE; several with commas",
+        help="models, with commas: what `ssmclip evaluate` takes, and timm:NAME, timm:NAME.TAG, timm:NAME/FILE",
     )
-    decide.add_argument("--data", required=True, help="the folder the data sets of stimuli are under")
-    decide.add_argument("--sets", help="data sets, with commas: edge,contrast (default: those that are there)")
-    decide.add_argument("--out", required=True, type=Path, help="the parquet file to write, or to continue")
+    decide.add_argument("--data", required=True, help="folder that holds the data sets of stimuli")
+    decide.add_argument("--sets", help="data sets, with commas: edge,contrast (default: all in --data)")
+    decide.add_argument("--out", required=True, type=Path, help="parquet file to write, or to continue")
     decide.add_argument(
         "--prompts",
         default="imagenet",
-        help="of a CLIP: imagenet, 207 classes with 80 templates, or categories, 16 (default: %(default)s)",
+        help="prompts for a CLIP: imagenet (207 classes with 80 templates) or categories (16) (default: %(default)s)",
     )
     decide.add_argument(
         "--cache",
         default=str(default_cache()),
-        help="where embedded prompts are kept; none: nowhere (default: %(default)s)",
+        help="folder where embedded prompts are kept; none: nowhere (default: %(default)s)",
     )
-    decide.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
-    decide.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
+    decide.add_argument("--batch-size", type=int, default=64, help="number of images at a time (default: %(default)s)")
+    decide.add_argument(
+        "--workers", type=int, default=0, help="number of processes that open images (default: this one)"
+    )
     add_device(decide)
     decide.add_argument(
         "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
     )
-    decide.add_argument("--max-images", type=int, help="a random subset of the stimuli")
-    decide.add_argument("--seed", type=int, default=0, help="of the subset (default: %(default)s)")
+    decide.add_argument("--max-images", type=int, help="size of a random subset of the stimuli (default: all)")
+    decide.add_argument("--seed", type=int, default=0, help="random seed for the subset (default: %(default)s)")
     says = "the published stimuli by the names of their data sets, with checksums"
     download = commands.add_parser("download", help=says, description=says)
     download.add_argument("sets", help="data sets, with commas: edge,contrast; or all")
-    download.add_argument("--out", required=True, type=Path, help="gets a folder for each, and SHA256SUMS")
-    download.add_argument("--sha256", help="of the archive, where one set is named (default: what SHA256SUMS says)")
-    download.add_argument("--url", help="of another place, with {name} for the set's name (default: the release)")
+    download.add_argument("--out", required=True, type=Path, help="folder for one folder per data set and SHA256SUMS")
+    download.add_argument(
+        "--sha256", help="checksum of the archive, for a single data set (default: the one in SHA256SUMS)"
+    )
+    download.add_argument(
+        "--url", help="address to download from, with {name} for the name of the data set (default: the release)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,17 +98,31 @@ def _download(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decide(args: argparse.Namespace) -> int:
+def ood_task(args: argparse.Namespace) -> OodTask:
+    """Return the task ood of `ssmclip evaluate`. Raises ValueError for what is missing."""
     from ssmclip.humans.decide import open_stimuli
+    from ssmclip.humans.study import Experiment, OodTask
+    from ssmclip.humans.trials import read_trials
+
+    if not args.humans:
+        raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
+    stimuli, decisions = open_stimuli(args.data), args.out.with_suffix(".decisions.parquet")
+    experiment = Experiment(stimuli, decisions, args.ood_prompts, args.device, args.image_size)
+    return OodTask(read_trials(args.humans), experiment)
+
+
+def _decide(args: argparse.Namespace) -> int:
+    from ssmclip.evaluate.embeddings.embed import Settings
+    from ssmclip.humans.decide import open_stimuli
+    from ssmclip.humans.study import Experiment
 
     require_writable(args.out)
     stimuli = open_stimuli(args.data, args.sets.split(",") if args.sets else None)
-    settings = _settings(args)
-    for label, name in labelled(args.model).items():
-        made = decide_model(
-            label, name, stimuli, args.out, settings, args.prompts, device=args.device, image_size=args.image_size
-        )
-        sys.stdout.write(f"{label}: {made:,} decisions added to {args.out}\n")
+    cache = None if args.cache == "none" else Path(args.cache)
+    settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, cache=cache)
+    experiment = Experiment(stimuli, args.out, args.prompts, args.device, args.image_size)
+    for label, added in experiment.run(labelled(args.model), settings):
+        sys.stdout.write(f"{label}: {added:,} decisions added to {args.out}\n")
     return 0
 
 

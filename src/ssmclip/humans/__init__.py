@@ -1,1 +1,3 @@
-"""The experiment of Geirhos et al. 2021 (arXiv:2106.07411): models beside people out of distribution."""
+"""The experiment of Geirhos et al. 2021 (arXiv:2106.07411): models compared with people out of distribution."""
+
+RESAMPLES = 1000  # of the bootstrap, where nothing else is asked for

@@ -31,6 +31,7 @@ from ssmclip.evaluate.embeddings.embed import UNREADABLE, Clip, Settings, embed_
 from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.files import whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
+from ssmclip.models.names import Size, as_size, set_image_size
 
 log = logging.getLogger(__name__)
 
@@ -90,23 +91,30 @@ class Decider:
 
 
 def imagenet_decider(model: nn.Module, preprocess: Callable[[Any], Tensor], name: str) -> Decider:
-    """Of a model that gives the 1,000 logits of ImageNet-1k, in their usual order."""
+    """Return the decider of a model that gives the 1,000 logits of ImageNet-1k, in their usual order."""
     columns = tuple(IMAGENET[category] for category in CATEGORIES)
     made_of = {"model": cache.model_hash(model), "preprocess": cache.preprocess_hash(preprocess)}
     return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, cache.key(made_of))
 
 
-def timm_decider(name: str, *, device: str = "cpu", label: str | None = None) -> Decider:
-    """Of a timm model: NAME (fresh weights), NAME.TAG (pretrained ones) or NAME/FILE (a checkpoint).
+def timm_decider(
+    name: str, *, device: str = "cpu", label: str | None = None, image_size: int | Size | None = None
+) -> Decider:
+    """Return the decider of a timm model: NAME (fresh weights), NAME.TAG (pretrained ones) or NAME/FILE (a checkpoint).
 
-    Stimuli of the model's own input size are taken as they are; others are resized to it, shorter side first.
-    Raises what timm raises for a name or file it does not know.
+    image_size: pixels, or (height, width), in place of the model's own input size. Stimuli of that size are taken as
+    they are; others are resized to it, shorter side first.
+    Raises ValueError for a size the model cannot take, and what timm raises for a name or file it does not know.
     """
     import timm
 
     architecture, _, file = name.partition("/")
     model = timm.create_model(architecture, pretrained="." in architecture and not file, checkpoint_path=file)
     config = timm.data.resolve_data_config(model=model) | {"crop_pct": 1.0}
+    if image_size is not None:
+        size = as_size(image_size)
+        set_image_size(model, size)
+        config |= {"input_size": (3, *size)}
     preprocess = timm.data.create_transform(**config)
     return imagenet_decider(model.to(device).eval(), preprocess, label or architecture)
 
@@ -118,7 +126,8 @@ def clip_decider(
     prompts: str = "imagenet",
     templates: Sequence[str] | None = None,
 ) -> Decider:
-    """Of a CLIP by zero-shot. Logits are 100 times the cosine. The prompts' embeddings are kept in `settings.cache`.
+    """Return the zero-shot decider of a CLIP. Logits are 100 times the cosine. The prompts' embeddings are kept in
+    `settings.cache`.
 
     prompts: "imagenet", OpenAI's names of the 207 ImageNet classes that belong to a category, or "categories", the 16
     names themselves; templates: with {} for the name, left out OpenAI's 80, so 16,560 or 1,280 prompts.

@@ -1,92 +1,110 @@
-"""What models decide about stimuli and how near that comes to people, from names to rows."""
+"""Models compared with people, from names of models to rows.
+
+The models decide about the stimuli, into a parquet file that a later run continues (`Experiment`); then all decisions
+in the file are scored beside people's (`score_sets`).
+"""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
+from ssmclip.data.images import open_image
+from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.pictures import draw, thumbnail
+from ssmclip.humans import RESAMPLES
+from ssmclip.humans.decide import Decider, clip_decider, decide, timm_decider
+from ssmclip.humans.scores import score_sets
+from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus
+from ssmclip.humans.trials import Trials, read_trials
+from ssmclip.models.names import load
 from ssmclip.rows import Result
+from ssmclip.rows.tasks import OOD
 
 TIMM = "timm:"
 
 
-RESAMPLES = 1000
+@dataclass(frozen=True)
+class Experiment:
+    """The experiment that people took part in, for models.
+
+    stimuli: from `open_stimuli`; decisions: the parquet file that decisions are added to; prompts: of a CLIP, see
+    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.load`.
+    """
+
+    stimuli: Sequence[Stimulus]
+    decisions: Path
+    prompts: str = "imagenet"
+    device: str = "cpu"
+    image_size: int | tuple[int, int] | None = None
+
+    def decider(self, label: str, model: str | Clip, settings: Settings) -> Decider:
+        """Return what decides. model: timm:NAME, any other name or folder that `ssmclip.load` takes, or a CLIP.
+
+        Raises what `timm_decider`, `clip_decider` and `load` raise.
+        """
+        if isinstance(model, str) and model.startswith(TIMM):
+            name = model.removeprefix(TIMM)
+            label = label.removeprefix(TIMM)
+            return timm_decider(name, device=self.device, label=label, image_size=self.image_size)
+        if isinstance(model, str):
+            model = Clip(*load(model, device=self.device, image_size=self.image_size), label)
+        return clip_decider(model, settings, prompts=self.prompts)
+
+    def run(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[tuple[str, int]]:
+        """Let one model after another decide; yield its label and how many decisions were added to the file.
+
+        models: label -> what `decider` takes. Raises what `decider` and `decide` raise.
+        """
+        for label, model in models.items():
+            yield label, decide(self.decider(label, model, settings), self.stimuli, self.decisions, settings)
 
 
-def open_ood(args: argparse.Namespace) -> tuple[Any, Any]:
-    """People's trials and the stimuli of `ssmclip evaluate --tasks ood`. Raises ValueError for what is missing."""
-    from ssmclip.humans.decide import open_stimuli
-    from ssmclip.humans.trials import read_trials
+@dataclass(frozen=True)
+class OodTask:
+    """The comparison with people as a task of an evaluation.
 
-    if not args.humans:
-        raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
-    return read_trials(args.humans), open_stimuli(args.data)
+    humans: people's trials, from `read_trials`; resamples: of the bootstrap, 0 for no intervals.
+    """
+
+    humans: Trials
+    experiment: Experiment
+    resamples: int = RESAMPLES
+
+    name: ClassVar[str] = OOD
+
+    def measure(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[list[Result]]:
+        """Let the models decide, then yield the rows of averages over data sets, and those of each data set.
+
+        Scored are all decisions in the file, those of earlier runs too. With `settings.examples`, a data set's first
+        row has a stimulus of each of its conditions. One process does this alone. Raises what `Experiment.run` and
+        `score_decisions` raise.
+        """
+        for _ in self.experiment.run(models, settings):
+            pass
+        decided = read_trials(self.experiment.decisions)
+        for rows in score_sets(self.humans, decided, resamples=self.resamples, seed=settings.seed):
+            yield with_stimuli(rows, self.experiment.stimuli, settings.seed) if settings.examples else rows
 
 
-def decide_and_score(models: dict[str, str], humans, stimuli, args: argparse.Namespace) -> list[Result]:
-    """The rows of `ssmclip evaluate --tasks ood`: decisions, kept beside the rows file, and their scores."""
-    from ssmclip.humans.scores import score_decisions
-    from ssmclip.humans.trials import read_trials
-
-    decisions = args.out.with_suffix(".decisions.parquet")
-    settings = _settings(args)
-    for label, name in models.items():
-        decide_model(
-            label, name, stimuli, decisions, settings, args.ood_prompts, device=args.device, image_size=args.image_size
-        )
-    rows = score_decisions(humans, read_trials(decisions), resamples=RESAMPLES, seed=args.seed)
-    return with_stimuli(rows, stimuli, args.seed) if args.examples else rows
-
-
-def with_stimuli(rows: list[Result], stimuli, seed: int) -> list[Result]:
-    """The rows; the first of each data set with a stimulus of each of its conditions, small, for the report."""
-    from ssmclip.data.images import open_image
-    from ssmclip.evaluate.pictures import draw, thumbnail
-    from ssmclip.humans.stimuli import STIMULUS_SETS
-
-    said, shown = set(), []
+def with_stimuli(rows: Sequence[Result], stimuli: Sequence[Stimulus], seed: int) -> list[Result]:
+    """Return the rows; the first of each data set with a small stimulus of each of its conditions, for the report."""
+    finished, shown = set(), []
     for row in rows:
-        name = row.task.removeprefix("ood/")
+        name = row.task.removeprefix(f"{OOD}/")
         of_set = [stimulus for stimulus in stimuli if stimulus.dataset == name]
-        if of_set and name not in said:
-            said.add(name)
-            order = [of_set[place] for place in draw(len(of_set), len(of_set), seed)]
-            first = {stimulus.condition: stimulus for stimulus in reversed(order)}
-            known = [label for label in STIMULUS_SETS[name].conditions if label in first]
-            small = {label: thumbnail(open_image(first[label].path)) for label in known}
-            row = replace(row, extra=row.extra | {"stimuli": small})
+        if of_set and name not in finished:
+            finished.add(name)
+            row = replace(row, extra=row.extra | {"stimuli": _one_of_each(name, of_set, seed)})
         shown.append(row)
     return shown
 
 
-def _settings(args: argparse.Namespace):
-    from ssmclip.evaluate.embeddings.embed import Settings
-
-    cache = None if args.cache == "none" else Path(args.cache)
-    return Settings(args.batch_size, args.workers, args.seed, args.max_images, cache=cache)
-
-
-def decide_model(
-    label: str,
-    name: str,
-    stimuli,
-    out: Path,
-    settings,
-    prompts: str,
-    *,
-    device: str,
-    image_size: int | tuple[int, int] | None,
-) -> int:
-    """Load a model by its name on the command line and let it decide; returns how many decisions were added."""
-    import ssmclip
-    from ssmclip.evaluate.embeddings.embed import Clip
-    from ssmclip.humans.decide import clip_decider, decide, timm_decider
-
-    if name.startswith(TIMM):
-        decider = timm_decider(name.removeprefix(TIMM), device=device, label=label.removeprefix(TIMM))
-    else:
-        clip = Clip(*ssmclip.load(name, device=device, image_size=image_size), label)
-        decider = clip_decider(clip, settings, prompts=prompts)
-    return decide(decider, stimuli, out, settings)
+def _one_of_each(name: str, stimuli: Sequence[Stimulus], seed: int) -> dict[str, str]:
+    """Condition -> a random stimulus of it, small."""
+    order = [stimuli[place] for place in draw(len(stimuli), len(stimuli), seed)]
+    first = {stimulus.condition: stimulus for stimulus in reversed(order)}
+    present = [label for label in STIMULUS_SETS[name].conditions if label in first]
+    return {label: thumbnail(open_image(first[label].path)) for label in present}
