@@ -649,7 +649,7 @@ def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch
     # What only looks, downloads nothing.
     assert main(["datasets", "--data", "hub:clip-benchmark", "aircraft", "mnist"]) == 0
     assert capsys.readouterr().out.count("not downloaded yet; evaluate does, where clip-benchmark has it") == 2
-    assert task_names("found,aircraft", "hub:clip-benchmark") == ["aircraft"]
+    assert task_names(["found", "aircraft"], "hub:clip-benchmark") == ["aircraft"]
 
 
 def test_what_the_hub_left_in_its_cache_is_found(tmp_path):

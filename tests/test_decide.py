@@ -20,6 +20,7 @@ from torchvision.transforms import Compose, Resize
 from ssmclip.__main__ import main
 from ssmclip.cli import evaluate as command
 from ssmclip.evaluate import Clip, Settings
+from ssmclip.evaluate.models import Models
 from ssmclip.humans import study
 from ssmclip.humans.decide import (
     IMAGENET,
@@ -300,7 +301,7 @@ def test_the_object_ood_yields_one_data_set_after_another(root, tmp_path, people
     task = OodTask(read_trials(people), Experiment(stimuli, decisions, "categories"), resamples=20)
     assert task.name == "ood"
     models = {"vit": vit, "timm:resnet10t": "timm:resnet10t"}
-    averages, *of_sets = task.measure(models, replace(QUICK, examples=0, seed=3))
+    averages, *of_sets = task.measure(Models(models), replace(QUICK, examples=0, seed=3))
     assert averages == []  # nobody was asked all 17
     assert [{row.task for row in rows} for rows in of_sets] == [{"ood/edge"}, {"ood/silhouette"}]
     rows = [row for of_set in of_sets for row in of_set]

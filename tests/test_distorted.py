@@ -16,8 +16,9 @@ from ssmclip.data.distortions.pictures import picture_seed
 from ssmclip.data.testsets.open import Classification, load_card, open_dataset
 from ssmclip.evaluate import Clip, Settings, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows
-from ssmclip.evaluate.retrieval import retrieval
-from ssmclip.evaluate.zeroshot import zero_shot
+from ssmclip.evaluate.retrieval import Retrieval
+from ssmclip.evaluate.tasks import Task
+from ssmclip.evaluate.zeroshot import ZeroShot
 from ssmclip.report.figures.examples import picture
 from ssmclip.rows import read_rows
 
@@ -74,8 +75,8 @@ def scenes():
 
 
 def rows_of(clips, dataset, names, settings=FEW):
-    card = load_card("scenes")
-    return [row for rows in distorted_rows(clips, dataset, card, choose(names), settings) for row in rows]
+    judges = [ZeroShot(clip, dataset, settings) for clip in clips]
+    return [row for rows in distorted_rows(judges, choose(names), settings) for row in rows]
 
 
 def test_every_level_is_what_one_picture_after_another_gives(scenes):
@@ -117,12 +118,12 @@ def test_every_level_is_what_one_picture_after_another_gives(scenes):
 
 
 def test_undistorted_captions_are_retrieved_as_ever(scenes):
-    """A data set with captions: at rotation 0 a grey picture's recall@10 is that of `retrieval` on grey pictures."""
+    """A data set with captions: at rotation 0 a grey picture's recall@10 is that of retrieval on grey pictures."""
 
     class Captioned:
         def __init__(self):
             self.captions = [[f"{i} one", f"{i} other"] for i in range(30)]
-            self.keys, self.files = [str(i) for i in range(30)], ()
+            self.keys, self.files, self.card = [str(i) for i in range(30)], (), load_card("flickr8k")
 
         def __len__(self):
             return 30
@@ -131,10 +132,10 @@ def test_undistorted_captions_are_retrieved_as_ever(scenes):
             grey = ssmclip.distort(np.asarray(center_crop(resize(scenes[i][0], 256), 224)), "colour", "bw")
             return Image.fromarray(grey)
 
-    clip, card = Ruler(0.3).clip("A"), load_card("flickr8k")
     settings = Settings(batch_size=16, max_images=25, examples=0)
-    plain = {row.metric: row for row in retrieval(clip, Captioned(), card, "x", settings)}
-    rows = [row for made in distorted_rows([clip], Captioned(), card, choose(["rotation"]), settings) for row in made]
+    judge = Retrieval(Ruler(0.3).clip("A"), Captioned(), settings)
+    plain = {row.metric: row for row in judge.rows(judge.see(Captioned()), "x")}
+    rows = [row for made in distorted_rows([judge], choose(["rotation"]), settings) for row in made]
     first = next(row for row in rows if row.condition == "level=0")
     expected = plain["image_to_text_recall@10"]
     assert first.metric == "image_to_text_recall@10"
@@ -144,12 +145,12 @@ def test_undistorted_captions_are_retrieved_as_ever(scenes):
 
 
 def test_the_undistorted_level_of_colour_is_the_zero_shot_task(scenes):
-    """Pictures of 224 pixels are taken as they are: `zero_shot` on those gives the first level's bits."""
+    """Pictures of 224 pixels are taken as they are: the zero-shot task on those gives the first level's bits."""
     clip = Ruler(0.3).clip("A")
 
     class Large:
         def __init__(self):
-            for name in ("keys", "files", "labels", "classnames", "templates"):
+            for name in ("card", "keys", "files", "labels", "classnames", "templates"):
                 setattr(self, name, getattr(scenes, name))
 
         def __len__(self):
@@ -158,7 +159,7 @@ def test_the_undistorted_level_of_colour_is_the_zero_shot_task(scenes):
         def __getitem__(self, i):
             return center_crop(resize(scenes[i][0], 256), 224), scenes.labels[i]
 
-    plain = next(row for row in zero_shot(clip, Large(), load_card("scenes"), "x", FEW) if row.metric == "top1")
+    plain = next(row for row in Task(Large()).rows(clip, FEW) if row.metric == "top1")
     row = next(row for row in rows_of([clip], scenes, ["colour"]) if row.condition == "level=cr")
     assert (row.value, row.ci_low, row.ci_high) == (plain.value, plain.ci_low, plain.ci_high)
     assert row.extra["right"] == plain.extra["right"]
@@ -189,7 +190,7 @@ def test_tables_are_asked_for_where_they_are_needed(caplog):
 
 
 def test_the_command_writes_the_curves_and_the_comparison(tmp_path, tiny_clip, monkeypatch, capsys):
-    monkeypatch.setattr(ssmclip, "load", lambda *a, **k: tiny_clip)
+    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: tiny_clip)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     words = (

@@ -34,6 +34,7 @@ TEMPLATES = ["a photo of {}.", "{} indeed", "the {}"]
 
 @dataclass
 class Card:
+    name: str
     title: str
     kind: str
     metric: str
@@ -50,6 +51,7 @@ class Pictures:
     broken: set[int] = field(default_factory=set)
     classnames: tuple = tuple(CLASSES)
     templates: tuple = tuple(TEMPLATES)
+    card: Card | None = None
 
     def __len__(self):
         return len(self.levels)
@@ -99,20 +101,21 @@ def world(monkeypatch):
     levels = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
     labels = [0, 1, 2, 3, 4, 5, 1, 1, 2, 3, 0, 0]
     sets = {
-        "levels": (Card("Grey levels", "classification", "mean_per_class", 12), Pictures(levels, labels)),
-        "captions": (
-            Card("Captioned greys", "retrieval", "mean_recall", 6),
-            Pictures(list(range(6)), captions=[[f"a {name}", f"so {name}"] for name in CLASSES]),
+        "levels": Pictures(levels, labels, card=Card("levels", "Grey levels", "classification", "mean_per_class", 12)),
+        "captions": Pictures(
+            list(range(6)),
+            captions=[[f"a {name}", f"so {name}"] for name in CLASSES],
+            card=Card("captions", "Captioned greys", "retrieval", "mean_recall", 6),
         ),
     }
 
     def load_card(name):
         if name not in sets:
             raise UnknownName("data set", name, sets)
-        return sets[name][0]
+        return sets[name].card
 
     monkeypatch.setattr(tasks, "load_card", load_card)
-    monkeypatch.setattr(tasks, "open_dataset", lambda card, root: next(d for c, d in sets.values() if c is card))
+    monkeypatch.setattr(tasks, "open_dataset", lambda card, root: sets[card.name])
     return sets
 
 
@@ -141,7 +144,8 @@ def test_classes_and_templates_that_say_nothing_are_refused(vit):
 def test_zero_shot_equals_open_clip_by_hand(vit, world):
     generator = torch.Generator().manual_seed(0)
     dataset = Pictures(torch.randint(256, (40,), generator=generator).tolist(), [i % 6 for i in range(40)])
-    world["levels"] = (Card("Greys", "classification", "top1"), dataset)
+    dataset.card = Card("levels", "Greys", "classification", "top1")
+    world["levels"] = dataset
     rows = evaluate(vit.model, vit.preprocess, vit.tokenizer, ["levels"], "", model_name="vit", batch_size=7)
     with torch.no_grad():
         images = torch.stack([vit.preprocess(dataset[i][0]) for i in range(40)])
@@ -156,7 +160,7 @@ def test_zero_shot_equals_open_clip_by_hand(vit, world):
 
 def test_classification_rows_hold_what_was_known(world):
     rows = evaluate(Seer(), see, read, ["levels"], "", model_name="seer")
-    dataset = world["levels"][1]
+    dataset = world["levels"]
     per_class = recall_score(dataset.labels, dataset.levels, average=None)
     assert [row.metric for row in rows] == ["mean_per_class", "top1", "top5"]  # the card's own metric first
     assert rows[0].value == pytest.approx(per_class.mean())
@@ -183,11 +187,12 @@ def test_retrieval_equals_a_loop(vit, world):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(256, (30,), generator=generator).tolist()
     captions = [[f"caption {i} {j} of level {level}" for j in range(1 + i % 3)] for i, level in enumerate(levels)]
-    world["captions"] = (Card("Greys", "retrieval", "mean_recall", 30), Pictures(levels, captions=captions))
+    card = Card("captions", "Greys", "retrieval", "mean_recall", 30)
+    world["captions"] = Pictures(levels, captions=captions, card=card)
     rows = evaluate(vit.model, vit.preprocess, vit.tokenizer, ["captions"], "", model_name="vit", batch_size=8)
     values = {row.metric: row for row in rows}
 
-    images = embed_images(vit, world["captions"][1], Settings()).features
+    images = embed_images(vit, world["captions"], Settings()).features
     flat = [(i, caption) for i, of_image in enumerate(captions) for caption in of_image]
     scores = (images @ embed_texts(vit, [caption for _, caption in flat], Settings()).T).numpy()
     recalls = []
@@ -228,16 +233,16 @@ def test_our_own_model_runs_through_it(tiny_clip, world):
 
 
 def test_images_that_cannot_be_read_are_counted_and_not_measured(world, caplog):
-    world["levels"][1].broken |= {0, 7}
+    world["levels"].broken |= {0, 7}
     rows = evaluate(Seer(), see, read, ["levels"], "", model_name="seer")
     assert rows[0].n == 10
     assert rows[0].extra["unreadable"] == 2
     assert rows[0].extra["partial"] == {"used": 10, "of": 12}
     assert "2 images could not be read; the first: picture0 (OSError: truncated)" in caplog.text
-    world["captions"][1].broken |= {2}
+    world["captions"].broken |= {2}
     rows = evaluate(Seer(), see, read, ["captions"], "", model_name="seer")
     assert [(row.value, row.n) for row in rows[:1]] == [(1.0, 5)]  # captions of the lost image are no candidates
-    world["levels"][1].broken |= set(range(12))
+    world["levels"].broken |= set(range(12))
     with pytest.raises(ValueError, match="none of the 12 images could be read; the first: picture0"):
         evaluate(Seer(), see, read, ["levels"], "", model_name="seer")
 
@@ -278,14 +283,14 @@ def test_tasks_and_data_that_make_no_sense_are_refused(world):
         evaluate(Seer(), see, read, ["level"], "", model_name="seer")
     with pytest.raises(ValueError, match="no tasks"):
         evaluate(Seer(), see, read, [], "", model_name="seer")
-    world["captions"][1].captions[3] = []
+    world["captions"].captions[3] = []
     with pytest.raises(ValueError, match=r"1 images have no caption; the first: \['picture3'\]"):
         evaluate(Seer(), see, read, ["captions"], "", model_name="seer")
     with pytest.raises(ValueError, match="no images"):
         embed_images(seer(), Pictures([]), Settings())
     with pytest.raises(ValueError, match="no texts"):
         embed_texts(seer(), [], Settings())
-    world["levels"][1].labels[0] = 6
+    world["levels"].labels[0] = 6
     with pytest.raises(ValueError, match="labels 0 to 6 for 6 classes"):
         evaluate(Seer(), see, read, ["levels"], "", model_name="seer")
 
@@ -348,8 +353,8 @@ def test_a_subset_is_drawn_by_chance_and_marked(world):
     assert rows[0].n == 5
     assert rows[0].extra["partial"] == {"used": 5, "of": 12}
     assert "thumbnails" not in rows[0].extra
-    places = embed_images(seer(), world["levels"][1], Settings(max_images=5)).index.tolist()
-    assert places == embed_images(seer(), world["levels"][1], Settings(max_images=5)).index.tolist()
+    places = embed_images(seer(), world["levels"], Settings(max_images=5)).index.tolist()
+    assert places == embed_images(seer(), world["levels"], Settings(max_images=5)).index.tolist()
     assert places == sorted(places) != [0, 1, 2, 3, 4]
 
 
@@ -375,7 +380,7 @@ def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, ca
         loads.append((name, device, image_size))
         return Seer(), see, read
 
-    monkeypatch.setattr("ssmclip.load", load, raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.load", load, raising=False)
     out = tmp_path / "new" / "rows.jsonl"
     words = [
         "--model",
@@ -402,7 +407,7 @@ def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, ca
 
 
 def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssmclip.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
     out = str(tmp_path / "rows.jsonl")
     with pytest.raises(UnknownName, match="known: captions, levels"):
         command.run(parse("--model", "A", "--tasks", "colours", "--out", out))
@@ -414,7 +419,7 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
     with pytest.raises(IsADirectoryError, match="takes a file"):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path)))
     for nothing in ("", ","):
-        with pytest.raises(ValueError, match=r"names no data set: `ssmclip datasets` lists them"):
+        with pytest.raises(ValueError, match=r"no tasks to evaluate; `ssmclip datasets` lists the data sets"):
             command.run(parse("--model", "A", "--tasks", nothing, "--out", out))
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
@@ -423,7 +428,7 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
     "option", ["batch-size 0", "workers -1", "max-images 0", "max-images -5", "examples -3", "truncate -3"]
 )
 def test_numbers_too_small_are_told_before_a_model_is_loaded(world, tmp_path, monkeypatch, option):
-    monkeypatch.setattr("ssmclip.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
     name, value = option.split()
     with pytest.raises(ValueError, match=f"^{name.replace('-', '_')} {value}: at least [01]$"):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path / "rows"), f"--{name}", value))
@@ -431,10 +436,10 @@ def test_numbers_too_small_are_told_before_a_model_is_loaded(world, tmp_path, mo
 
 def test_rows_of_the_file_stay_until_they_are_measured_anew(world, tmp_path, monkeypatch):
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr("ssmclip.load", lambda *a, **k: (Seer(), see, read), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: (Seer(), see, read), raising=False)
     command.run(parse("--model", "A,B", "--tasks", "levels,captions", "--out", str(out)))
     _, whole = read_rows(out)
-    world["captions"][1].broken |= set(range(6))  # as a kill after the first data set
+    world["captions"].broken |= set(range(6))  # as a kill after the first data set
     with pytest.raises(ValueError, match="none of the 6 images"):
         command.run(parse("--model", "A,B", "--tasks", "levels,captions", "--out", str(out)))
     assert read_rows(out)[1] == whole

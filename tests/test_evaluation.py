@@ -474,12 +474,12 @@ def test_the_papers_protocol(vit, data, tmp_path):
 
 
 def test_names_that_stand_for_many_data_sets(data):
-    assert task_names("table1", data) == list(TABLE1.columns)
-    assert task_names("found,sst2,cub", data) == ["digits", "scenes", "sst2", "urban1k", "cub"]
-    assert [name for name, _, _ in open_tasks(["sst2"], data)] == ["sst2"]
+    assert task_names(["table1"], data) == list(TABLE1.columns)
+    assert task_names(["found", "sst2", "cub"], data) == ["digits", "scenes", "sst2", "urban1k", "cub"]
+    assert [task.name for task in open_tasks(["sst2"], data)] == ["sst2"]
     with pytest.raises(FileNotFoundError, match=r"no folder .*dta to find data sets under"):
-        task_names("found,sst2", data.with_name("dta"))
-    assert task_names("found", "hub:nobody") == []  # nothing downloaded
+        task_names(["found", "sst2"], data.with_name("dta"))
+    assert task_names(["found"], "hub:nobody") == []  # nothing downloaded
 
 
 def test_datasets_are_listed(data, capsys):

@@ -9,9 +9,6 @@ from pathlib import Path
 from ssmclip.cli.ood import ood_task
 from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
 
-OOD = "ood"
-DISTORTED = "distorted:"
-SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # settings that all rows of a file share
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
 
@@ -72,64 +69,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import ssmclip
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
-    from ssmclip.evaluate.protocols import PROTOCOLS
-    from ssmclip.evaluate.statistics.paired import paired_rows
-    from ssmclip.evaluate.tasks import distorted_evaluations, evaluations, open_tasks, task_names
+    from ssmclip.evaluate.study import Study
+    from ssmclip.evaluate.tasks import DISTORTED, open_tasks
     from ssmclip.ops.memory import keep_freed_memory
-    from ssmclip.rows import describe_run
+    from ssmclip.rows import read_rows
     from ssmclip.rows.condition import LEVEL
-    from ssmclip.rows.resume import RowsFile, latest
+    from ssmclip.rows.tasks import OOD
 
     keep_freed_memory()
     models = labelled(args.model)
-    prompts = PROTOCOLS[args.protocol].prompts(read_prompts(args.prompts) if args.prompts else None)
+    prompts = read_prompts(args.prompts) if args.prompts else None
     asked = [task for task in args.tasks.split(",") if task]
-    if not asked:
-        raise ValueError(f"--tasks {args.tasks!r} names no data set: `ssmclip datasets` lists them")
-    distorted = [task.removeprefix(DISTORTED) for task in asked if task.startswith(DISTORTED)]
-    plain = [task for task in asked if task != OOD and not task.startswith(DISTORTED)]
-    opened, to_distort = (
-        open_tasks(task_names(",".join(names), args.data), args.data, prompts) if names else []
-        for names in (plain, distorted)
-    )
-    names = args.distortions.split(",") if args.distortions else None
-    how = choose(names, args.amplitude, args.gamma, args.seed) if distorted else None
+    names = [task for task in asked if task != OOD]
+    how = None
+    if any(task.startswith(DISTORTED) for task in asked):
+        chosen = args.distortions.split(",") if args.distortions else None
+        how = choose(chosen, args.amplitude, args.gamma, args.seed)
+    tasks = open_tasks(names, args.data, prompts, protocol=args.protocol, how=how) if names or not asked else []
     require_writable(args.out, args.humans or ())  # before the hours, not after
-    ood = ood_task(args) if OOD in asked else None
-    rank, device = launched(args.device)
-    more = {name: getattr(args, name) for name in ("image_size", "max_images", "protocol", "prompts")}
-    described = describe_run(args.seed, args.device, tasks=asked, **more)
-    file = RowsFile(args.out, described, SAME)
-    kept = file.found
+    tasks += [ood_task(args)] if OOD in asked else []
     cache = None if args.cache == "none" else Path(args.cache)
-    settings = Settings(
-        args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, args.truncate or None
-    )
-    rows = []
-
-    def keep(made) -> None:  # after every data set: a later one's failure costs nothing
-        rows.extend(made)
-        kept[:] = latest([*kept, *made])[0]
-        if rank == 0:
-            file.add(made)
-
-    for label, name in models.items() if opened else ():
-        loaded = ssmclip.load(name, device=device, image_size=args.image_size)
-        for made in evaluations(loaded, opened, settings, label, args.protocol, args.image_size):
-            keep(made)
-    keep(paired_rows(kept, seed=args.seed))
-    if to_distort:
-        loaded = {k: ssmclip.load(name, device=device, image_size=args.image_size) for k, name in models.items()}
-        for made in distorted_evaluations(loaded, to_distort, how, settings, args.protocol, args.image_size):
-            keep(made)
-    for made in ood.measure(models, settings) if ood and rank == 0 else ():
-        keep(made)
-    if rank == 0:
+    truncate = args.truncate or None
+    settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, truncate)
+    about = {"prompts": args.prompts}
+    study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about)
+    rows = study.rows()
+    if launched(args.device)[0] == 0:
         shown = [row for row in rows if LEVEL not in row.where]  # those are curves, for the report
-        sys.stdout.write("\n".join(line(row) for row in shown) + f"\n{len(kept)} rows in {args.out}\n")
+        sys.stdout.write("\n".join(map(line, shown)) + f"\n{len(read_rows(args.out)[1])} rows in {args.out}\n")
     return 0

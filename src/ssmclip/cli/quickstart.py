@@ -69,11 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def distorted_digits(models: dict[str, tuple[Any, Callable, Callable]]) -> list[Any]:
-    """Rows of accuracy over the level of distortion, with examples. models: model, preprocessing, tokenizer of each."""
-    from ssmclip.evaluate import Settings
+    """Return rows of accuracy over the level of distortion. models: model, preprocessing, tokenizer of each."""
+    from ssmclip.evaluate import Settings, Study, open_tasks
     from ssmclip.evaluate.distorted import choose
-    from ssmclip.evaluate.tasks import distorted_evaluations, open_tasks
 
-    settings = Settings(max_images=DISTORTED_IMAGES, examples=1)
-    made = distorted_evaluations(models, open_tasks(["digits"], ""), choose(DISTORTED), settings)
-    return [row for rows in made for row in rows]
+    tasks = open_tasks(["distorted:digits"], "", how=choose(DISTORTED))
+    return Study(models, tasks, Settings(max_images=DISTORTED_IMAGES, examples=1)).rows()

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from ssmclip.evaluate.embeddings.embed import embed_texts as embed_texts
     from ssmclip.evaluate.statistics.metrics import METRICS as METRICS
     from ssmclip.evaluate.statistics.metrics import bootstrap_interval as bootstrap_interval
-    from ssmclip.evaluate.tasks import evaluate as evaluate
+    from ssmclip.evaluate.study import Study as Study
+    from ssmclip.evaluate.study import evaluate as evaluate
+    from ssmclip.evaluate.tasks import Task as Task
+    from ssmclip.evaluate.tasks import open_tasks as open_tasks
     from ssmclip.evaluate.tasks import training_validation as training_validation
     from ssmclip.evaluate.zeroshot import class_embeddings as class_embeddings
 
@@ -23,7 +26,10 @@ _HOMES = {
     "class_embeddings": "ssmclip.evaluate.zeroshot",
     "embed_images": "ssmclip.evaluate.embeddings.embed",
     "embed_texts": "ssmclip.evaluate.embeddings.embed",
-    "evaluate": "ssmclip.evaluate.tasks",
+    "Study": "ssmclip.evaluate.study",
+    "Task": "ssmclip.evaluate.tasks",
+    "evaluate": "ssmclip.evaluate.study",
+    "open_tasks": "ssmclip.evaluate.tasks",
     "training_validation": "ssmclip.evaluate.tasks",
 }
 

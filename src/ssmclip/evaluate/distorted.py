@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,12 +26,11 @@ from ssmclip.data.distortions.apply import fingerprint
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
 from ssmclip.data.distortions.registry import Table, find, kept, prepare
 from ssmclip.evaluate.embeddings.cache import texts_hash
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, subset
+from ssmclip.evaluate.judge import Judge, coverage
 from ssmclip.evaluate.pictures import draw, thumbnail
-from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.statistics import paired
-from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
-from ssmclip.evaluate.zeroshot import class_embeddings, coverage
+from ssmclip.evaluate.statistics.metrics import bootstrap_interval
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL
 from ssmclip.rows.tasks import of_distorted
@@ -40,8 +38,6 @@ from ssmclip.rows.tasks import of_distorted
 log = logging.getLogger(__name__)
 
 MEAN = "mean over levels"
-METRIC = {"classification": "top1", "retrieval": "image_to_text_recall@10"}
-RECALL_AT = 10
 REMEMBERED = 2000  # distorted pictures kept for the next model, 300 MB
 
 
@@ -107,37 +103,36 @@ class Distorted(Dataset):
         return Image.fromarray(distort(np.array(picture), self.name, self.label, seed=seed, **self.tables))
 
 
-def distorted_rows(
-    clips: Sequence[Clip], dataset: Any, card: Any, how: Manipulations, settings: Settings
-) -> Iterator[list[Result]]:
-    """The rows of one distortion after another: each model's at each level, their mean, and models compared.
+def distorted_rows(judges: Sequence[Judge], how: Manipulations, settings: Settings) -> Iterator[list[Result]]:
+    """Yield the rows of one distortion after another: each model's at each level, their mean, and models compared.
 
-    At a level: top1, or image_to_text_recall@10 where the data set has captions. "mean over levels": the same over the
-    levels that count (`Distortion.counted`), and `..._retained`: of what the model has above guessing at the level
-    that does not distort, the share it keeps, for models that are clearly above it there (by the interval). Intervals
-    resample images. Against another model: differences, over the same images.
+    judges: of one test set, one for each model. At a level: the judge's headline metric. "mean over levels": the same
+    over the levels that count (`Distortion.counted`), and `..._retained`: of what the model has above guessing at the
+    level that does not distort, the share it keeps, for models that are clearly above it there (by the interval).
+    Intervals resample images. Against another model: differences, over the same images.
     """
-    metric = METRIC[card.kind]
-    judges = [_judge(clip, dataset, card, settings) for clip in clips]
+    metric, dataset = judges[0].headline, judges[0].test_set
+    card = dataset.card
     with tqdm(total=sum(len(DISTORTIONS[name].labels) for name in how.names), unit="level", disable=None) as bar:
         for name in how.names:
             task, labels = of_distorted(card.name, name), list(DISTORTIONS[name].labels)
-            levels, right, shown = [], {clip.name: [] for clip in clips}, {}
+            levels, right, shown = [], {judge.clip.name: [] for judge in judges}, {}
             for place, label in enumerate(labels):
                 bar.set_description(f"{name} {label}")
                 pictures = Distorted(dataset, name, label, how)
-                for clip, judge in zip(clips, judges, strict=True):
-                    images = embed_images(clip, pictures, settings)
-                    hits, chance = judge(images)
-                    right[clip.name].append(hits)
+                for judge in judges:
+                    images = judge.see(pictures)
+                    hits, chance = judge.right(images)
+                    model = judge.clip.name
+                    right[model].append(hits)
                     extra = {"title": f"{card.title}, {name}", "chance": chance, "counted": place in kept(name)}
-                    levels.append(_level_row(clip.name, task, label, metric, hits, images, dataset, settings, extra))
+                    levels.append(_level_row(model, task, label, metric, hits, images, dataset, settings, extra))
                 if settings.examples:
                     example = subset(len(dataset), settings)
                     item = pictures[example[draw(len(example), 1, settings.seed)[0]]]
                     shown[label] = thumbnail(item[0] if isinstance(item, tuple) else item)
                 bar.update()
-            about = {"title": f"{card.title}, {name}", **coverage(images, card, dataset)}
+            about = {"title": f"{card.title}, {name}", **coverage(images, dataset)}
             scores = {model: torch.stack(hits).double() for model, hits in right.items()}
             rows = levels + paired.paired_rows(levels, seed=settings.seed)
             rows += _mean_rows(task, metric, scores, kept(name), chance or 0.0, settings.seed, about)
@@ -192,30 +187,3 @@ def _minus(a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor]) -> Call
 
 def _finite(values: Tensor) -> Tensor:
     return values.masked_fill(~values.isfinite(), torch.nan)  # which the interval leaves out
-
-
-Judge = Callable[[ImageEmbeddings], "tuple[Tensor, float | None]"]
-
-
-def _judge(clip: Clip, dataset: Any, card: Any, settings: Settings) -> Judge:
-    """A function of embedded images: which are right, (n,), and what guessing gives. Texts are embedded here, once."""
-    if card.kind == "classification":
-        names, templates = dataset.classnames, dataset.templates
-        classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), names, templates)
-
-        def named(images: ImageEmbeddings) -> tuple[Bool[Tensor, " n"], float | None]:
-            return (images.features @ classes.T).argmax(dim=1) == images.labels, 1 / len(classes)
-
-        return named
-    places = subset(len(dataset), settings)
-    flat = [caption for place in places for caption in dataset.captions[place]]
-    owner = torch.tensor([place for place in places for _ in dataset.captions[place]])
-    texts = embed_texts(clip, flat, settings)
-
-    def captioned(images: ImageEmbeddings) -> tuple[Bool[Tensor, " n"], float | None]:
-        mine = torch.isin(owner, images.index)
-        hits = first_relevant_ranks(images.features, texts[mine], images.index, owner[mine]) < RECALL_AT
-        counts = [len(dataset.captions[place]) for place in images.index.tolist()]
-        return hits, guessing(counts).get(METRIC["retrieval"])
-
-    return captioned

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import comb
 from typing import Any
 
@@ -18,48 +18,74 @@ from torch import Tensor
 
 from ssmclip.evaluate import pictures
 from ssmclip.evaluate.captions import cut_at, longer_than
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_texts, subset
+from ssmclip.evaluate.judge import JUDGES, Judge, Right, coverage
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.geometry import geometry
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
-from ssmclip.evaluate.zeroshot import coverage
 from ssmclip.rows import Result
 from ssmclip.rows.condition import TOKENS, Where
 
 KS = (1, 5, 10)
+RECALL_AT = 10  # of the one recall that distortions are measured by
 SHOWN = 5  # best matches kept of an example
 
 
-def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
-    """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, the mean of the six, and the
-    geometry of the two sets of points.
+@JUDGES.register("retrieval")
+class Retrieval(Judge):
+    """A picture and its captions find each other among all of the test set.
 
-    Captions that the text tower sees more than `settings.truncate` tokens of are evaluated cut there as well, under the
-    key TOKENS. Intervals resample images, each with all its captions. The first row's `extra` has examples
+    Rows: recall at 1, 5 and 10 from image to text and back, the mean of the six, and the geometry of the two sets of
+    points. Captions that the text tower sees more than `settings.truncate` tokens of are evaluated cut there as well,
+    under the key TOKENS. Intervals resample images, each with all its captions. The first row's `extra` has examples
     and a similarity matrix. Raises ValueError naming images that have no caption.
     """
-    if bare := [dataset.keys[i] for i in range(len(dataset)) if not dataset.captions[i]]:
-        raise ValueError(f"{task}: {len(bare)} images have no caption; the first: {bare[:5]}")
-    images = embed_images(clip, dataset, settings)
-    captions = [dataset.captions[place] for place in images.index.tolist()]
-    flat = [caption for of_image in captions for caption in of_image]
-    owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
-    keys = [dataset.keys[place] for place in images.index.tolist()]
-    clips: list[tuple[Where, Clip]] = [({}, clip)]
-    if settings.truncate and longer_than(clip.tokenizer, flat, settings.truncate):
-        cut = cut_at(clip.tokenizer, settings.truncate)
-        clips.append(({TOKENS: settings.truncate}, replace(clip, tokenizer=cut)))
-    rows = []
-    for where, seen in clips:
-        texts = embed_texts(seen, flat, settings)
-        about = {"title": card.title, "kind": "retrieval", **coverage(images, card, dataset)}
-        if not rows:
-            about |= _examples(dataset, images, texts, flat, owner, settings)
-        made = recall_rows(images.features, texts, owner, keys, settings.seed)
-        measured = made + [Result("", "", metric, value) for metric, value in geometry(images.features, texts, owner)]
-        measured[0] = replace(measured[0], extra=about | measured[0].extra)
-        rows += [replace(row, model=clip.name, task=task, where=where) for row in measured]
-    return rows
+
+    kind = "retrieval"
+    headline = "image_to_text_recall@10"
+
+    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+        super().__init__(clip, test_set, settings)
+        if bare := [test_set.keys[i] for i in range(len(test_set)) if not test_set.captions[i]]:
+            raise ValueError(f"{test_set.card.name}: {len(bare)} images have no caption; the first: {bare[:5]}")
+        places = subset(len(test_set), settings)
+        self.flat = [caption for place in places for caption in test_set.captions[place]]
+        self.owner = torch.tensor([place for place in places for _ in test_set.captions[place]])
+        # How captions are seen: whole, and cut where the text tower sees more of them than usual.
+        self.seen: list[tuple[Where, Clip]] = [({}, clip)]
+        if settings.truncate and longer_than(clip.tokenizer, self.flat, settings.truncate):
+            cut = cut_at(clip.tokenizer, settings.truncate)
+            self.seen.append(({TOKENS: settings.truncate}, replace(clip, tokenizer=cut)))
+
+    @cached_property
+    def texts(self) -> list[Float[Tensor, "m d"]]:
+        """The captions embedded in each of the ways they are seen."""
+        return [embed_texts(clip, self.flat, self.settings) for _, clip in self.seen]
+
+    def right(self, seen: ImageEmbeddings) -> Right:
+        mine = torch.isin(self.owner, seen.index)
+        hits = first_relevant_ranks(seen.features, self.texts[0][mine], seen.index, self.owner[mine]) < RECALL_AT
+        counts = [len(self.test_set.captions[place]) for place in seen.index.tolist()]
+        return Right(hits, guessing(counts).get(self.headline))
+
+    def rows(self, seen: ImageEmbeddings, task: str, metrics: Sequence[str] = ()) -> list[Result]:
+        mine = torch.isin(self.owner, seen.index)
+        flat = [caption for caption, kept in zip(self.flat, mine.tolist(), strict=True) if kept]
+        place_of = {place: number for number, place in enumerate(seen.index.tolist())}
+        owner = torch.tensor([place_of[place] for place in self.owner[mine].tolist()])
+        keys = [self.test_set.keys[place] for place in seen.index.tolist()]
+        rows = []
+        for (where, _), texts in zip(self.seen, self.texts, strict=True):
+            texts = texts[mine]
+            about = {"title": self.test_set.card.title, "kind": self.kind, **coverage(seen, self.test_set)}
+            if not rows:
+                about |= _examples(self.test_set, seen, texts, flat, owner, self.settings)
+            made = recall_rows(seen.features, texts, owner, keys, self.settings.seed)
+            made += [Result("", "", metric, value) for metric, value in geometry(seen.features, texts, owner)]
+            made = [row for row in made if not metrics or row.metric in metrics]
+            made[0] = replace(made[0], extra=about | made[0].extra)
+            rows += [replace(row, model=self.clip.name, task=task, where=where) for row in made]
+        return rows
 
 
 def recall_rows(

@@ -1,99 +1,140 @@
-"""A model x a data set -> rows. What kind of task a data set is, its card says."""
+"""Tasks of an evaluation: a test set and its judge, and how names on the command line become such tasks."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
-from ssmclip.evaluate.distorted import Manipulations, distorted_rows
+from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
 from ssmclip.evaluate.embeddings import ranks
 from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.judge import JUDGES, Judge, usual_judge
+from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
-from ssmclip.evaluate.retrieval import retrieval
-from ssmclip.evaluate.zeroshot import zero_shot
-from ssmclip.registry import UnknownName
 from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
 
-KINDS = {"classification": zero_shot, "retrieval": retrieval}
+DISTORTED = "distorted:"
 BRIEF = ("title", "kind", "chance", "partial", "unreadable", "said")  # what a row of every few hundred steps keeps
 
 
-def evaluate(
-    model: nn.Module,
-    preprocess: Callable,
-    tokenizer: Callable,
-    tasks: Sequence[str],
-    root: str | Path,
-    *,
-    model_name: str,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "cpu",
-    seed: int = 0,
-    max_images: int | None = None,
-    examples: int = 8,
-    cache: Path | None = None,
-    truncate: int | None = 77,
-    protocol: str = OWN,
-    prompts: Prompts | None = None,
-    image_size: int | tuple[int, int] | None = None,
-) -> list[Result]:
-    """Rows of any open_clip model on the named data sets under `root` (see `embed.Settings` for the numbers).
+class StudyTask(ABC):
+    """One task of a study, opened and ready.
 
-    protocol: one of `PROTOCOLS`, which decides the prompts and the preprocessing; prompts: in place of the cards'.
-    Every card and data set is opened before the first image is embedded. Raises UnknownName for a task nobody knows,
-    what the data set raises when it isn't there, and ValueError for embeddings that are not finite.
+    name: what it is called; together: whether it takes all models at once, after those that take each by itself;
+    one_process: whether the first of several processes does it alone.
     """
-    settings = Settings(batch_size, workers, seed, max_images, examples, cache, truncate)
-    opened = open_tasks(tasks, root, PROTOCOLS[protocol].prompts(prompts))
-    loaded = (model.to(device), preprocess, tokenizer)
-    return [row for rows in evaluations(loaded, opened, settings, model_name, protocol, image_size) for row in rows]
+
+    name: str
+    together: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
+        """Yield rows as they are made; what was yielded is kept when a later part fails."""
 
 
-def evaluations(
-    loaded: tuple[nn.Module, Callable, Callable],
-    opened: Sequence[tuple[str, Any, Any]],
-    settings: Settings,
-    model_name: str,
+@dataclass(frozen=True)
+class Task(StudyTask):
+    """A test set before a judge.
+
+    test_set: what `open_dataset` returns, or an object of one's own with the same attributes; judge: a name in JUDGES,
+    "" for the usual one of the test set's kind; metrics: in place of the judge's usual ones; name: of the rows' task,
+    "" for the card's.
+    """
+
+    test_set: Any
+    judge: str = ""
+    metrics: tuple[str, ...] = ()
+    name: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", self.name or self.test_set.card.name)
+        object.__setattr__(self, "judge", self.judge or usual_judge(self.test_set.card.kind))
+
+    def judged_by(self, clip: Clip, settings: Settings) -> Judge:
+        """Return the judge of one model. Raises UnknownName, and what the judge raises."""
+        return JUDGES[self.judge](clip, self.test_set, settings)
+
+    def rows(self, clip: Clip, settings: Settings) -> list[Result]:
+        """Return the rows of one model."""
+        judge = self.judged_by(clip, settings)
+        return judge.rows(judge.see(self.test_set), self.name, self.metrics)
+
+    def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
+        for label in models:
+            yield self.rows(models.clip(label, self.test_set.card.kind), settings)
+
+
+@dataclass(frozen=True)
+class DistortedTask(StudyTask):
+    """A task under distortions at all their levels, the same pictures for every model (see `distorted_rows`)."""
+
+    task: Task
+    how: Manipulations
+
+    together: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"{DISTORTED}{self.task.name}"
+
+    def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
+        kind = self.task.test_set.card.kind
+        judges = [self.task.judged_by(models.clip(label, kind), settings) for label in models]
+        yield from distorted_rows(judges, self.how, settings)
+
+
+def open_tasks(
+    names: Sequence[str],
+    root: str | Path,
+    prompts: Prompts | None = None,
+    *,
     protocol: str = OWN,
-    image_size: int | tuple[int, int] | None = None,
-) -> Iterator[list[Result]]:
-    """The rows of one data set after another. loaded: model, preprocessing, tokenizer; opened: from `open_tasks`."""
-    model, preprocess, tokenizer = loaded
-    rules = PROTOCOLS[protocol]
-    clips = {
-        kind: Clip(model, rules.preprocess(model, preprocess, kind, image_size), tokenizer, model_name)
-        for kind in {card.kind for _, card, _ in opened}
-    }
-    for name, card, dataset in opened:
-        rows = KINDS[card.kind](clips[card.kind], dataset, card, name, settings)
-        yield rows if protocol == OWN else [replace(row, extra=row.extra | {"protocol": protocol}) for row in rows]
+    how: Manipulations | None = None,
+) -> list[Task | DistortedTask]:
+    """Open the test sets of the named tasks.
+
+    names: data sets, "table1", "found", folder:PATH (see `task_names`), and distorted:NAME; root: what `open_dataset`
+    takes; prompts: in place of the cards'; protocol: one of PROTOCOLS; how: the distortions, `choose(None)` by default.
+    Raises ValueError for no tasks, UnknownName, and the test sets' own errors.
+    """
+    if not names:
+        raise ValueError("no tasks to evaluate; `ssmclip datasets` lists the data sets")
+    plain = task_names([name for name in names if not name.startswith(DISTORTED)], root)
+    to_distort = task_names([name.removeprefix(DISTORTED) for name in names if name.startswith(DISTORTED)], root)
+    asked = PROTOCOLS[protocol].prompts(prompts)
+    cards = {name: load_card(name) for name in [*plain, *to_distort]}  # all, before the first data set is opened
+    more = {} if asked is None else {"prompts": asked}
+    opened = {name: Task(open_dataset(card, root, **more), name=name) for name, card in cards.items()}
+    tasks: list[Task | DistortedTask] = [opened[name] for name in plain]
+    if to_distort:
+        how = how or choose(None)
+        tasks += [DistortedTask(opened[name], how) for name in to_distort]
+    return tasks
 
 
-def distorted_evaluations(
-    loaded: dict[str, tuple[nn.Module, Callable, Callable]],
-    opened: Sequence[tuple[str, Any, Any]],
-    how: Manipulations,
-    settings: Settings,
-    protocol: str = OWN,
-    image_size: int | None = None,
-) -> Iterator[list[Result]]:
-    """The rows of one distortion of one data set after another. loaded: a model's name -> model, preprocessing,
-    tokenizer."""
-    prepare = PROTOCOLS[protocol].preprocess
-    for _, card, dataset in opened:
-        clips = [
-            Clip(model, prepare(model, preprocess, card.kind, image_size), tokenizer, name)
-            for name, (model, preprocess, tokenizer) in loaded.items()
-        ]
-        yield from distorted_rows(clips, dataset, card, how, settings)
+def task_names(names: Sequence[str], root: str | Path) -> list[str]:
+    """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, and "found" for all that are
+    under `root` and can be opened. Raises FileNotFoundError for "found" where there is no folder `root`."""
+    spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
+
+    def there(name: str) -> bool:
+        try:
+            return bool(len(open_dataset(load_card(name), root, download=False)))
+        except (OSError, ValueError):
+            return False
+
+    if "found" in names and not str(root).startswith(HUB) and not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root} to find data sets under: pass another --data")
+    return list(dict.fromkeys(name for part in names for name in spelled.get(part, lambda part=part: [part])()))
 
 
 def training_validation(
@@ -106,7 +147,7 @@ def training_validation(
     seed: int = 0,
     max_images: int | None = 1000,
 ) -> Callable[[nn.Module, Callable, Callable, int], list[Result]]:
-    """A function (model, preprocess, tokenizer, step) -> rows, for a training loop, which adds the step to the rows.
+    """Return a function (model, preprocess, tokenizer, step) -> rows, for a training loop, which adds the step to them.
 
     The data sets are opened now, so that a missing one stops the run before it starts. The rows carry no pictures.
     """
@@ -115,42 +156,8 @@ def training_validation(
 
     def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
         clip = Clip(model, preprocess, tokenizer, model_name)
-        rows: list[Result] = []
         with ranks.by_itself():  # the others wait
-            for name, card, dataset in opened:
-                rows += KINDS[card.kind](clip, dataset, card, name, settings)
+            rows = [row for task in opened for row in task.rows(clip, settings)]
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate
-
-
-def task_names(names: str, root: str | Path) -> list[str]:
-    """The data sets of a list with commas, in which "table1" stands for CLIP-Mamba's 26 and "found" for all that are
-    under `root` and can be opened. Raises FileNotFoundError for "found" where there is no folder `root`."""
-    spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
-
-    def there(name: str) -> bool:
-        try:
-            return bool(len(open_dataset(load_card(name), root, download=False)))
-        except (OSError, ValueError):
-            return False
-
-    parts = [part for part in names.split(",") if part]
-    if "found" in parts and not str(root).startswith(HUB) and not Path(root).is_dir():
-        raise FileNotFoundError(f"no folder {root} to find data sets under: give another --data")
-    return list(dict.fromkeys(name for part in parts for name in spelled.get(part, lambda part=part: [part])()))
-
-
-def open_tasks(tasks: Sequence[str], root: str | Path, prompts: Prompts | None = None) -> list[tuple[str, Any, Any]]:
-    """(name, card, data set) of each task. prompts: in place of the cards'.
-
-    Raises ValueError for no tasks, UnknownName, and the sets' own errors.
-    """
-    if not tasks:
-        raise ValueError("no tasks to evaluate")
-    cards = {name: load_card(name) for name in tasks}
-    for name, card in cards.items():
-        if card.kind not in KINDS:
-            raise UnknownName(f"kind of task (the card of {name})", card.kind, KINDS)
-    more = {} if prompts is None else {"prompts": prompts}
-    return [(name, card, open_dataset(card, root, **more)) for name, card in cards.items()]

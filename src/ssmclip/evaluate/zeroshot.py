@@ -5,7 +5,6 @@ n images · c classes · d embedding dimensions
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssmclip.evaluate import pictures
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_texts
+from ssmclip.evaluate.judge import JUDGES, Judge, Right, coverage, names_of
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
 from ssmclip.rows import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example
-NAMED = 20  # unreadable images named in a row
 
 
 def class_embeddings(
@@ -38,49 +37,67 @@ def class_embeddings(
     if without := [template for template in templates if "{}" not in template]:
         raise ValueError(f"templates without {{}}, where the class's name goes: {without}")
     prompts = [
-        [template.replace("{}", name) for name in _names(names) for template in templates] for names in classnames
+        [template.replace("{}", name) for name in names_of(names) for template in templates] for names in classnames
     ]
     features = encode([prompt for of_class in prompts for prompt in of_class])
     means = [part.mean(dim=0) for part in features.split([len(of_class) for of_class in prompts])]
     return normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
-    """Rows of one classification task: the card's metric first, then top1, mean_per_class and (above 5 classes) top5;
-    where the data set has groups, worst_group and average_group.
+@JUDGES.register("zero-shot")
+class ZeroShot(Judge):
+    """The class whose prompts are nearest to a picture (Radford et al. 2021, section 3.1).
 
-    The first row's `extra` has the classes' accuracies, the confusion matrix and examples; that of top1 which images
-    were right, for paired tests.
+    Rows: the card's metric first, then top1, mean_per_class and (above 5 classes) top5; where the test set has groups,
+    worst_group and average_group. The first row's `extra` has the classes' accuracies, the confusion matrix and
+    examples; that of top1 which images were right, for paired tests.
+    Raises ValueError for a test set without class names or prompts, and for labels without a class.
     """
-    images = embed_images(clip, dataset, settings)
-    classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), dataset.classnames, dataset.templates)
-    scores, target = images.features @ classes.T, images.labels
-    names = [_names(name)[0] for name in dataset.classnames]
-    if not (0 <= target.min() and target.max() < len(names)):
-        raise ValueError(f"{task}: labels {target.min()} to {target.max()} for {len(names)} classes")
-    metrics = dict.fromkeys([card.metric, "top1", "mean_per_class", *(["top5"] if len(names) > 5 else [])])
-    n = len(target)
-    extra = {
-        "title": card.title,
-        "kind": "classification",
-        "chance": _chance(card.metric, len(names)),
-        **coverage(images, card, dataset),
-        "prompts": getattr(dataset, "prompts", ""),
-        "parameters": clip.parameters,
-        "per_class": _per_class(scores, target, names),
-        **_confusion(scores, target, names),
-        **_examples(images, scores, names, dataset, settings),
-    }
-    rows = []
-    for metric in metrics:
-        function = METRICS[metric].function
-        value = function(scores, target).item()
-        low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
-        more = {} if rows else extra
-        if metric == "top1":
-            more = more | paired.marked(_right(scores, target), [dataset.keys[i] for i in images.index.tolist()])
-        rows.append(Result(clip.name, task, metric, value, low, high, n, extra=more))
-    return rows + _group_rows(clip.name, task, _right(scores, target), images, dataset, settings)
+
+    kind = "classification"
+    headline = "top1"
+
+    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+        super().__init__(clip, test_set, settings)
+        self.names = [names_of(name)[0] for name in test_set.classnames]
+        self.classes = class_embeddings(
+            lambda texts: embed_texts(clip, texts, settings), test_set.classnames, test_set.templates
+        )
+
+    def right(self, seen: ImageEmbeddings) -> Right:
+        return Right(_right(seen.features @ self.classes.T, seen.labels), 1 / len(self.classes))
+
+    def rows(self, seen: ImageEmbeddings, task: str, metrics: Sequence[str] = ()) -> list[Result]:
+        card, settings, names = self.test_set.card, self.settings, self.names
+        scores, target = seen.features @ self.classes.T, seen.labels
+        if not (0 <= target.min() and target.max() < len(names)):
+            raise ValueError(f"{task}: labels {target.min()} to {target.max()} for {len(names)} classes")
+        usual = (card.metric, "top1", "mean_per_class", *(["top5"] if len(names) > 5 else []))
+        metrics = tuple(dict.fromkeys(metrics or usual))
+        n = len(target)
+        extra = {
+            "title": card.title,
+            "kind": self.kind,
+            "chance": METRICS[metrics[0]].chance(len(names)),
+            **coverage(seen, self.test_set),
+            "prompts": getattr(self.test_set, "prompts", ""),
+            "parameters": self.clip.parameters,
+            "per_class": _per_class(scores, target, names),
+            **_confusion(scores, target, names),
+            **_examples(seen, scores, names, self.test_set, settings),
+        }
+        rows = []
+        for metric in metrics:
+            function = METRICS[metric].function
+            value = function(scores, target).item()
+            low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
+            more = {} if rows else extra
+            if metric == "top1":
+                more = more | paired.marked(
+                    _right(scores, target), [self.test_set.keys[i] for i in seen.index.tolist()]
+                )
+            rows.append(Result(self.clip.name, task, metric, value, low, high, n, extra=more))
+        return rows + _group_rows(self.clip.name, task, _right(scores, target), seen, self.test_set, settings)
 
 
 def _right(scores: Tensor, target: Tensor) -> Tensor:
@@ -113,31 +130,6 @@ def _group_rows(
         more = {"groups": groups_extra} if metric == "worst_group" else {}
         rows.append(Result(model, task, metric, over(whole).item(), low, high, len(hits), extra=more))
     return rows
-
-
-def coverage(images: ImageEmbeddings, card: Any, dataset: Any) -> dict[str, Any]:
-    """What part of the data set was measured, said only where it is not all of it."""
-    extra: dict[str, Any] = {}
-    whole = card.test_size or len(dataset)
-    if len(images.index) != whole:
-        extra["partial"] = {"used": len(images.index), "of": whole}
-    if images.unreadable:
-        extra["unreadable"] = len(images.unreadable)
-        extra["unreadable_first"] = [f"{dataset.keys[i]}: {why}" for i, why in list(images.unreadable.items())[:NAMED]]
-    if said := getattr(dataset, "said", ""):
-        extra["said"] = said
-    names = Counter(name for names in getattr(dataset, "classnames", ()) for name in _names(names))
-    if same := [name for name, count in names.items() if count > 1]:
-        extra["same_names"] = same
-    return extra
-
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _chance(metric: str, classes: int) -> float:
-    return {"top5": 5 / classes, "roc_auc": 0.5}.get(metric, 1 / classes)
 
 
 def _per_class(scores: Tensor, target: Tensor, names: list[str]) -> list[dict[str, Any]]:

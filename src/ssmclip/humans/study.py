@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ssmclip.data.images import open_image
 from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.pictures import draw, thumbnail
+from ssmclip.evaluate.tasks import StudyTask
 from ssmclip.humans import RESAMPLES
 from ssmclip.humans.decide import Decider, clip_decider, decide, timm_decider
 from ssmclip.humans.scores import score_sets
@@ -40,8 +42,9 @@ class Experiment:
     device: str = "cpu"
     image_size: int | tuple[int, int] | None = None
 
-    def decider(self, label: str, model: str | Clip, settings: Settings) -> Decider:
-        """Return what decides. model: timm:NAME, any other name or folder that `ssmclip.load` takes, or a CLIP.
+    def decider(self, label: str, model: Any, settings: Settings) -> Decider:
+        """Return what decides. model: timm:NAME, any other name or folder that `ssmclip.load` takes, what it returned,
+        or a Clip.
 
         Raises what `timm_decider`, `clip_decider` and `load` raise.
         """
@@ -49,11 +52,12 @@ class Experiment:
             name = model.removeprefix(TIMM)
             label = label.removeprefix(TIMM)
             return timm_decider(name, device=self.device, label=label, image_size=self.image_size)
-        if isinstance(model, str):
-            model = Clip(*load(model, device=self.device, image_size=self.image_size), label)
-        return clip_decider(model, settings, prompts=self.prompts)
+        if isinstance(model, (str, Path)):
+            model = load(model, device=self.device, image_size=self.image_size)
+        clip = model if isinstance(model, Clip) else Clip(*model, label)
+        return clip_decider(clip, settings, prompts=self.prompts)
 
-    def run(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[tuple[str, int]]:
+    def run(self, models: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, int]]:
         """Let one model after another decide; yield its label and how many decisions were added to the file.
 
         models: label -> what `decider` takes. Raises what `decider` and `decide` raise.
@@ -63,7 +67,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class OodTask:
+class OodTask(StudyTask):
     """The comparison with people as a task of an evaluation.
 
     humans: people's trials, from `read_trials`; resamples: of the bootstrap, 0 for no intervals.
@@ -74,15 +78,17 @@ class OodTask:
     resamples: int = RESAMPLES
 
     name: ClassVar[str] = OOD
+    together: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
 
-    def measure(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[list[Result]]:
+    def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
         """Let the models decide, then yield the rows of averages over data sets, and those of each data set.
 
         Scored are all decisions in the file, those of earlier runs too. With `settings.examples`, a data set's first
         row has a stimulus of each of its conditions. One process does this alone. Raises what `Experiment.run` and
         `score_decisions` raise.
         """
-        for _ in self.experiment.run(models, settings):
+        for _ in self.experiment.run(models.given, settings):
             pass
         decided = read_trials(self.experiment.decisions)
         for rows in score_sets(self.humans, decided, resamples=self.resamples, seed=settings.seed):

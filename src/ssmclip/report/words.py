@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ssmclip.report.store import final
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
+from ssmclip.rows.metrics import SHOWN
 
 
 class Said(NamedTuple):
@@ -20,47 +21,6 @@ class Said(NamedTuple):
     text: str
 
 
-FRACTIONS = {  # written as percentages
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "mean_top1_top5": "mean of top-1 and top-5 accuracy",
-    "mean_per_class": "mean accuracy over classes",
-    "worst_group": "accuracy in the worst group",
-    "average_group": "mean accuracy over groups",
-    "roc_auc": "area under the ROC curve",
-    "mean_recall": "mean of the recalls",
-    "accuracy": "accuracy",
-    "ood_accuracy": "accuracy",
-    "shape_bias": "shape bias",
-    "negative_share": "negative among the eigenvalues of largest magnitude",
-    "converged_share": "eigenvalues that are converged",
-    "negative_mass": "negative part of all eigenvalues' magnitude",
-    "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
-}
-NAMES = FRACTIONS | {
-    "images_per_s": "images per second",
-    "accuracy_difference": "squared accuracy difference",
-    "observed_consistency": "observed consistency with humans",
-    "error_consistency": "error consistency with humans",
-    "top_magnitude": "mean magnitude of the largest eigenvalues",
-    "products": "Hessian-vector products a batch",
-    "min_over_max": "most negative over most positive eigenvalue",
-    "power_iteration_products": "Hessian-vector products of the usual power iteration a batch",
-    "power_iteration_products_over_lanczos": "products of the usual power iteration over those of Lanczos",
-    "power_iteration_residual": "largest relative residual of the usual power iteration",
-    "power_iteration_error": "largest relative error of the usual power iteration",
-    "trace": "trace of the Hessian",
-    "texts_per_s": "texts per second",
-    "training_images_per_s": "images per second in training",
-    "training_texts_per_s": "texts per second in training",
-    "macs": "multiply-accumulates",
-    "inference_memory_mb": "peak memory of inference, MB",
-    "training_memory_mb": "peak memory of a training step, MB",
-    "latency_ms": "latency of one, ms",
-    "energy_j": "energy of one, J",
-    "training_energy_j": "energy of one in training, J",
-    "long_sequence_ratio": "tokens over MambaOut's threshold",
-}
 DIFFERENCE = "_difference"
 RETAINED = "_retained"
 WAYS = {"image_to_text": "image to text", "text_to_image": "text to image"}
@@ -72,13 +32,13 @@ def metric_name(metric: str) -> str:
     >>> metric_name("image_to_text_recall@10"), metric_name("grad_norm")
     ('image to text R@10', 'grad norm')
     """
-    if metric not in NAMES and metric.endswith(DIFFERENCE):
+    if metric not in SHOWN and metric.endswith(DIFFERENCE):
         return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
     if metric.endswith(RETAINED):
         return f"{metric_name(metric.removesuffix(RETAINED))}, share kept of that above guessing"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
-    return NAMES.get(metric, metric.replace("_", " "))
+    return SHOWN[metric].title if metric in SHOWN else metric.replace("_", " ")
 
 
 def is_fraction(metric: str) -> bool:
@@ -87,8 +47,8 @@ def is_fraction(metric: str) -> bool:
     >>> is_fraction("top1_difference"), is_fraction("accuracy_difference")  # a squared one
     (True, False)
     """
-    metric = metric if metric in NAMES else metric.removesuffix(DIFFERENCE).removesuffix(RETAINED)
-    return metric in FRACTIONS or RECALL.fullmatch(metric) is not None
+    metric = metric if metric in SHOWN else metric.removesuffix(DIFFERENCE).removesuffix(RETAINED)
+    return SHOWN[metric].fraction if metric in SHOWN else RECALL.fullmatch(metric) is not None
 
 
 def number(value: float | None, metric: str) -> str:

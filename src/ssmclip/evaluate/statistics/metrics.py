@@ -16,32 +16,45 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssmclip.registry import Registry
+from ssmclip.rows.metrics import SHOWN, Shown
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's function and which way is better."""
+    """A function of scores (n, c), the true classes (n) and weights, and what guessing among c classes gives."""
 
     function: Callable[..., Tensor]
-    higher_is_better: bool
+    chance: Callable[[int], float | None]
 
 
 METRICS: Registry[Metric] = Registry("metric")
 
 
-def metric(name: str, *, higher_is_better: bool):
-    """Decorator: register a function of scores as a metric."""
+def metric(
+    name: str,
+    title: str = "",
+    *,
+    fraction: bool = True,
+    chance: Callable[[int], float | None] = lambda classes: 1 / classes,
+):
+    """Return a decorator that registers a function of scores as a metric, higher values being better.
 
-    def add(function):
-        METRICS.register(name)(Metric(function, higher_is_better))
+    title: what reports call it; fraction: whether they write it as a percentage; chance: number of classes -> the value
+    that guessing gives, None where that is not known.
+    """
+
+    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        METRICS.register(name)(Metric(function, chance))
+        if name not in SHOWN:
+            SHOWN.register(name)(Shown(title or name.replace("_", " "), fraction))
         return function
 
     return add
 
 
-@metric("top1", higher_is_better=True)
+@metric("top1")
 def top1(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -49,7 +62,7 @@ def top1(
     return _weighted_mean(_hits(scores, target, 1), weights)
 
 
-@metric("top5", higher_is_better=True)
+@metric("top5", chance=lambda classes: 5 / classes)
 def top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -59,7 +72,7 @@ def top5(
     return _weighted_mean(_hits(scores, target, 5), weights)
 
 
-@metric("mean_top1_top5", higher_is_better=True)
+@metric("mean_top1_top5")
 def mean_top1_top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -67,7 +80,7 @@ def mean_top1_top5(
     return (top1(scores, target, weights) + top5(scores, target, weights)) / 2
 
 
-@metric("mean_per_class", higher_is_better=True)
+@metric("mean_per_class")
 def mean_per_class(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -79,7 +92,7 @@ def mean_per_class(
     return accuracy.nanmean(dim=-1)
 
 
-@metric("roc_auc", higher_is_better=True)
+@metric("roc_auc", chance=lambda classes: 0.5)
 def roc_auc(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -101,7 +114,6 @@ def roc_auc(
     return (positive * (below + negative / 2)).sum(-1) / (positive.sum(-1) * negative.sum(-1))
 
 
-@metric("recall", higher_is_better=True)
 def recall_at_k(
     ranks: Int[Tensor, " q"],
     k: int,

@@ -40,7 +40,7 @@ class Drawing:
     rows: Sequence[Result]
     styles: dict[str, Style]
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    shows: ClassVar[tuple[str, ...]] = ()  # metrics, where the kind of figure is of some
     section: ClassVar[str] = "figures"
     wide: ClassVar[bool] = False
 
@@ -58,14 +58,9 @@ class Drawing:
         raise NotImplementedError  # each kind of figure has its own
 
 
-def figure(name: str, *, needs: Sequence[str]):
-    """Decorator: register a figure that shows rows of the metrics `needs`."""
-
-    def add(cls: type[Drawing]) -> type[Drawing]:
-        cls.needs = tuple(needs)
-        return FIGURES.register(name)(cls)
-
-    return add
+def figure(name: str):
+    """Return a decorator that registers a kind of figure."""
+    return FIGURES.register(name)
 
 
 def drawings(store: Store) -> list[Drawing]:

@@ -58,7 +58,7 @@ def kernel_density(values: Sequence[float] | np.ndarray, at: np.ndarray) -> np.n
     return np.exp(-0.5 * ((at[:, None] - values) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
 
 
-@figure("hessian_eigenvalues", needs=["by_magnitude_1"])
+@figure("hessian_eigenvalues")
 class Eigenvalues(Drawing):
     """How the eigenvalues of largest magnitude are distributed over the batches, model by model."""
 
@@ -103,7 +103,7 @@ class Eigenvalues(Drawing):
         return picture
 
 
-@figure("hessian_density", needs=["negative_mass"])
+@figure("hessian_density")
 class SpectralDensity(Drawing):
     """The density of all eigenvalues by stochastic Lanczos quadrature, the mean over batches and probes, log axis."""
 
@@ -148,7 +148,7 @@ class SpectralDensity(Drawing):
         return picture
 
 
-@figure("hessian_protocols", needs=["by_magnitude_1"])
+@figure("hessian_protocols")
 class Protocols(Drawing):
     """What power iterations and Lanczos spend on the eigenvalues of largest magnitude of the same batches, and
     how far from eigenvalues the worst of what they return is."""
@@ -201,13 +201,15 @@ def _smoothed(nodes: list[float], weights: list[float], at: np.ndarray, width: f
     return bumps @ np.array(weights)
 
 
-@figure("hessian_training", needs=["largest_1", "smallest_1"])
+@figure("hessian_training")
 class EigenvaluesOverTraining(Drawing):
     """The most positive and the most negative eigenvalue over the steps: the median over batches."""
 
+    shows: ClassVar[tuple[str, ...]] = ("largest_1", "smallest_1")
+
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.task == "hessian" and STEP in row.where]
+        mine = [row for row in rows if row.metric in cls.shows and row.task == "hessian" and STEP in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
             yield cls(f"Hessian: the extreme eigenvalues over training, {where}", there, looks)
@@ -263,7 +265,7 @@ class Surfaces(Drawing):
         return np.array(x), np.array(y), loss
 
 
-@figure("surface_1d", needs=["loss"])
+@figure("surface_1d")
 class Line(Surfaces):
     """The loss along one direction, a line for each model."""
 
@@ -295,7 +297,7 @@ class Surface(Surfaces):
             yield cls(f"Loss surface of {model}, {cls.kind}", mine, looks)
 
 
-@figure("surface_contour", needs=["loss"])
+@figure("surface_contour")
 class Contour(Surface):
     """The loss over two directions, as lines of equal loss."""
 
@@ -313,7 +315,7 @@ class Contour(Surface):
         return picture
 
 
-@figure("surface_3d", needs=["loss"])
+@figure("surface_3d")
 class Relief(Surface):
     """The loss over two directions, as a surface seen from above."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib.ticker as ticker
 
@@ -29,7 +29,7 @@ METRICS = (
 Point = tuple[int | float, float]  # (pixels of an image or tokens of a text, value)
 
 
-@figure("efficiency", needs=METRICS)
+@figure("efficiency")
 class Efficiency(Drawing):
     """One measure against the side of the image or the length of the text, a line for each model."""
 
@@ -108,13 +108,15 @@ class Efficiency(Drawing):
 CLIMP_PIXELS = 896  # where CLIMP (Shabtay et al. 2025) says VMamba-B takes a fifth of the memory of ViT-B/16
 
 
-@figure("memory", needs=["inference_memory_mb", "training_memory_mb"])
+@figure("memory")
 class Memory(Drawing):
     """The peak memory of models side by side at one size of image: CLIMP's, or else the largest measured."""
 
+    shows: ClassVar[tuple[str, ...]] = ("inference_memory_mb", "training_memory_mb")
+
     @classmethod
     def each(cls, rows, looks):
-        for metric in cls.needs:
+        for metric in cls.shows:
             found = [r for r in rows if r.metric == metric and r.task == EFFICIENCY and IMAGE in r.where]
             sides = {row.place: _point(row)["x"] for row in found}
             side = CLIMP_PIXELS if CLIMP_PIXELS in sides.values() else max(sides.values(), default=None)

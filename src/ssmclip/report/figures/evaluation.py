@@ -1,13 +1,13 @@
 """Figures: each has `.frame()`, the plain numbers it shows, taken from rows, and `.plot()`, a picture of those.
 
-A new one is a class with `@figure(name, needs=[metrics])`; it is drawn when rows with such a metric give it numbers.
+A new one is a class with `@figure(name)`; it is drawn when its `each` finds rows that give it numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean, quantiles
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib.ticker as ticker
 from matplotlib.axes import Axes
@@ -35,13 +35,15 @@ from ssmclip.rows.condition import STEP
 WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers written in
 
 
-@figure("training_curves", needs=["loss", "top1", "mean_recall"])
+@figure("training_curves")
 class TrainingCurves(Drawing):
     """A measure over the steps, a line for each model."""
 
+    shows: ClassVar[tuple[str, ...]] = ("loss", "top1", "mean_recall")
+
     @classmethod
     def each(cls, rows, looks):
-        curves = [row for row in rows if STEP in row.where and row.metric in cls.needs]
+        curves = [row for row in rows if STEP in row.where and row.metric in cls.shows]
         for task, metric in dict.fromkeys((row.task, row.metric) for row in curves):
             where = "training" if task == "train" else title_of(task, rows)
             mine = [row for row in curves if (row.task, row.metric) == (task, metric)]
@@ -64,7 +66,7 @@ class TrainingCurves(Drawing):
         return picture
 
 
-@figure("zero_shot", needs=["top1", "mean_per_class", "roc_auc", "mean_top1_top5"])
+@figure("zero_shot")
 class ZeroShot(Bars):
     """The accuracy each classification set is summed up by."""
 
@@ -72,14 +74,14 @@ class ZeroShot(Bars):
     def each(cls, rows, looks):
         tasks = dict.fromkeys(row.task for row in final(rows) if kind_of(row.task, rows) == "classification")
         heads = [(task, headline(rows, task)) for task in tasks]
-        mine = [row for row in final(rows) if row.metric in cls.needs and (row.task, row.metric) in heads]
+        mine = [row for row in final(rows) if (row.task, row.metric) in heads]
         yield cls("Zero-shot classification", [row for row in mine if row.plain], looks)
 
     def group(self, row):
         return f"{title_of(row.task, self.rows)}: {metric_name(row.metric)}"
 
 
-@figure("retrieval", needs=["recall"])
+@figure("retrieval")
 class Recalls(Bars):
     """Recall at 1, 5 and 10, both ways."""
 
@@ -94,7 +96,7 @@ class Recalls(Bars):
         return metric_name(row.metric)
 
 
-@figure("accuracy_per_parameter", needs=["top1", "mean_per_class", "roc_auc", "mean_top1_top5"])
+@figure("accuracy_per_parameter")
 class AccuracyPerParameter(Drawing):
     """The size of the image tower against the average over the data sets of CLIP-Mamba's table, published and here."""
 
@@ -141,13 +143,15 @@ def named_beside(axes: Axes, frame: Sequence[dict[str, Any]]) -> None:
         axes.annotate(name, at, xytext=(1.04, place), textcoords="axes fraction", va="center", size=7, arrowprops=line)
 
 
-@figure("throughput", needs=["images_per_s"])
+@figure("throughput")
 class Throughput(Drawing):
     """Images a second in training: the median over the logged steps, and the middle half of them."""
 
+    shows: ClassVar[tuple[str, ...]] = ("images_per_s",)
+
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.task == "train" and row.metric in cls.needs and STEP in row.where]
+        mine = [row for row in rows if row.task == "train" and row.metric in cls.shows and STEP in row.where]
         yield cls("training: images per second", mine, looks)
 
     def frame(self):
@@ -176,7 +180,7 @@ class Throughput(Drawing):
         return bars(frame, self.styles, percent=False)
 
 
-@figure("per_class", needs=["top1", "mean_per_class", "roc_auc"])
+@figure("per_class")
 class PerClass(Drawing):
     """The accuracy of each class, the best on top. Of many classes, the best and the worst."""
 
@@ -228,7 +232,7 @@ class PerClass(Drawing):
         return picture
 
 
-@figure("confusion", needs=["top1", "mean_per_class", "roc_auc"])
+@figure("confusion")
 class Confusion(Drawing):
     """Which class was taken for which, where there are few enough to see."""
 

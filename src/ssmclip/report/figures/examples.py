@@ -50,7 +50,7 @@ class Pictured(Drawing):
         return found
 
 
-@figure("similarity", needs=["top1", "mean_per_class", "roc_auc", "image_to_text_recall@1"])
+@figure("similarity")
 class Similarity(Pictured):
     """The cosine of each image with each text; the true pairs are on the diagonal."""
 
@@ -95,7 +95,7 @@ class Similarity(Pictured):
         return fig
 
 
-@figure("examples", needs=["top1", "mean_per_class", "roc_auc", "image_to_text_recall@1"])
+@figure("examples")
 class Examples(Pictured):
     """The texts found for images, and the images found for texts. The page sets them as text and pictures."""
 

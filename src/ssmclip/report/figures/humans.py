@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 from matplotlib.image import pil_to_array
@@ -56,14 +56,16 @@ def _point(row: Result, **more: Any) -> dict[str, Any]:
     return {"model": row.model, "value": row.value, "ci_low": row.ci_low, "ci_high": row.ci_high, **more}
 
 
-@figure("ood_accuracy_by_level", needs=["accuracy", "top1", "image_to_text_recall@10"])
+@figure("ood_accuracy_by_level")
 class AccuracyByLevel(Drawing):
     """Accuracy over the level of distortion, a panel for each data set of stimuli, or for each distortion of a data
     set; dotted, what guessing gives."""
 
+    shows: ClassVar[tuple[str, ...]] = ("accuracy", "top1", "image_to_text_recall@10")
+
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and LEVEL in row.where]
+        mine = [row for row in rows if row.metric in cls.shows and LEVEL in row.where]
         published = [row for row in mine if is_ood_set(row.task)]
         yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(published), looks)
         for family in _families(mine):
@@ -102,16 +104,18 @@ class AccuracyByLevel(Drawing):
         return picture
 
 
-@figure("stimuli", needs=["accuracy", "ood_accuracy", "top1", "image_to_text_recall@10"])
+@figure("stimuli")
 class Stimuli(Drawing):
     """What was tested: a picture at each level of each distortion, or a stimulus of each condition of each data set."""
+
+    shows: ClassVar[tuple[str, ...]] = ("accuracy", "ood_accuracy", "top1", "image_to_text_recall@10")
 
     section = "details"
     wide = True
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.extra.get("stimuli")]
+        mine = [row for row in rows if row.metric in cls.shows and row.extra.get("stimuli")]
         published = [row for row in mine if is_ood_set(row.task)]
         yield cls("Out of distribution: a stimulus of each condition", published, looks)
         for family in _families(mine):
@@ -168,14 +172,16 @@ def short_level(label: str) -> str:
     return label.split("-")[0]
 
 
-@figure("ood_sets", needs=["ood_accuracy"])
+@figure("ood_sets")
 class WithoutLevels(Bars):
     """Accuracy on the data sets that have no levels."""
+
+    shows: ClassVar[tuple[str, ...]] = ("ood_accuracy",)
 
     @classmethod
     def each(cls, rows, looks):
         levelled = {row.task for row in rows if LEVEL in row.where}
-        mine = [row for row in final(rows) if row.metric in cls.needs and is_ood_set(row.task)]
+        mine = [row for row in final(rows) if row.metric in cls.shows and is_ood_set(row.task)]
         mine = _humans_first([row for row in mine if row.plain and row.task not in levelled])
         looks = {model: _look(looks, model) for model in looks}
         yield cls("Out of distribution: sketches, outlines and styles", mine, looks)
@@ -184,13 +190,15 @@ class WithoutLevels(Bars):
         return _set(row)
 
 
-@figure("ood_overall", needs=list(MEASURES))
+@figure("ood_overall")
 class Overall(Drawing):
     """The four measures, averaged over data sets, a bar for each model; what people reach is a line across."""
 
+    shows: ClassVar[tuple[str, ...]] = tuple(MEASURES)
+
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in rows if row.metric in cls.needs and row.task == OOD]
+        mine = [row for row in rows if row.metric in cls.shows and row.task == OOD]
         for average in list(dict.fromkeys(row.where.get(AVERAGE, "") for row in mine))[:2]:
             of_these = [row for row in mine if row.where.get(AVERAGE, "") == average]
             yield cls(f"Out of distribution, {average}: overall", _humans_first(of_these), looks)
@@ -232,13 +240,15 @@ class Overall(Drawing):
         axes.annotate(said, (end, place), xytext=(3, 0), textcoords="offset points", va="center", size=8)
 
 
-@figure("shape_bias", needs=["shape_bias"])
+@figure("shape_bias")
 class ShapeBias(Drawing):
     """Shape bias of each category, and of all (the vertical line): left decides texture, right shape."""
 
+    shows: ClassVar[tuple[str, ...]] = ("shape_bias",)
+
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in final(rows) if row.metric in cls.needs and row.extra.get("per_category")]
+        mine = [row for row in final(rows) if row.metric in cls.shows and row.extra.get("per_category")]
         yield cls("Shape bias by category", _humans_first(mine), looks)
 
     def frame(self):
@@ -275,15 +285,17 @@ class ShapeBias(Drawing):
         return picture
 
 
-@figure("consistency_matrix", needs=["error_consistency"])
+@figure("consistency_matrix")
 class ConsistencyMatrix(Drawing):
     """Error consistency of each with each; of people with people where their row and column meet."""
+
+    shows: ClassVar[tuple[str, ...]] = ("error_consistency",)
 
     section = "details"
 
     @classmethod
     def each(cls, rows, looks):
-        mine = [row for row in final(rows) if row.metric in cls.needs and (row.task == OOD or is_ood_set(row.task))]
+        mine = [row for row in final(rows) if row.metric in cls.shows and (row.task == OOD or is_ood_set(row.task))]
         averages = list(dict.fromkeys(row.where.get(AVERAGE, "") for row in mine if row.task == OOD))[:1]
         groups = [(OOD, average) for average in averages] or list(dict.fromkeys((r.task, "") for r in mine))
         for task, average in groups:

@@ -1,0 +1,84 @@
+"""What stands behind every task of an evaluation: a judge says what a model got right on a test set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images
+from ssmclip.registry import Registry
+from ssmclip.rows import Result
+
+NAMED = 20  # unreadable images named in a row
+
+
+class Right(NamedTuple):
+    """Which of n pictures a model got right, and the fraction that guessing gives (None where it is not known)."""
+
+    hits: Bool[Tensor, " n"]
+    chance: float | None
+
+
+class Judge(ABC):
+    """A model before a test set. Built once for the two, then asked about the pictures, distorted or not.
+
+    kind: the kind of test set that it judges; headline: the metric that `right` is the mean of.
+    A new judge is a subclass, registered in JUDGES.
+    """
+
+    kind: ClassVar[str]
+    headline: ClassVar[str]
+
+    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+        self.clip, self.test_set, self.settings = clip, test_set, settings
+
+    def see(self, pictures: Any) -> ImageEmbeddings:
+        """Return what the model makes of the pictures: of the test set, or of a distorted version of it."""
+        return embed_images(self.clip, pictures, self.settings)
+
+    @abstractmethod
+    def rows(self, seen: ImageEmbeddings, task: str, metrics: Sequence[str] = ()) -> list[Result]:
+        """Return the rows of a task, the metric that sums it up first. metrics: others in place of the usual ones."""
+
+    @abstractmethod
+    def right(self, seen: ImageEmbeddings) -> Right:
+        """Return which pictures the model got right, in the order of `seen.index`."""
+
+
+# The first that is registered for a kind of test set is its usual one.
+JUDGES: Registry[type[Judge]] = Registry("judge", ["ssmclip.evaluate.zeroshot", "ssmclip.evaluate.retrieval"])
+
+
+def usual_judge(kind: str) -> str:
+    """Return the name of the judge for a kind of test set. Raises ValueError where there is none."""
+    for name, judge in JUDGES.items():
+        if judge.kind == kind:
+            return name
+    raise ValueError(f"no judge for a test set of kind {kind!r}: register one in ssmclip.evaluate.judge.JUDGES")
+
+
+def names_of(names: str | Sequence[str]) -> list[str]:
+    """Return the names of a class, of which it may have one or several."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def coverage(images: ImageEmbeddings, test_set: Any) -> dict[str, Any]:
+    """Return the part of the test set that was measured, where it is not all of it, and what a reader must know."""
+    extra: dict[str, Any] = {}
+    whole = test_set.card.test_size or len(test_set)
+    if len(images.index) != whole:
+        extra["partial"] = {"used": len(images.index), "of": whole}
+    if images.unreadable:
+        extra["unreadable"] = len(images.unreadable)
+        extra["unreadable_first"] = [f"{test_set.keys[i]}: {why}" for i, why in list(images.unreadable.items())[:NAMED]]
+    if said := getattr(test_set, "said", ""):
+        extra["said"] = said
+    names = Counter(name for names in getattr(test_set, "classnames", ()) for name in names_of(names))
+    if same := [name for name, count in names.items() if count > 1]:
+        extra["same_names"] = same
+    return extra

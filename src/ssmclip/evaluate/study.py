@@ -1,0 +1,128 @@
+"""Models x tasks -> rows: everything is opened first, then measured task by task, and kept after each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ssmclip.data.testsets.prompts import Prompts
+from ssmclip.evaluate.embeddings import ranks
+from ssmclip.evaluate.embeddings.embed import Settings
+from ssmclip.evaluate.models import Models
+from ssmclip.evaluate.protocols import OWN, Size
+from ssmclip.evaluate.statistics.paired import paired_rows
+from ssmclip.evaluate.tasks import StudyTask, open_tasks
+from ssmclip.rows import Result, describe_run
+from ssmclip.rows.resume import RowsFile, latest
+
+log = logging.getLogger(__name__)
+
+SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # settings that all rows of a file share
+
+
+@dataclass(frozen=True)
+class Study:
+    """An evaluation: what `ssmclip evaluate` does, as a call.
+
+    models: label -> a name or folder that `ssmclip.load` takes, or the (model, preprocessing, tokenizer) it returned;
+    tasks: from `open_tasks`, or objects with the methods of `StudyTask`; protocol: one of PROTOCOLS; device,
+    image_size: of models that are opened by name, image_size also of the protocol's preprocessing; out: a rows file
+    to add to, under a lock, so that several studies may share it; about: settings to write into its first line.
+
+    >>> study = Study({"A": "CLIP-VMamba-Nano"}, open_tasks(["digits"], ""), out="rows.jsonl")  # doctest: +SKIP
+    >>> for rows in study.measure(): print(rows[0].value)  # doctest: +SKIP
+    """
+
+    models: Mapping[str, Any]
+    tasks: Sequence[StudyTask]
+    settings: Settings = field(default_factory=Settings)
+    protocol: str = OWN
+    device: str = "cpu"
+    image_size: Size | None = None
+    out: str | Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def measure(self) -> Iterator[list[Result]]:
+        """Yield rows as they are made: each model on each task, then differences between models on the same pictures,
+        then the tasks that take all models at once.
+
+        Rows that the file already holds stay until they are measured again; a run that was killed begins again with
+        the embeddings in `settings.cache`. Processes that `accelerate launch` or torchrun started share the batches.
+        Raises ValueError for a file of other settings, OSError when it cannot be written, and what tasks raise.
+        """
+        rank, device = ranks.launched(self.device)
+        models = Models(self.models, self.protocol, device, self.image_size)
+        file = self._file() if self.out else None
+        held = file.found if file else []
+        if held and rank == 0:
+            log.info("keeping %d existing rows of %s; re-measured ones are replaced", len(held), self.out)
+        for rows in chain(self._alone(models), [None], self._together(models, rank)):
+            made = paired_rows(held, seed=self.settings.seed) if rows is None else rows
+            held = latest([*held, *made])[0]
+            if file and rank == 0 and made:
+                file.add(made)
+            yield made
+
+    def _alone(self, models: Models) -> Iterator[list[Result]]:
+        """Model after model, so that one at a time is in memory."""
+        for label in models:
+            for task in self.tasks:
+                if not task.together:
+                    for rows in task.measure(models.only(label), self.settings):
+                        yield _under(self.protocol, rows)
+
+    def _together(self, models: Models, rank: int) -> Iterator[list[Result]]:
+        models.keep = True
+        for task in self.tasks:
+            if task.together and (rank == 0 or not task.one_process):
+                yield from task.measure(models, self.settings)
+
+    def rows(self) -> list[Result]:
+        """Measure all, and return the rows that were made."""
+        return [row for rows in self.measure() for row in rows]
+
+    def _file(self) -> RowsFile:
+        settings = self.settings
+        shared = {"image_size": self.image_size, "max_images": settings.max_images, "protocol": self.protocol}
+        run = describe_run(
+            settings.seed, self.device, tasks=[task.name for task in self.tasks], **shared, **dict(self.about)
+        )
+        return RowsFile(self.out, run, SAME)
+
+
+def evaluate(
+    model: nn.Module,
+    preprocess: Callable,
+    tokenizer: Callable,
+    tasks: Sequence[str | StudyTask],
+    root: str | Path,
+    *,
+    model_name: str,
+    device: str = "cpu",
+    protocol: str = OWN,
+    prompts: Prompts | None = None,
+    image_size: Size | None = None,
+    **settings: Any,
+) -> list[Result]:
+    """Return the rows of one open_clip model on tasks: names of data sets under `root`, or opened tasks.
+
+    protocol: one of `PROTOCOLS`, which decides the prompts and the preprocessing; prompts: in place of the cards';
+    settings: fields of `Settings`. For several models, or a rows file, see `Study`.
+    Every card and data set is opened before the first image is embedded. Raises UnknownName for a task nobody knows,
+    what the data set raises when it isn't there, and ValueError for embeddings that are not finite.
+    """
+    names = [task for task in tasks if isinstance(task, str)]
+    opened = open_tasks(names, root, prompts, protocol=protocol) if names or not tasks else []
+    opened += [task for task in tasks if not isinstance(task, str)]
+    models = {model_name: (model.to(device), preprocess, tokenizer)}
+    return Study(models, opened, Settings(**settings), protocol, device, image_size).rows()
+
+
+def _under(protocol: str, rows: list[Result]) -> list[Result]:
+    return rows if protocol == OWN else [replace(row, extra=row.extra | {"protocol": protocol}) for row in rows]

@@ -1,0 +1,63 @@
+"""What metrics are called, and how their values are written: whoever measures another one adds it. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ssmclip.registry import Registry
+
+
+class Shown(NamedTuple):
+    """A metric's name for people, and whether its values are fractions, written as percentages."""
+
+    title: str
+    fraction: bool = False
+
+
+SHOWN: Registry[Shown] = Registry("metric of a report")
+
+_FRACTIONS = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_top1_top5": "mean of top-1 and top-5 accuracy",
+    "mean_per_class": "mean accuracy over classes",
+    "worst_group": "accuracy in the worst group",
+    "average_group": "mean accuracy over groups",
+    "roc_auc": "area under the ROC curve",
+    "mean_recall": "mean of the recalls",
+    "accuracy": "accuracy",
+    "ood_accuracy": "accuracy",
+    "shape_bias": "shape bias",
+    "negative_share": "negative among the eigenvalues of largest magnitude",
+    "converged_share": "eigenvalues that are converged",
+    "negative_mass": "negative part of all eigenvalues' magnitude",
+    "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
+}
+_NUMBERS = {
+    "images_per_s": "images per second",
+    "accuracy_difference": "squared accuracy difference",
+    "observed_consistency": "observed consistency with humans",
+    "error_consistency": "error consistency with humans",
+    "top_magnitude": "mean magnitude of the largest eigenvalues",
+    "products": "Hessian-vector products a batch",
+    "min_over_max": "most negative over most positive eigenvalue",
+    "power_iteration_products": "Hessian-vector products of the usual power iteration a batch",
+    "power_iteration_products_over_lanczos": "products of the usual power iteration over those of Lanczos",
+    "power_iteration_residual": "largest relative residual of the usual power iteration",
+    "power_iteration_error": "largest relative error of the usual power iteration",
+    "trace": "trace of the Hessian",
+    "texts_per_s": "texts per second",
+    "training_images_per_s": "images per second in training",
+    "training_texts_per_s": "texts per second in training",
+    "macs": "multiply-accumulates",
+    "inference_memory_mb": "peak memory of inference, MB",
+    "training_memory_mb": "peak memory of a training step, MB",
+    "latency_ms": "latency of one, ms",
+    "energy_j": "energy of one, J",
+    "training_energy_j": "energy of one in training, J",
+    "long_sequence_ratio": "tokens over MambaOut's threshold",
+}
+
+for _titles, _fraction in ((_FRACTIONS, True), (_NUMBERS, False)):
+    for _name, _title in _titles.items():
+        SHOWN.register(_name)(Shown(_title, _fraction))
