@@ -20,10 +20,8 @@ from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.models.files import weights
 from ssmclip.models.published.language_model import load_language_model
+from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
-
-# SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
-_SIGLIP_START = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -53,10 +51,28 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
     made = models.clip_config(
         config.model.name, image_size=config.data.image_sizes[-1][1], drop_path_rate=config.model.drop_path_rate
     )
-    changes = config.model.changes
-    if config.loss.kind == "siglip":
-        changes = _SIGLIP_START | changes
-    return {**made, "model_cfg": _merge(made["model_cfg"], changes)}
+    start = _merge(made["model_cfg"], dict(OBJECTIVES[config.loss.kind].start))
+    return {**made, "model_cfg": _merge(start, config.model.changes)}
+
+
+def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Objective:
+    """Return the objective that `loss.kind` names, for this process.
+
+    Raises UnknownName for a name that is not registered, ValueError for an objective with parameters of its own.
+    """
+    made = OBJECTIVES[config.loss.kind](
+        config.loss,
+        rank=rank,
+        world_size=world_size,
+        views=config.data.views_per_image,
+        captions=config.data.captions_per_image,
+    )
+    if names := [name for name, _ in made.named_parameters()]:
+        raise ValueError(
+            f"the objective {config.loss.kind!r} must have no parameters of its own (got {', '.join(names)}): "
+            "the model's are trained and saved, so put them there with `start`"
+        )
+    return made
 
 
 def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
