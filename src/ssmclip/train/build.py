@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,20 +22,30 @@ from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.models.files import weights
 from ssmclip.models.published.language_model import load_language_model
+from ssmclip.train import launch
 from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
 
+_LOG = logging.getLogger(__name__)
+
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of this process: alone, or one of several that `accelerate launch` or `torchrun` started.
+    """Return Accelerate's view of this process: alone, or one of several that a launcher started.
 
-    Raises ValueError for fp16 without a GPU, and for a batch that doesn't divide over the processes.
+    What launchers ask for by environment variables is decided in train/launch.py; what is ignored is logged.
+    Raises ValueError for fp16 without a GPU, for a batch that doesn't divide over the processes, and for ways of
+    training that are not supported.
     """
-    if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ValueError('precision="fp16" needs a GPU; here "no" (float32) or "bf16" would do')
+    messages = launch.ignored(config, os.environ)
     AcceleratorState._reset_state()  # a process may train twice, with another precision; the process group stays
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # others wait while the main process validates
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[patient])
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[patient], **launch.decided()
+    )
+    launch.check_devices(accelerator, config, os.environ)
+    if accelerator.is_main_process:
+        for message in messages:
+            _LOG.warning(message)
     world = accelerator.num_processes
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} doesn't divide over {world} processes")
