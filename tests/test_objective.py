@@ -9,6 +9,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.__main__ import main
+from ssmclip.analyze.curvature.batches import read_batches
 from ssmclip.config import LossConfig, TrainConfig, apply_overrides, load_recipe
 from ssmclip.registry import UnknownName
 from ssmclip.rows import read_rows
@@ -157,6 +158,14 @@ def test_an_objective_of_ones_own_trains_from_the_command_line(tmp_path, own_obj
     train(load_recipe(recipe), tmp_path / "again")
     for folder in (run, run / "checkpoints" / "step_00000006"):
         assert objective_of(models.load(run).model, folder).name == "distance"
+    surface = f"analyze landscape --model {run} --data synthetic:quickstart --batch-size 4 --dimensions 1 --points 3"
+    assert main([*surface.split(), "--out", str(tmp_path / "surface.jsonl")]) == 0
+    (middle,) = (r.value for r in read_rows(tmp_path / "surface.jsonl")[1] if r.where["x"] == 0)
+    model, preprocess, tokenizer = models.load(run)
+    images, texts = next(read_batches("synthetic:quickstart", preprocess, tokenizer, batches=1, batch_size=4))
+    with torch.no_grad():
+        distances = (model.encode_image(images, normalize=True) - model.encode_text(texts, normalize=True)).norm(dim=1)
+    assert middle == pytest.approx(distances.square().mean().item(), rel=1e-5)
 
 
 def test_a_run_whose_objective_is_not_registered_is_told(tmp_path, own_objectives):

@@ -53,7 +53,7 @@ def tiny(*overrides):
 
 def numbers(out):
     rows = read_rows(out / "rows.jsonl")[1]
-    return {(r.condition, r.metric): r.value for r in rows if r.metric in ("loss", "grad_norm", "logit_scale")}
+    return {(str(r.where), r.metric): r.value for r in rows if r.metric in ("loss", "grad_norm", "logit_scale")}
 
 
 @pytest.fixture(scope="module")
