@@ -60,7 +60,8 @@ class AugmentConfig(Settings, group="data.augment"):
 class DataConfig(Settings, group="data"):
     """Where pairs come from and how they are batched."""
 
-    # Shards, a csv, tsv or parquet file, or synthetic:NAME; see ssmclip.data.pairs.loader.
+    # Shards, a csv, tsv or parquet file, or synthetic:NAME, see ssmclip.data.pairs.loader; ssmclip.config.places says
+    # where a relative path is looked for.
     source: str = "synthetic:quickstart"
     image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
     augment: AugmentConfig = AugmentConfig()
@@ -133,7 +134,7 @@ class ValidationConfig(Settings, group="validation"):
 
     every: int = bounded(0, at_least=0)  # steps; 0: never
     tasks: tuple[str, ...] = ()  # names that `ssmclip evaluate --tasks` takes
-    root: str = ""  # folder of the evaluation data
+    root: str = ""  # folder of the evaluation data; looked for as data.source is
     best: str = ""  # "task/metric" whose highest value marks the best checkpoint; "": none is marked
 
 

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
+from ssmclip.config.places import data_folders, find_data, not_found
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.models.files import weights
 from ssmclip.models.published.language_model import load_language_model
@@ -134,7 +137,10 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
 def open_stream(
     config: TrainConfig, architecture: dict[str, Any], size: int, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
-    """This process's stream of batches at an image size, from `cursor` on (None: from the start)."""
+    """Return this process's stream of batches at an image size, from `cursor` on (None: from the start).
+
+    Raises FileNotFoundError naming every folder a relative `data.source` was looked for in; what `open_pairs` raises.
+    """
     preprocess = architecture["preprocess_cfg"]
     transform = train_transform(
         size,
@@ -142,21 +148,34 @@ def open_stream(
         preprocess.get("std", OPENAI_DATASET_STD),
         **dataclasses.asdict(config.data.augment),
     )
-    return open_pairs(
-        config.data.source,
-        transform=transform,
-        tokenize=models.build_tokenizer(architecture),
-        batch_size=config.batch_size // world_size,
-        seed=config.seed,
-        workers=config.data.workers,
-        rank=rank,
-        world_size=world_size,
-        cursor=cursor,
-        shuffle_buffer=config.data.shuffle_buffer,
-        captions_per_image=config.data.captions_per_image,
-        views_per_image=config.data.views_per_image,
-        table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
-    )
+    folders = data_folders(os.environ)
+    source = find_data(config.data.source, folders)
+    if source != config.data.source and rank == 0:
+        _LOG.info("reading %s", source)
+    with _naming_places(config.data.source, folders):
+        return open_pairs(
+            source,
+            transform=transform,
+            tokenize=models.build_tokenizer(architecture),
+            batch_size=config.batch_size // world_size,
+            seed=config.seed,
+            workers=config.data.workers,
+            rank=rank,
+            world_size=world_size,
+            cursor=cursor,
+            shuffle_buffer=config.data.shuffle_buffer,
+            captions_per_image=config.data.captions_per_image,
+            views_per_image=config.data.views_per_image,
+            table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
+        )
+
+
+@contextmanager
+def _naming_places(source: str, folders: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{not_found(source, folders)}") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
