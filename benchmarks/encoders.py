@@ -35,7 +35,8 @@ from ssmclip.rows import Result, append_rows, describe_run, write_rows
 from ssmclip.rows.condition import parse
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.ema import Ema
-from ssmclip.train.objective import backward, build_loss
+from ssmclip.train.gradient import backward
+from ssmclip.train.objective import OBJECTIVES
 from ssmclip.train.optimiser import build_optimiser
 
 PIXELS = 224
@@ -177,7 +178,7 @@ def training_step(model_of, config, images, texts) -> Callable[[], None]:
     accelerator = build_accelerator(config)
     model = build_model(config, model_config(config))
     optimiser, average = build_optimiser(model, config.optimiser), Ema(model)
-    loss = build_loss(config.loss.kind, captions=config.data.captions_per_image)
+    loss = OBJECTIVES[config.loss.kind](captions=config.data.captions_per_image)
 
     def step() -> None:
         backward(accelerator, model, loss, images, texts, None)

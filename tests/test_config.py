@@ -1,6 +1,9 @@
 """Settings: typed changes, JSON there and back, errors that say what would do."""
 
+import dataclasses
 import json
+import math
+import re
 import typing
 
 import pytest
@@ -51,43 +54,105 @@ def test_override_has_the_fields_type(override, read, expected):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("steps=many", r"steps=many: wanted a whole number"),
-        ("steps=2.5", r"steps=2.5: wanted a whole number"),
-        ("steps=true", r"steps=True: wanted a whole number"),
-        ("lr=nan", r"optimiser.lr=nan: wanted a number"),
-        ("lr=0", r"optimiser.lr=0.0: wanted more than 0"),
-        ("clip_norm=-1", r"optimiser.clip_norm=-1.0: wanted more than 0"),
-        ("max_logit_scale=1", r"loss.max_logit_scale=1.0: wanted more than 1"),
-        ("micro_batch=0", r"loss.micro_batch=0: wanted at least 1"),
-        ("shuffle_buffer=0", r"data.shuffle_buffer=0: wanted at least 1"),
-        ("workers=-1", r"data.workers=-1: wanted at least 0"),
-        ("seed=-1", r"seed=-1: wanted at least 0"),
-        ("seed=99999999999999999999", r"seed=99999999999999999999: wanted less than 9223372036854775808"),
-        ("ema.decay=1", r"ema.decay=1.0: wanted less than 1"),
-        ("drop_path_rate=1.5", r"model.drop_path_rate=1.5: wanted less than 1"),
-        ("betas=[0.9, 1]", r"optimiser.betas=\(0.9, 1.0\): wanted at least 0, less than 1"),
-        ("scale=[2, 3]", r"data.augment.scale=\(2.0, 3.0\): wanted two shares"),
-        ("scale=[0.9, 0.1]", r"data.augment.scale=\(0.9, 0.1\): wanted two shares"),
-        ("lr=fast", r"optimiser.lr=fast: wanted a number"),
-        ("compile=1", r"model.compile=1: wanted true or false"),
-        ("precision=fp8", r"precision='fp8': wanted one of no, bf16, fp16"),
-        ("betas=[0.9]", r"optimiser.betas=\[0.9\]: wanted tuple\[float, float\]"),
-        ("drop_path_rate=x", r"model.drop_path_rate=x: wanted a number or none"),
+        ("steps=many", r"steps must be a whole number \(got many\)"),
+        ("steps=2.5", r"steps must be a whole number \(got 2.5\)"),
+        ("steps=true", r"steps must be a whole number \(got True\)"),
+        ("lr=nan", r"optimiser.lr must be a number \(got nan\)"),
+        ("scale=[2, 3]", r"data.augment.scale must be two shares above 0, the smaller one first \(got \(2.0, 3.0\)\)"),
+        ("scale=[0.9, 0.1]", r"data.augment.scale must be two shares above 0.*got \(0.9, 0.1\)"),
+        ("lr=fast", r"optimiser.lr must be a number \(got fast\)"),
+        ("compile=1", r"model.compile must be true or false \(got 1\)"),
+        ("precision=fp8", r"precision must be one of no, bf16, fp16 \(got 'fp8'\)"),
+        ("betas=[0.9]", r"optimiser.betas must be tuple\[float, float\] as JSON \(got \[0.9\]\)"),
+        ("drop_path_rate=x", r"model.drop_path_rate must be a number or none \(got x\)"),
         ("every=3", r"setting 'every' could be any of validation.every, checkpoint.every, logging.every"),
-        ("lr", r"override 'lr': wanted KEY=VALUE"),
-        ("steps=0", r"steps=0: wanted at least 1"),
-        ("warmup_steps=1000", r"schedule.warmup_steps=1000: wanted fewer than steps=1000"),
-        ("image_sizes=[[0.5, 32]]", r"shares start at 0.0"),
-        ("gaussian_blur_prob=10", r"data.augment.gaussian_blur_prob=10.0: wanted a share, 0 to 1"),
+        ("lr", r"a change to a setting must be KEY=VALUE \(got 'lr'\)"),
+        ("warmup_steps=1000", r"schedule.warmup_steps must be less than steps=1000 \(got 1000\)"),
+        ("view_weight=0.5", r"loss.view_weight must be 0 where data.views_per_image is 1 \(got 0.5\)"),
+        ("image_sizes=[[0.5, 32]]", r"data.image_sizes must be pairs .*shares start at 0.0"),
+        ("image_sizes=[[0, 0]]", r"data.image_sizes must have sizes of at least 1 pixel"),
         (
             "color_jitter=[0.4, 0.4, 0.2, 0.6]",
-            r"color_jitter=\(0.4, 0.4, 0.2, 0.6\): wanted at least 0, of hue at most",
+            r"color_jitter must be at least 0, and of the hue at most 0.5 \(got \(0.4, 0.4, 0.2, 0.6\)\)",
         ),
     ],
 )
 def test_wrong_value_is_told(override, said):
     with pytest.raises(ValueError, match=said):
         apply_overrides(TrainConfig(), [override])
+
+
+# Each range: the field's full name, what it must be, values just outside it, values just inside.
+RANGES = [
+    ("steps", "at least 1", [0], [1]),
+    ("batch_size", "at least 1", [0], [1]),
+    ("seed", "at least 0", [-1], [0]),
+    ("seed", "less than 9223372036854775808", [2**63], [2**63 - 1]),
+    ("model.drop_path_rate", "at least 0", [-0.1], [0.0, None]),
+    ("model.drop_path_rate", "less than 1", [1.0], [0.99]),
+    ("data.augment.color_jitter_prob", "at least 0", [-0.1], [0.0]),
+    ("data.augment.color_jitter_prob", "at most 1", [1.1], [1.0]),
+    ("data.augment.gray_scale_prob", "at least 0", [-0.1], [0.0]),
+    ("data.augment.gray_scale_prob", "at most 1", [1.1], [1.0]),
+    ("data.augment.gaussian_blur_prob", "at least 0", [-0.1], [0.0]),
+    ("data.augment.gaussian_blur_prob", "at most 1", [10.0], [1.0]),
+    ("data.augment.solarize_prob", "at least 0", [-0.1], [0.0]),
+    ("data.augment.solarize_prob", "at most 1", [1.1], [1.0]),
+    ("data.workers", "at least 0", [-1], [0]),
+    ("data.shuffle_buffer", "at least 1", [0], [1]),
+    ("data.captions_per_image", "at least 1", [0], [1]),
+    ("data.views_per_image", "at least 1", [0], [1]),
+    ("optimiser.lr", "more than 0", [0.0, -1.0, math.nan], [1e-9]),
+    ("optimiser.block_lr_scale", "at least 0", [-0.1], [0.0]),
+    ("optimiser.text_lr_scale", "at least 0", [-0.1], [0.0]),
+    ("optimiser.betas", "at least 0", [(-0.1, 0.9), (0.9, -0.1)], [(0.0, 0.0)]),
+    ("optimiser.betas", "less than 1", [(0.9, 1.0), (1.0, 0.9)], [(0.99, 0.99)]),
+    ("optimiser.eps", "more than 0", [0.0], [1e-12]),
+    ("optimiser.weight_decay", "at least 0", [-0.1], [0.0]),
+    ("optimiser.clip_norm", "more than 0", [0.0, -1.0], [1e-9, None]),
+    ("schedule.warmup_steps", "at least 0", [-5], [0]),
+    ("schedule.start_lr", "at least 0", [-1e-6], [0.0]),
+    ("schedule.end_lr", "at least 0", [-1e-6], [0.0]),
+    ("loss.micro_batch", "at least 1", [0], [1, None]),
+    ("loss.view_weight", "at least 0", [-0.1], [0.0]),
+    ("loss.max_logit_scale", "more than 1", [1.0], [1.1]),
+    ("ema.decay", "at least 0", [-0.1], [0.0, None]),
+    ("ema.decay", "less than 1", [1.0], [0.999]),
+    ("validation.every", "at least 0", [-1], [0]),
+    ("checkpoint.every", "at least 1", [0], [1]),
+    ("checkpoint.keep", "at least 1", [0], [1]),
+    ("logging.every", "at least 1", [0], [1]),
+]
+
+
+def group_of(name):
+    """The dataclass that holds a setting, by the setting's full name."""
+    kind = TrainConfig
+    for part in name.split(".")[:-1]:
+        kind = typing.get_type_hints(kind)[part]
+    return kind
+
+
+@pytest.mark.parametrize(("name", "rule", "outside", "inside"), RANGES, ids=lambda part: str(part).replace(" ", "_"))
+def test_a_group_alone_refuses_what_is_out_of_range(name, rule, outside, inside):
+    group, field = group_of(name), name.rpartition(".")[2]
+    for value in outside:
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be {rule} (got {value})")):
+            group(**{field: value})
+    for value in inside:
+        more = {"schedule": ScheduleConfig(warmup_steps=0)} if name == "steps" else {}
+        assert getattr(group(**{field: value}, **more), field) == value
+
+
+def test_every_range_is_in_the_table():
+    def ranges(kind, prefix=""):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[field.name]):
+                yield from ranges(hints[field.name], f"{prefix}{field.name}.")
+            yield from [prefix + field.name] * len(field.metadata.get("bounds", {}))
+
+    assert sorted(ranges(TrainConfig)) == sorted(name for name, *_ in RANGES)
 
 
 def test_unknown_setting_lists_the_known_ones():
@@ -114,9 +179,9 @@ def test_json_round_trip_of_every_field():
 def test_unknown_and_wrong_json_are_errors():
     with pytest.raises(UnknownName, match=r"unknown setting 'data.sauce'.*data.source"):
         from_dict({"data": {"sauce": "x"}})
-    with pytest.raises(ValueError, match="optimiser=3: wanted a group"):
+    with pytest.raises(ValueError, match=r"optimiser must be a group of settings \(got 3\)"):
         from_dict({"optimiser": 3})
-    with pytest.raises(ValueError, match="seed='0': wanted a whole number"):
+    with pytest.raises(ValueError, match=r"seed must be a whole number \(got '0'\)"):
         from_dict({"seed": "0"})
 
 

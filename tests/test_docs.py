@@ -12,7 +12,6 @@ except ModuleNotFoundError:  # Python 3.10
 from pathlib import Path
 
 import pytest
-from setuptools import find_namespace_packages
 
 from ssmclip.__main__ import build_parser
 from ssmclip.analyze.curvature.spectrum import check_search
@@ -117,7 +116,6 @@ def test_an_installed_package_has_its_recipes_types_and_data(monkeypatch, tmp_pa
     patterns = packed["package-data"]["ssmclip"]
     assert "py.typed" in patterns
     assert all(list((ROOT / "src/ssmclip").glob(pattern)) for pattern in patterns)
-    assert "ssmclip.recipes" in find_namespace_packages(ROOT / packed["packages"]["find"]["where"][0])
     assert build_parser().parse_args(["quickstart"]).recipe == Path("recipes/quickstart.py")
     monkeypatch.chdir(tmp_path)
     for name in ("quickstart", "tiny"):

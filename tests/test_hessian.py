@@ -32,7 +32,7 @@ from ssmclip.ops import using
 from ssmclip.report.figures.curvature import Contour, EigenvaluesOverTraining
 from ssmclip.rows import read_rows
 from ssmclip.train import train
-from ssmclip.train.objective import build_loss, classification_loss, contrastive_loss
+from ssmclip.train.objective import OBJECTIVES, classification_loss, contrastive_loss
 from ssmclip.train.state import seed_everything
 
 
@@ -647,7 +647,7 @@ def test_a_surface_in_two_directions(saved, tmp_path, tiny_clip):
     x, y, loss = contour.grid()
     assert x.tolist() == y.tolist() == [-1, 0, 1]
     assert loss[1, 1] == pytest.approx(contrastive_loss(model, *batch).item(), rel=1e-6)
-    assert loss[0, 2] == pytest.approx(build_loss("clip")(**there).item(), rel=1e-5)  # x = 1, y = -1
+    assert loss[0, 2] == pytest.approx(OBJECTIVES["clip"]()(**there).item(), rel=1e-5)  # x = 1, y = -1
 
 
 def test_more_batches_than_data_are_refused(tiny_clip):

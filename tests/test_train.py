@@ -26,7 +26,7 @@ from ssmclip.train import NonFinite, loop, train
 from ssmclip.train.build import build_accelerator, build_model, model_config
 from ssmclip.train.checkpoint import checkpoints, load_training_state, save_checkpoint
 from ssmclip.train.ema import Ema, ema_decay
-from ssmclip.train.objective import build_loss, clamp_logit_scale
+from ssmclip.train.objective import OBJECTIVES, clamp_logit_scale
 from ssmclip.train.optimiser import build_optimiser, decays, lr_schedule, set_lr
 from ssmclip.train.progress import Measured, Watch, truncate_rows
 from ssmclip.train.state import same_rng_after, seed_everything
@@ -121,7 +121,7 @@ def test_loss_and_gradients_are_the_originals(shared):
     truth = torch.load(shared / "parity" / "train_eval_misc.pt", weights_only=False)
     image, text, log_scale = (truth["loss_inputs"][k].clone().requires_grad_() for k in ("image", "text", "log_scale"))
     normalise = nn.functional.normalize
-    loss = build_loss("clip")(normalise(image, dim=-1), normalise(text, dim=-1), log_scale.exp())
+    loss = OBJECTIVES["clip"]()(normalise(image, dim=-1), normalise(text, dim=-1), log_scale.exp())
     loss.backward()
     expected = truth["loss_one_process"]
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-9)
@@ -137,7 +137,7 @@ def test_siglip_loss_is_its_closed_form():
     signs = 2 * torch.eye(6, dtype=torch.float64) - 1
     expected = torch.log1p(torch.exp(-signs * logits)).sum() / 6
     scale, bias = torch.tensor(7.0).double(), torch.tensor(-3.0).double()
-    assert build_loss("siglip")(image, text, scale, bias).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert OBJECTIVES["siglip"]()(image, text, scale, bias).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(

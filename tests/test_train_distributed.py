@@ -21,7 +21,8 @@ from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.build import build_accelerator, is_sharded, model_config
 from ssmclip.train.checkpoint import checkpoints
-from ssmclip.train.objective import backward, build_loss
+from ssmclip.train.gradient import backward
+from ssmclip.train.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
@@ -147,9 +148,9 @@ def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     texts[:, 9] = 49407
     alone = copy.deepcopy(model)
     features = alone(images, texts[::captions])
-    whole = build_loss(kind)(**features)
+    whole = OBJECTIVES[kind]()(**features)
     for i in range(1, captions):  # the mean over captions, one at a time
-        whole = whole + build_loss(kind)(**alone(images, texts[i::captions]))
+        whole = whole + OBJECTIVES[kind]()(**alone(images, texts[i::captions]))
     whole = whole / captions
     whole.backward()
 
@@ -157,9 +158,8 @@ def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     mine = slice(8 * rank, 8 * rank + 8)
     spread = nn.parallel.DistributedDataParallel(model)
     words = texts.unflatten(0, (16, captions))[mine].flatten(0, 1)
-    value = backward(
-        accelerator, spread, build_loss(kind, rank, 2, captions=captions), images[mine], words, micro_batch
-    )
+    objective = OBJECTIVES[kind](rank=rank, world_size=2, captions=captions)
+    value = backward(accelerator, spread, objective, images[mine], words, micro_batch)
     torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
@@ -174,7 +174,8 @@ def _compare_with_original(rank: int) -> None:
     image, text = (truth["loss_inputs"][key][mine].clone().requires_grad_() for key in ("image", "text"))
     log_scale = truth["loss_inputs"]["log_scale"].clone().requires_grad_()
     normalise = nn.functional.normalize
-    loss = build_loss("clip", rank, 2)(normalise(image, dim=-1), normalise(text, dim=-1), log_scale.exp())
+    objective = OBJECTIVES["clip"](rank=rank, world_size=2)
+    loss = objective(normalise(image, dim=-1), normalise(text, dim=-1), log_scale.exp())
     loss.backward()
     for value, key in (
         (loss.detach(), "loss"),

@@ -7,7 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ssmclip.train.objective import backward, build_loss
+from ssmclip.config import LossConfig
+from ssmclip.train.gradient import backward
+from ssmclip.train.objective import OBJECTIVES
 from ssmclip.train.state import device_rng
 
 BATCH, CONTEXT = 12, 77
@@ -37,7 +39,7 @@ def test_cached_gradient_is_the_large_batchs_in_float64(tiny_clip, accelerator, 
     if kind == "siglip":
         model.logit_bias = nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
     other, (images, texts) = copy.deepcopy(model), pairs(captions, views)
-    loss = build_loss(kind, captions=captions, views=views, view_weight=0.5 if views > 1 else 0.0)
+    loss = OBJECTIVES[kind](LossConfig(view_weight=0.5 if views > 1 else 0.0), captions=captions, views=views)
 
     whole = loss(**model(images, texts))
     whole.backward()
@@ -69,7 +71,7 @@ def test_views_and_captions_give_the_mean_loss_and_two_views_that_between_them(k
 
     expected = sum(by_the_formula(image[:, v], text[:, c]) for v in range(2) for c in range(3)) / 6
     expected += 0.3 * by_the_formula(image[:, 0], image[:, 1])
-    loss = build_loss(kind, views=2, captions=3, view_weight=0.3)
+    loss = OBJECTIVES[kind](LossConfig(view_weight=0.3), views=2, captions=3)
     value = loss(image_features=image.reshape(12, 8), text_features=text.reshape(18, 8), **scale)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
@@ -101,11 +103,11 @@ def test_random_layers_repeat_their_draws(accelerator):
     torch.manual_seed(1)
     outputs = [model(i, t) for i, t in zip(images.split(4), texts.split(4), strict=True)]
     whole = {k: torch.cat([o[k] for o in outputs]) for k in ("image_features", "text_features")}
-    build_loss("clip")(**whole, logit_scale=outputs[0]["logit_scale"]).backward()
+    OBJECTIVES["clip"]()(**whole, logit_scale=outputs[0]["logit_scale"]).backward()
     after = device_rng(images.device)
 
     torch.manual_seed(1)
-    backward(accelerator, other, build_loss("clip"), images, texts, 4)
+    backward(accelerator, other, OBJECTIVES["clip"](), images, texts, 4)
     for name, value in gradients(model).items():
         torch.testing.assert_close(gradients(other)[name], value, rtol=1e-9, atol=1e-14)
     assert torch.equal(device_rng(images.device)[0], after[0])  # and the next step's draws are new ones
@@ -130,7 +132,7 @@ def test_memory_is_a_micro_batchs(accelerator):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            backward(accelerator, model, build_loss("clip"), images, texts, micro_batch)
+            backward(accelerator, model, OBJECTIVES["clip"](), images, texts, micro_batch)
         return most
 
     assert most_kept(2) < 0.3 * most_kept(None)

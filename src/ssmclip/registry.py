@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -28,6 +29,12 @@ class UnknownName(KeyError):
         return self.message
 
 
+def _lines(item: object) -> set[tuple[str, int]]:
+    """Return the file and first line of a function, or of each function in a class."""
+    functions = [inspect.unwrap(f) for f in (vars(item).values() if isinstance(item, type) else [item]) if callable(f)]
+    return {(f.__code__.co_filename, f.__code__.co_firstlineno) for f in functions if hasattr(f, "__code__")}
+
+
 class Registry(Generic[T]):
     """Names of one kind of thing, in the order they were registered.
 
@@ -50,10 +57,13 @@ class Registry(Generic[T]):
         self._homes = list(homes)
 
     def register(self, name: str):
-        """Decorator: give `name` to what it decorates. Raises ValueError when the name is taken."""
+        """Decorator: give `name` to what it decorates. Raises ValueError when the name is taken.
+
+        The same lines of the same file, read again, take the place of what they made before: a recipe loaded twice.
+        """
 
         def add(item: T) -> T:
-            if name in self._items:
+            if name in self._items and not (_lines(item) and _lines(item) == _lines(self._items[name])):
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._items[name] = item
             return item

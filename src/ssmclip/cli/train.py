@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,20 @@ def build_validation(config: Any) -> Callable | None:
 
     Evaluation stands above training, so the command hands it down: validate(model, preprocess, tokenizer, step) ->
     list[Result], with a model in eval mode on its device, PIL image -> tensor (3, H, W), list of n strings -> int64
-    tensor (n, context), and the number of finished steps.
+    tensor (n, context), and the number of finished steps. A relative validation.root, and none, is looked for where
+    training data are. Raises FileNotFoundError listing every place.
     """
     asked = config.validation
     if not (asked.every and asked.tasks):
         return None
+    from ssmclip.config.places import VARIABLE, below, data_folders
     from ssmclip.evaluate.tasks import training_validation
 
-    return training_validation(asked.tasks, asked.root, model_name=config.model.name, seed=config.seed)
+    folders, errors = data_folders(os.environ), []
+    for root in below(asked.root, folders):
+        try:
+            return training_validation(asked.tasks, root, model_name=config.model.name, seed=config.seed)
+        except FileNotFoundError as error:
+            errors.append(str(error))
+    advice = f". Name its folder: validation.root=DIR, or set {VARIABLE}" if len(errors) > 1 else ""
+    raise FileNotFoundError("\n".join(errors) + advice)

@@ -25,7 +25,7 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r}: wanted KEY=VALUE")
+            raise ValueError(f"a change to a setting must be KEY=VALUE (got {override!r})")
         path = _resolve(key.strip(), known)
         *groups, leaf = path.split(".")
         node = tree
@@ -98,12 +98,12 @@ def _parse(text: str, kind: Any, path: str) -> Any:
             return float(text)  # .001 is no JSON
         return json.loads(text.lower() if bool in options else text)
     except ValueError:
-        raise ValueError(f"{path}={text}: wanted {_describe(kind)}") from None
+        raise ValueError(f"{path} must be {_describe(kind)} (got {text})") from None
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.')}={values!r}: wanted a group of settings")
+        raise ValueError(f"{prefix.rstrip('.')} must be a group of settings (got {values!r})")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -123,7 +123,7 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
     try:
         return _as_type(value, kind)
     except TypeError:
-        raise ValueError(f"{path}={value!r}: wanted {_describe(kind)}") from None
+        raise ValueError(f"{path} must be {_describe(kind)} (got {value!r})") from None
 
 
 def _as_type(value: Any, kind: Any) -> Any:

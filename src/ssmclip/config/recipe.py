@@ -7,21 +7,18 @@ import inspect
 import traceback
 from pathlib import Path
 
+from ssmclip.config.places import below, recipe_folders
 from ssmclip.config.settings import TrainConfig
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Call the recipe in a Python file: the one public function defined there.
+    """Call the recipe in a Python file, the one public function defined there, and return its settings.
 
-    path: as it stands, else beside this file, where recipes/ is too: recipes/tiny.py is found from any folder.
-    Raises FileNotFoundError, and ValueError for a file that is no Python, can't be imported or has no such function.
+    path: from the current folder, else among the recipes that come with the package: recipes/tiny.py is found anywhere.
+    Raises FileNotFoundError listing where it was looked for and what is there; ValueError for a file that is no Python,
+    can't be imported or has no such function.
     """
-    path = Path(path)
-    installed = Path(__file__).parents[1] / path
-    path = installed if installed.is_file() and not path.is_file() else path
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no recipe {path}; recipes in {path.parent}: {', '.join(beside) or 'none'}")
+    path = _find(Path(path))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None:
         raise ValueError(f"{path} is no Python file: a recipe is one, NAME.py")
@@ -43,3 +40,18 @@ def load_recipe(path: str | Path) -> TrainConfig:
     if not isinstance(config, TrainConfig):
         raise ValueError(f"{path}: {made_here[0].__name__}() returned {type(config).__name__}, wanted a TrainConfig")
     return config
+
+
+def _find(path: Path) -> Path:
+    places = [Path(place) for place in below(str(path), recipe_folders())]
+    for place in places:
+        if place.is_file():
+            return place
+    listed = "; ".join(f"recipes in {place.parent}: {_recipes_in(place.parent)}" for place in places)
+    raise FileNotFoundError(f"no recipe {path}; {listed}")
+
+
+def _recipes_in(folder: Path) -> str:
+    if not folder.is_dir():
+        return "there is no such folder"
+    return ", ".join(sorted(path.name for path in folder.glob("*.py"))) or "none"

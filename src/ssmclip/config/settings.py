@@ -1,6 +1,7 @@
-"""What a training run is: frozen dataclasses, read from a recipe, changed by `--set`, kept as JSON beside the weights.
+"""The settings of a training run: frozen dataclasses, each of which checks the ranges of its own fields.
 
-A recipe is a Python file with one public function that returns a TrainConfig. Needs no torch.
+A recipe (a Python file with one public function) returns a TrainConfig, `--set` changes it, and the run's folder keeps
+it as JSON. Needs no torch.
 
 >>> from ssmclip.config import apply_overrides, from_dict, to_dict
 >>> config = apply_overrides(TrainConfig(), ["lr=3e-4", "model.drop_path_rate=0.1", "image_sizes=[[0, 32], [0.5, 64]]"])
@@ -12,17 +13,19 @@ True
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ssmclip.config.bounds import Settings, bounded
+
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The network, made by `ssmclip.models.create_clip`, with fresh weights unless said otherwise."""
+class ModelConfig(Settings, group="model"):
+    """The network, made by `ssmclip.models.create_clip`, with random weights but for `text_weights`."""
 
     name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
-    drop_path_rate: float | None = None  # stochastic depth at the deepest block, in [0, 1); None: the model's own
+    # Stochastic depth at the deepest block; None: the model's own.
+    drop_path_rate: float | None = bounded(None, at_least=0, below=1)
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
     text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
@@ -31,133 +34,137 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
-    """What happens to a training image; the arguments of `ssmclip.data.pairs.loader.train_transform`."""
+class AugmentConfig(Settings, group="data.augment"):
+    """How training images are augmented: the arguments of `ssmclip.data.pairs.loader.train_transform`."""
 
     scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
     flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
     # Strength of random brightness, contrast and saturation; or of each of them, and of hue (in turns).
     color_jitter: float | tuple[float, float, float, float] = 0.0
-    color_jitter_prob: float = 1.0  # share of the images whose colours are jittered; the others below are alike
-    gray_scale_prob: float = 0.0
-    gaussian_blur_prob: float = 0.0  # sigma 0.1 to 2 pixels
-    solarize_prob: float = 0.0  # values of 128 and above are inverted
+    # Shares of the images to which each is applied.
+    color_jitter_prob: float = bounded(1.0, at_least=0, at_most=1)
+    gray_scale_prob: float = bounded(0.0, at_least=0, at_most=1)
+    gaussian_blur_prob: float = bounded(0.0, at_least=0, at_most=1)  # sigma 0.1 to 2 pixels
+    solarize_prob: float = bounded(0.0, at_least=0, at_most=1)  # values of 128 and above are inverted
 
     def __post_init__(self):
-        for name in ("color_jitter_prob", "gray_scale_prob", "gaussian_blur_prob", "solarize_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.augment.{name}={getattr(self, name)}: wanted a share, 0 to 1")
+        super().__post_init__()
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"data.augment.scale={self.scale}: wanted two shares above 0, the smaller one first")
+            self._refuse("scale", "must be two shares above 0, the smaller one first")
         strengths = self.color_jitter if isinstance(self.color_jitter, tuple) else (self.color_jitter,)
-        if min(strengths) < 0 or max(strengths[3:], default=0) > 0.5:
-            raise ValueError(f"data.augment.color_jitter={self.color_jitter}: wanted at least 0, of hue at most 0.5")
+        if not (min(strengths) >= 0 and max(strengths[3:], default=0) <= 0.5):
+            self._refuse("color_jitter", "must be at least 0, and of the hue at most 0.5")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where pairs come from."""
+class DataConfig(Settings, group="data"):
+    """Where pairs come from and how they are batched."""
 
-    source: str = (
-        "synthetic:quickstart"  # shards, a csv/tsv/parquet file or synthetic:NAME; see ssmclip.data.pairs.loader
-    )
+    # Shards, a csv, tsv or parquet file, or synthetic:NAME, see ssmclip.data.pairs.loader; ssmclip.config.places says
+    # where a relative path is looked for.
+    source: str = "synthetic:quickstart"
     image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
     augment: AugmentConfig = AugmentConfig()
-    workers: int = 0  # processes that decode images, per training process; 0: the training process itself
-    shuffle_buffer: int = 2048  # samples of a shard stream that are shuffled together
-    captions_per_image: int = 1  # drawn each time an image is seen; the loss is the mean of theirs
-    views_per_image: int = 1  # augmented differently, each time an image is seen; the loss is the mean of theirs
+    workers: int = bounded(0, at_least=0)  # processes that decode images, for each that trains; 0: that one itself
+    shuffle_buffer: int = bounded(2048, at_least=1)  # samples of a shard stream that are shuffled together
+    # How many captions are drawn, and how many views augmented, each time an image is seen; the loss is their mean.
+    captions_per_image: int = bounded(1, at_least=1)
+    views_per_image: int = bounded(1, at_least=1)
     image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.pairs.tables
     caption_column: str = ""
     encoding: str = "utf-8"  # of a csv or tsv file
 
     def __post_init__(self):
+        super().__post_init__()
         starts = [start for start, _ in self.image_sizes]
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= 1:
-            raise ValueError(
-                f"data.image_sizes={self.image_sizes!r}: wanted pairs (share, pixels) whose shares start at 0.0, rise, "
-                "and stay under 1, such as ((0.0, 48), (0.6, 64))"
-            )
+            rule = "must be pairs (share, pixels) whose shares start at 0.0, rise, and stay under 1"
+            self._refuse("image_sizes", f"{rule}, such as ((0.0, 48), (0.6, 64))")
         if any(size < 1 for _, size in self.image_sizes):
-            raise ValueError(f"data.image_sizes={self.image_sizes!r}: an image size is at least 1 pixel")
+            self._refuse("image_sizes", "must have sizes of at least 1 pixel")
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
+class OptimiserConfig(Settings, group="optimiser"):
     """AdamW."""
 
-    lr: float = 1e-3  # at the end of the warm-up
-    block_lr_scale: float = 1.0  # the learning rate of the image tower's residual blocks, over lr
-    text_lr_scale: float = 1.0  # the text tower's learning rate, its projection's apart, over lr
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    lr: float = bounded(1e-3, above=0)  # at the end of the warm-up
+    block_lr_scale: float = bounded(1.0, at_least=0)  # the learning rate of the image tower's residual blocks, over lr
+    text_lr_scale: float = bounded(1.0, at_least=0)  # the text tower's learning rate, its projection's apart, over lr
+    betas: tuple[float, float] = bounded((0.9, 0.98), at_least=0, below=1)
+    eps: float = bounded(1e-8, above=0)
+    weight_decay: float = bounded(0.1, at_least=0)
     decay_rule: Literal["ssm", "original"] = "ssm"  # which parameters it applies to; see train/optimiser.py
-    clip_norm: float | None = 1.0  # gradients are scaled down to this norm; None: never
+    clip_norm: float | None = bounded(1.0, above=0)  # gradients are scaled down to this norm; None: never
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings, group="schedule"):
     """The learning rate: linear warm-up, then half a cosine. See train/optimiser.py."""
 
-    warmup_steps: int = 100
-    start_lr: float = 1e-6  # at the first step
-    end_lr: float = 1e-5  # approached at the last
+    warmup_steps: int = bounded(100, at_least=0)
+    start_lr: float = bounded(1e-6, at_least=0)  # at the first step
+    end_lr: float = bounded(1e-5, at_least=0)  # approached at the last
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Settings, group="loss"):
     """The objective."""
 
-    kind: Literal["clip", "siglip"] = "clip"  # softmax over the batch, or a sigmoid for every pair
-    micro_batch: int | None = None  # pairs embedded at a time per process (GradCache); None: the whole batch
-    view_weight: float = 0.0  # of the loss between two views of an image, added (SLIP); needs views_per_image > 1
-    max_logit_scale: float = 100.0  # logit_scale is clamped to [0, ln of this] after every step
+    kind: str = "clip"  # a name in ssmclip.train.objective.OBJECTIVES, looked up when training starts
+    # Pairs that a process embeds at a time (GradCache); None: the whole batch.
+    micro_batch: int | None = bounded(None, at_least=1)
+    # Weight of the loss between two views of an image, which is added (SLIP); needs views_per_image > 1.
+    view_weight: float = bounded(0.0, at_least=0)
+    max_logit_scale: float = bounded(100.0, above=1)  # logit_scale is clamped to [0, ln of this] after every step
 
 
 @dataclass(frozen=True)
-class EmaConfig:
+class EmaConfig(Settings, group="ema"):
     """A moving average of weights and buffers. With one, the average is what is validated and saved for use."""
 
-    decay: float | None = None  # per step, such as 0.999; None: no average
+    decay: float | None = bounded(None, at_least=0, below=1)  # per step, such as 0.999; None: no average
     # warmup: low at first, so that the random weights are soon forgotten; cosine: from decay towards 1 at the last step
     schedule: Literal["constant", "warmup", "cosine"] = "constant"
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Settings, group="validation"):
     """What is measured while training."""
 
-    every: int = 0  # steps; 0: never
+    every: int = bounded(0, at_least=0)  # steps; 0: never
     tasks: tuple[str, ...] = ()  # names that `ssmclip evaluate --tasks` takes
-    root: str = ""  # folder of the evaluation data
+    root: str = ""  # folder of the evaluation data; looked for as data.source is
     best: str = ""  # "task/metric" whose highest value marks the best checkpoint; "": none is marked
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run can be continued from."""
+class CheckpointConfig(Settings, group="checkpoint"):
+    """How often the run is saved, and how many checkpoints are kept."""
 
-    every: int = 1000  # steps; the last step is always saved
-    keep: int = 2  # newest checkpoints kept (the best one is kept besides)
+    every: int = bounded(1000, at_least=1)  # steps; the last step is always saved
+    keep: int = bounded(2, at_least=1)  # newest checkpoints kept (the best one is kept as well)
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
-    """What is said while training."""
+class LoggingConfig(Settings, group="logging"):
+    """What is reported while training."""
 
-    every: int = 10  # steps between rows in rows.jsonl and TensorBoard
+    every: int = bounded(10, at_least=1)  # steps between rows in rows.jsonl and TensorBoard
     tensorboard: bool = True
-    progress: bool = True  # the bar
+    progress: bool = True  # the progress bar
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Nested fields are written with a dot, or by their last name where only one field has it."""
+class TrainConfig(Settings):
+    """A training run: its own settings and a group of settings for each part.
 
-    steps: int = 1000  # optimiser steps
-    batch_size: int = 128  # pairs per step, over all processes
-    seed: int = 0
+    `--set` names a nested field with a dot (optimiser.lr), or by its last name where only one field has that (lr).
+    """
+
+    steps: int = bounded(1000, at_least=1)  # optimiser steps
+    batch_size: int = bounded(128, at_least=1)  # pairs per step, over all processes
+    seed: int = bounded(0, at_least=0, below=2**63)
     precision: Literal["no", "bf16", "fp16"] = "no"  # mixed precision; "no" is float32
     device: Literal["auto", "cpu"] = "auto"  # auto: the accelerator where there is one
     model: ModelConfig = ModelConfig()
@@ -171,57 +178,15 @@ class TrainConfig:
     logging: LoggingConfig = LoggingConfig()
 
     def __post_init__(self):
-        at_least = {
-            "steps": (self.steps, 1),
-            "batch_size": (self.batch_size, 1),
-            "seed": (self.seed, 0),
-            "model.drop_path_rate": (self.model.drop_path_rate, 0),
-            "data.workers": (self.data.workers, 0),
-            "data.shuffle_buffer": (self.data.shuffle_buffer, 1),
-            "data.captions_per_image": (self.data.captions_per_image, 1),
-            "data.views_per_image": (self.data.views_per_image, 1),
-            "optimiser.block_lr_scale": (self.optimiser.block_lr_scale, 0),
-            "optimiser.text_lr_scale": (self.optimiser.text_lr_scale, 0),
-            "optimiser.weight_decay": (self.optimiser.weight_decay, 0),
-            "schedule.warmup_steps": (self.schedule.warmup_steps, 0),
-            "schedule.start_lr": (self.schedule.start_lr, 0),
-            "schedule.end_lr": (self.schedule.end_lr, 0),
-            "loss.micro_batch": (self.loss.micro_batch, 1),
-            "loss.view_weight": (self.loss.view_weight, 0),
-            "ema.decay": (self.ema.decay, 0),
-            "validation.every": (self.validation.every, 0),
-            "checkpoint.every": (self.checkpoint.every, 1),
-            "checkpoint.keep": (self.checkpoint.keep, 1),
-            "logging.every": (self.logging.every, 1),
-        }
-        above = {
-            "optimiser.lr": (self.optimiser.lr, 0),
-            "optimiser.eps": (self.optimiser.eps, 0),
-            "optimiser.clip_norm": (self.optimiser.clip_norm, 0),
-            "loss.max_logit_scale": (self.loss.max_logit_scale, 1),
-        }
-        below = {
-            "seed": (self.seed, 2**63),
-            "model.drop_path_rate": (self.model.drop_path_rate, 1),
-            "ema.decay": (self.ema.decay, 1),
-        }
-        for wanted, fits, values in (
-            ("at least", operator.ge, at_least),
-            ("more than", operator.gt, above),
-            ("less than", operator.lt, below),
-        ):
-            for name, (value, bound) in values.items():
-                if value is not None and not fits(value, bound):
-                    raise ValueError(f"{name}={value}: wanted {wanted} {bound}")
-        if not all(0 <= beta < 1 for beta in self.optimiser.betas):
-            raise ValueError(f"optimiser.betas={self.optimiser.betas}: wanted at least 0, less than 1")
+        super().__post_init__()
         if self.loss.view_weight and self.data.views_per_image == 1:
             raise ValueError(
-                f"loss.view_weight={self.loss.view_weight}: wanted 0, or data.views_per_image of 2 or more"
+                f"loss.view_weight must be 0 where data.views_per_image is 1 (got {self.loss.view_weight}): "
+                "it weighs the loss between two views of an image"
             )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps}: wanted fewer than steps={self.steps}"
+                f"schedule.warmup_steps must be less than steps={self.steps} (got {self.schedule.warmup_steps})"
             )
 
     def image_size(self, step: int) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,25 +21,34 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
+from ssmclip.config.places import data_folders, find_data, not_found
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
 from ssmclip.models.files import weights
 from ssmclip.models.published.language_model import load_language_model
+from ssmclip.train import launch
+from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
 
-# SigLIP's own start (Zhai et al. 2023, arXiv:2303.15343, section 4.2): every pair of the batch but one is a negative.
-_SIGLIP_START = {"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0}
+_LOG = logging.getLogger(__name__)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's view of this process: alone, or one of several that `accelerate launch` or `torchrun` started.
+    """Return Accelerate's view of this process: alone, or one of several that a launcher started.
 
-    Raises ValueError for fp16 without a GPU, and for a batch that doesn't divide over the processes.
+    What launchers ask for by environment variables is decided in train/launch.py; what is ignored is logged.
+    Raises ValueError for fp16 without a GPU, for a batch that doesn't divide over the processes, and for ways of
+    training that are not supported.
     """
-    if config.precision == "fp16" and (config.device == "cpu" or not torch.cuda.is_available()):
-        raise ValueError('precision="fp16" needs a GPU; here "no" (float32) or "bf16" would do')
+    messages = launch.ignored(config, os.environ)
     AcceleratorState._reset_state()  # a process may train twice, with another precision; the process group stays
     patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # others wait while the main process validates
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[patient])
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[patient], **launch.decided()
+    )
+    launch.check_devices(accelerator, config, os.environ)
+    if accelerator.is_main_process:
+        for message in messages:
+            _LOG.warning(message)
     world = accelerator.num_processes
     if config.batch_size % world:
         raise ValueError(f"batch_size={config.batch_size} doesn't divide over {world} processes")
@@ -53,10 +66,28 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
     made = models.clip_config(
         config.model.name, image_size=config.data.image_sizes[-1][1], drop_path_rate=config.model.drop_path_rate
     )
-    changes = config.model.changes
-    if config.loss.kind == "siglip":
-        changes = _SIGLIP_START | changes
-    return {**made, "model_cfg": _merge(made["model_cfg"], changes)}
+    start = _merge(made["model_cfg"], dict(OBJECTIVES[config.loss.kind].start))
+    return {**made, "model_cfg": _merge(start, config.model.changes)}
+
+
+def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Objective:
+    """Return the objective that `loss.kind` names, for this process.
+
+    Raises UnknownName for a name that is not registered, ValueError for an objective with parameters of its own.
+    """
+    made = OBJECTIVES[config.loss.kind](
+        config.loss,
+        rank=rank,
+        world_size=world_size,
+        views=config.data.views_per_image,
+        captions=config.data.captions_per_image,
+    )
+    if names := [name for name, _ in made.named_parameters()]:
+        raise ValueError(
+            f"the objective {config.loss.kind!r} must have no parameters of its own (got {', '.join(names)}): "
+            "the model's are trained and saved, so put them there with `start`"
+        )
+    return made
 
 
 def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
@@ -106,7 +137,10 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
 def open_stream(
     config: TrainConfig, architecture: dict[str, Any], size: int, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
-    """This process's stream of batches at an image size, from `cursor` on (None: from the start)."""
+    """Return this process's stream of batches at an image size, from `cursor` on (None: from the start).
+
+    Raises FileNotFoundError naming every folder a relative `data.source` was looked for in; what `open_pairs` raises.
+    """
     preprocess = architecture["preprocess_cfg"]
     transform = train_transform(
         size,
@@ -114,21 +148,34 @@ def open_stream(
         preprocess.get("std", OPENAI_DATASET_STD),
         **dataclasses.asdict(config.data.augment),
     )
-    return open_pairs(
-        config.data.source,
-        transform=transform,
-        tokenize=models.build_tokenizer(architecture),
-        batch_size=config.batch_size // world_size,
-        seed=config.seed,
-        workers=config.data.workers,
-        rank=rank,
-        world_size=world_size,
-        cursor=cursor,
-        shuffle_buffer=config.data.shuffle_buffer,
-        captions_per_image=config.data.captions_per_image,
-        views_per_image=config.data.views_per_image,
-        table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
-    )
+    folders = data_folders(os.environ)
+    source = find_data(config.data.source, folders)
+    if source != config.data.source and rank == 0:
+        _LOG.info("reading %s", source)
+    with _naming_places(config.data.source, folders):
+        return open_pairs(
+            source,
+            transform=transform,
+            tokenize=models.build_tokenizer(architecture),
+            batch_size=config.batch_size // world_size,
+            seed=config.seed,
+            workers=config.data.workers,
+            rank=rank,
+            world_size=world_size,
+            cursor=cursor,
+            shuffle_buffer=config.data.shuffle_buffer,
+            captions_per_image=config.data.captions_per_image,
+            views_per_image=config.data.views_per_image,
+            table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
+        )
+
+
+@contextmanager
+def _naming_places(source: str, folders: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{not_found(source, folders)}") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

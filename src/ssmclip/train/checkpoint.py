@@ -160,6 +160,18 @@ def last_checkpoint(run: Path) -> Path | None:
     return checkpoints(run)[-1] if checkpoints(run) else None
 
 
+def config_of_run(folder: str | Path) -> TrainConfig | None:
+    """Return the settings of the run that a folder is, or that a checkpoint's folder belongs to; None for any other.
+
+    Raises UnknownName or ValueError for a config.json that no version of this package wrote.
+    """
+    folder = Path(folder)
+    for run in (folder, folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder):
+        if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
+            return from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    return None
+
+
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """state.pt of a checkpoint: tensors and plain containers only, so nothing in it runs. Raises CheckpointError."""
     path = checkpoint / "state.pt"

@@ -25,7 +25,15 @@ from ssmclip.config import TrainConfig, to_dict
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
-from ssmclip.train.build import build_accelerator, build_model, is_sharded, load_start, model_config, open_stream
+from ssmclip.train.build import (
+    build_accelerator,
+    build_model,
+    build_objective,
+    is_sharded,
+    load_start,
+    model_config,
+    open_stream,
+)
 from ssmclip.train.checkpoint import (
     CheckpointError,
     last_checkpoint,
@@ -36,7 +44,8 @@ from ssmclip.train.checkpoint import (
     write_text,
 )
 from ssmclip.train.ema import Ema, ema_decay
-from ssmclip.train.objective import backward, build_loss, clamp_logit_scale
+from ssmclip.train.gradient import backward
+from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, lr_schedule, set_lr
 from ssmclip.train.progress import Log, Measured, NonFinite, Watch
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
@@ -57,6 +66,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     (`run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
     """
     out, asked = Path(out), config.validation
+    build_objective(config)  # refuses before there is a folder
     if asked.best and not (asked.every and asked.tasks):
         raise ValueError(f"validation.best={asked.best!r}: wanted validation.every and validation.tasks to be set too")
     accelerator = build_accelerator(config)
@@ -84,7 +94,7 @@ class _Run:
     architecture: dict[str, Any]
     model: nn.Module  # as prepared for this device and these processes
     optimiser: torch.optim.Optimizer
-    loss: nn.Module
+    objective: Objective
     ema: Ema | None
     log: Log
     step: int  # finished steps
@@ -103,6 +113,7 @@ class _Run:
                 f"{checkpoint} was written by {len(state['ranks'])} processes; this is {accelerator.num_processes}. "
                 "To continue exactly, launch as many"
             )
+        objective = build_objective(config, accelerator.process_index, accelerator.num_processes)
         seed_everything(config.seed)
         architecture = model_config(config)
         if accelerator.is_main_process:
@@ -137,14 +148,7 @@ class _Run:
             architecture=architecture,
             model=model,
             optimiser=optimiser,
-            loss=build_loss(
-                config.loss.kind,
-                accelerator.process_index,
-                accelerator.num_processes,
-                views=config.data.views_per_image,
-                captions=config.data.captions_per_image,
-                view_weight=config.loss.view_weight,
-            ),
+            objective=objective,
             ema=ema,
             log=Log(out, config, step, str(accelerator.device), accelerator.is_main_process),
             step=step,
@@ -191,12 +195,12 @@ class _Run:
         images = batch.images.to(accelerator.device, non_blocking=True)
         texts = batch.texts.to(accelerator.device, non_blocking=True)
         set_lr(self.optimiser, lr)
-        loss = backward(accelerator, self.model, self.loss, images, texts, config.loss.micro_batch)
+        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch)
         norm = self._grad_norm()
         skipped = self._update()
         self.optimiser.zero_grad(set_to_none=True)
         bare = accelerator.unwrap_model(self.model)
-        clamp_logit_scale(bare, config.loss.max_logit_scale)
+        self.objective.constrain(bare)
         if self.ema:
             self.ema.update(bare, ema_decay(self.step, config.steps, config.ema.decay, config.ema.schedule))
         self.skips += skipped
@@ -241,9 +245,7 @@ class _Run:
         numbers = {
             "loss": loss,
             "grad_norm": norm,
-            "logit_scale": float(
-                sharding.gathered(self.accelerator.unwrap_model(self.model).logit_scale.detach()).exp()
-            ),
+            **self._model_numbers(),
             "lr": float(lr),
             "image_size": size,
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
@@ -251,6 +253,10 @@ class _Run:
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
+
+    def _model_numbers(self) -> dict[str, float]:
+        numbers = self.objective.numbers(self.accelerator.unwrap_model(self.model))
+        return {name: float(sharding.gathered(value)) for name, value in numbers.items()}
 
     def _report_skipped(self, stream: Any) -> None:
         if stream is None:

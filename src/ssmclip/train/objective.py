@@ -1,4 +1,11 @@
-"""The contrastive loss of a batch and its gradient, whole or through cached features.
+"""What a model is trained for: a registry of objectives, each a loss of what the model returns for a batch.
+
+One of your own is a class in the recipe, or in a module that the recipe imports; `loss.kind=distance` names it:
+
+    @objective("distance")
+    class Distance(Objective):
+        def forward(self, image_features, text_features, **_):
+            return (image_features - text_features).square().sum(1).mean()
 
 Across processes the loss is that of the whole batch: features are gathered with gradient, each process has the rows of
 its own pairs, and the mean over processes that data-parallel training takes gives the single-process gradient.
@@ -7,106 +14,137 @@ its own pairs, and the mean over processes that data-parallel training takes giv
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from itertools import combinations
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor, nn
 
-from ssmclip.train.state import device_rng, set_device_rng
-
-FEATURES = ("image_features", "text_features")
-
-
-def build_loss(
-    kind: str, rank: int = 0, world_size: int = 1, *, views: int = 1, captions: int = 1, view_weight: float = 0.0
-) -> Objective:
-    """open_clip's loss, called with what the model's forward returns (features of this process); gives a scalar.
-
-    views, captions: of every image, one after the other in the features; see `Objective`.
-    """
-    if kind == "siglip":
-        loss = SigLipLoss(rank=rank, world_size=world_size)
-    else:
-        spread = world_size > 1
-        loss = ClipLoss(local_loss=spread, gather_with_grad=spread, rank=rank, world_size=world_size)
-    return Objective(loss, views, captions, view_weight)
+from ssmclip.config import LossConfig
+from ssmclip.registry import Registry
+from ssmclip.train.checkpoint import config_of_run
 
 
 class Objective(nn.Module):
-    """The mean loss over every view of the images with every one of their captions, each embedded once.
+    """A loss, built for one process of a run. A subclass defines `forward`, and overrides what else differs.
 
-    With view_weight, the mean loss between two views is added, as SLIP does (Mu et al. 2021, arXiv:2112.12750), here in
-    the space the texts share and at their logit scale.
+    What is learnt belongs to the model: the objective says in `start` which parameters it needs there, such as SigLIP's
+    logit bias, and has none of its own.
+
+    name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
+    starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
+    which a micro-batch has fewer; all others, such as the logit scale, belong to the model.
     """
 
-    def __init__(self, loss: nn.Module, views: int, captions: int, view_weight: float):
+    name: ClassVar[str]
+    start: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    rows: ClassVar[tuple[str, ...]] = ("image_features", "text_features")
+
+    def __init__(
+        self,
+        settings: LossConfig | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        views: int = 1,
+        captions: int = 1,
+    ):
+        """Build the loss of process `rank` of `world_size`, for `views` and `captions` of every image in a row."""
         super().__init__()
-        self.loss, self.views, self.captions, self.view_weight = loss, views, captions, view_weight
+        self.settings = settings or LossConfig()
+        self.rank, self.world_size, self.views, self.captions = rank, world_size, views, captions
+
+    def outputs(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return what the loss takes by name: here, what a CLIP gives for images and texts.
+
+        images (batch * views, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
+        """
+        return model(images, targets)
+
+    def forward(self, **outputs: Tensor) -> Tensor:
+        """Return the loss, a scalar, of this process's outputs."""
+        raise NotImplementedError
+
+    def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch: what training and the Hessian analysis differentiate."""
+        return self(**self.outputs(model, images, targets))
+
+    def constrain(self, model: nn.Module) -> None:
+        """Put the model's parameters back where the objective allows them, after each step. Here: do nothing."""
+
+    def numbers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's scalars to log beside the loss, by name. Here: none."""
+        return {}
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+
+
+def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Return a decorator that registers an objective under `name`. Raises ValueError when the name is taken."""
+
+    def add(cls: type[Objective]) -> type[Objective]:
+        cls.name = name
+        return OBJECTIVES.register(name)(cls)
+
+    return add
+
+
+class Contrastive(Objective):
+    """The mean loss over every view of the images with every one of their captions, each embedded once.
+
+    The model has a `logit_scale`, the logarithm of the factor that similarities are multiplied by. With `view_weight`,
+    the mean loss between two views is added, as SLIP does (Mu et al. 2021, arXiv:2112.12750), here in the space the
+    texts share and at their logit scale.
+    """
+
+    def __init__(self, settings: LossConfig | None = None, **place: int):
+        super().__init__(settings, **place)
+        self.loss = self.build_loss()
+
+    def build_loss(self) -> nn.Module:
+        """Return open_clip's loss of as many images as texts, for this process."""
+        raise NotImplementedError
 
     def forward(self, image_features: Tensor, text_features: Tensor, *scale: Tensor, **named: Tensor) -> Tensor:
         # Contiguous: the sigmoid loss sends them to other processes.
         views = [image_features[i :: self.views].contiguous() for i in range(self.views)]
         captions = [text_features[i :: self.captions].contiguous() for i in range(self.captions)]
         value = torch.stack([self.loss(v, c, *scale, **named) for v in views for c in captions]).mean()
-        if self.view_weight:
+        if self.settings.view_weight:
             between = torch.stack([self.loss(v, w, *scale, **named) for v, w in combinations(views, 2)]).mean()
-            value = value + self.view_weight * between
+            value = value + self.settings.view_weight * between
         return value
 
+    def constrain(self, model: nn.Module) -> None:
+        clamp_logit_scale(model, self.settings.max_logit_scale)
 
-def backward(
-    accelerator: Accelerator, model: nn.Module, loss: Objective, images: Tensor, texts: Tensor, micro_batch: int | None
-) -> Tensor:
-    """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
-
-    images (batch * views, 3, height, width); texts int64 (batch * captions, context). With a micro_batch smaller than
-    the batch, features are cached (see `_backward_cached`) and memory is that of a micro-batch.
-    """
-    if micro_batch is None or micro_batch * loss.views >= len(images):
-        value = loss(**model(images, texts))
-        accelerator.backward(value)
-        return value.detach()
-    return _backward_cached(accelerator, model, loss, images, texts, micro_batch)
+    def numbers(self, model: nn.Module) -> dict[str, Tensor]:
+        return {"logit_scale": model.logit_scale.detach().exp()}
 
 
-def _backward_cached(
-    accelerator: Accelerator, model: nn.Module, loss: Objective, images: Tensor, texts: Tensor, micro_batch: int
-) -> Tensor:
-    """GradCache (Gao et al. 2021, arXiv:2101.06983): the large batch's gradient from micro-batches, to rounding.
+@objective("clip")
+class Clip(Contrastive):
+    """Softmax over the batch: texts for an image, images for a text (Radford et al. 2021, arXiv:2103.00020)."""
 
-    Embed every micro-batch without a graph; take the loss of the whole batch and its gradient at the features; embed
-    again with a graph, random state put back so that drop-path repeats, and send the features' gradient through.
-    One more forward pass is the price. Batch norm, if a model has it, sees micro-batches (twice).
-    """
-    sizes = {"image_features": micro_batch * loss.views, "text_features": micro_batch * loss.captions}
-    chunks = list(zip(images.split(sizes["image_features"]), texts.split(sizes["text_features"]), strict=True))
-    random, embedded = [], []
-    with torch.no_grad():
-        for image, text in chunks:
-            random.append(device_rng(images.device))
-            embedded.append(model(image, text))
+    def build_loss(self) -> nn.Module:
+        spread = self.world_size > 1
+        return ClipLoss(local_loss=spread, gather_with_grad=spread, rank=self.rank, world_size=self.world_size)
 
-    leaves = {name: torch.cat([e[name] for e in embedded]) for name in FEATURES}
-    leaves |= {name: value for name, value in embedded[0].items() if name not in FEATURES}  # logit scale and bias
-    leaves = {name: value.detach().requires_grad_() for name, value in leaves.items()}
-    value = loss(**leaves)
-    (value if accelerator.scaler is None else accelerator.scaler.scale(value)).backward()
 
-    gradients = zip(*(leaves[name].grad.split(sizes[name]) for name in FEATURES), strict=True)
-    for i, ((image, text), gradient) in enumerate(zip(chunks, gradients, strict=True)):
-        last = i == len(chunks) - 1
-        set_device_rng(images.device, random[i])
-        # Processes exchange gradients once, in the last backward pass; the scalars' gradient belongs to that one too.
-        with nullcontext() if last else accelerator.no_sync(model):
-            outputs = model(image, text)
-            pairs = list(zip([outputs[name] for name in FEATURES], gradient, strict=True))
-            if last:
-                pairs += [(outputs[name], leaf.grad) for name, leaf in leaves.items() if name not in FEATURES]
-            torch.autograd.backward(*zip(*pairs, strict=True))
-    return value.detach()
+@objective("siglip")
+class SigLip(Contrastive):
+    """A sigmoid for every pair of an image and a text (Zhai et al. 2023, arXiv:2303.15343)."""
+
+    # The paper's section 4.2: every pair of the batch but one is a negative, so the loss starts with a low logit.
+    start = MappingProxyType({"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0})
+
+    def build_loss(self) -> nn.Module:
+        return SigLipLoss(rank=self.rank, world_size=self.world_size)
 
 
 def clamp_logit_scale(model: nn.Module, largest: float) -> None:
@@ -115,12 +153,23 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
         model.logit_scale.clamp_(0, math.log(largest))
 
 
+def objective_of(model: nn.Module, folder: str | Path | None = None) -> Objective:
+    """Return the objective a model was trained for, for one process and one view and caption of each image.
+
+    folder: where the model comes from. The config.json of a run, or of a checkpoint's run, names its objective; without
+    one, the objective is SigLIP's for a model with a logit bias, and CLIP's for any other.
+    Raises UnknownName for a run whose objective is not registered in this process: import its module first.
+    """
+    config = config_of_run(folder) if folder is not None else None
+    usual = "clip" if getattr(model, "logit_bias", None) is None else "siglip"
+    return OBJECTIVES[config.loss.kind if config else usual]()
+
+
 def contrastive_loss(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
-    """The loss the model was trained with, of these pairs: softmax over the batch, or SigLIP's where it has a bias."""
-    outputs = model(images, texts)
-    return build_loss("siglip" if outputs.get("logit_bias") is not None else "clip")(**outputs)
+    """Return CLIP's loss of these pairs, or SigLIP's where the model has a logit bias (see `objective_of`)."""
+    return objective_of(model).of_batch(model, images, texts)
 
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of an image classifier, such as `timm.create_model(..., num_classes=10)`."""
+    """Return the cross-entropy of an image classifier, such as `timm.create_model(..., num_classes=10)`."""
     return nn.functional.cross_entropy(model(images), labels)

@@ -115,7 +115,8 @@ class Log:
             "scale": "logit_scale",
             "MiB": "memory_mib",
         }
-        self._bar.set_postfix({name: f"{numbers[key]:.4g}" for name, key in shown.items()}, refresh=False)
+        postfix = {name: f"{numbers[key]:.4g}" for name, key in shown.items() if key in numbers}
+        self._bar.set_postfix(postfix, refresh=False)
         self._restart_clock()
 
     def rows(self, step: int, rows: Iterable[Result]) -> None:

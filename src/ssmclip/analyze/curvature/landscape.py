@@ -73,8 +73,9 @@ def surface(
     points: int,
     distance: float = 1.0,
     seed: int = 0,
+    loss_of_batch: Callable[[nn.Module, Tensor, Tensor], Tensor] = contrastive_loss,
 ) -> Iterator[Unit]:
-    """Yield (where, a function that measures it) of every point of a surface: the mean contrastive loss of the batches.
+    """Yield (where, a function that measures it) of every point of a surface: the mean loss of the batches.
 
     model: in the mode it is to be measured in; batches: (images, texts); dimensions: 1 or 2. Raises ValueError as
     `grid` does.
@@ -85,7 +86,7 @@ def surface(
     directions = [filter_normalised_direction(parameters, seed + i) for i in range(dimensions)]
 
     def loss() -> Tensor:
-        return torch.stack([contrastive_loss(model, *batch) for batch in batches]).mean()
+        return torch.stack([loss_of_batch(model, *batch) for batch in batches]).mean()
 
     def measure(steps: list[float], where: Where) -> list[Result]:
         value = loss_at(loss, parameters, directions, steps)

@@ -32,6 +32,7 @@ from ssmclip.rows.condition import BATCH, PROTOCOL, STEP, TOWER
 from ssmclip.rows.resume import RowsFile, latest
 from ssmclip.rows.tasks import LANCZOS
 from ssmclip.train.checkpoint import checkpoints
+from ssmclip.train.objective import objective_of
 from ssmclip.train.state import seed_everything
 
 
@@ -71,6 +72,10 @@ class Subject:
             self.data, preprocess, tokenizer, batches=self.batches, batch_size=self.batch_size, seed=self.seed
         )
         return model.to(getattr(torch, self.precision)), data
+
+    def loss_of(self, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+        """Return the loss that the model was trained for (see `objective_of`)."""
+        return objective_of(model, None if isinstance(self.model, tuple) else self.model).of_batch
 
 
 def hessian_study(
@@ -123,6 +128,7 @@ def landscape_study(
             points=points,
             distance=distance,
             seed=subject.seed,
+            loss_of_batch=subject.loss_of(model),
         )
 
     settings = {"points": points, "distance": distance, "dimensions": dimensions}
@@ -150,17 +156,20 @@ def _hessian_units(
         model, data = subject.open(checkpoint)
         if step and checkpoint is None:
             model = _as_it_began(Path(subject.model)).to(subject.device, getattr(torch, subject.precision)).eval()
+        loss = subject.loss_of(model)
         for number, (images, texts) in enumerate(data):
             for tower, spectrum in product(towers, spectra):
                 other = {} if spectrum.protocol == LANCZOS else {PROTOCOL: spectrum.protocol}
                 where = {**step, BATCH: number, TOWER: tower, **other}
-                yield where, partial(_spectrum, model, images, texts, spectrum, subject.name, where, tower)
+                yield where, partial(_spectrum, model, images, texts, spectrum, loss, subject.name, where, tower)
 
 
-def _spectrum(model, images, texts, spectrum: SpectrumSettings, name: str, where: dict, tower: str) -> list[Result]:
+def _spectrum(
+    model, images, texts, spectrum: SpectrumSettings, loss: Callable, name: str, where: dict, tower: str
+) -> list[Result]:
     title = f"{name}, batch {where[BATCH]}"
     with tqdm(desc=title, unit="product", leave=False, disable=None) as bar:
-        told = {"model_name": name, "where": where, "tower": tower}
+        told = {"model_name": name, "where": where, "tower": tower, "loss": loss}
         return batch_rows(model, images, texts, spectrum, **told, progress=lambda _: bar.update())
 
 

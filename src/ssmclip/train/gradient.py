@@ -1,0 +1,76 @@
+"""The gradient of a batch's loss, whole or through cached features."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ssmclip.train.objective import Objective
+from ssmclip.train.state import device_rng, set_device_rng
+
+
+def backward(
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    images: Tensor,
+    targets: Tensor,
+    micro_batch: int | None,
+) -> Tensor:
+    """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
+
+    images (batch * views, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
+    micro_batch: pairs to embed at a time; features are then cached (see `_backward_cached`), and memory is that of a
+    micro-batch. None embeds all at once.
+    """
+    if micro_batch is None or micro_batch * objective.views >= len(images):
+        value = objective.of_batch(model, images, targets)
+        accelerator.backward(value)
+        return value.detach()
+    return _backward_cached(accelerator, model, objective, images, targets, micro_batch)
+
+
+def _backward_cached(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, images: Tensor, targets: Tensor, micro_batch: int
+) -> Tensor:
+    """GradCache (Gao et al. 2021, arXiv:2101.06983): the large batch's gradient from micro-batches, to rounding.
+
+    Embed every micro-batch without a graph; take the loss of the whole batch and its gradient at the features; embed
+    again with a graph, random state put back so that drop-path repeats, and send the features' gradient through.
+    One more forward pass is the price. Batch norm, if a model has it, sees micro-batches (twice).
+    """
+    chunks = list(
+        zip(images.split(micro_batch * objective.views), targets.split(micro_batch * objective.captions), strict=True)
+    )
+    random, embedded = [], []
+    with torch.no_grad():
+        for image, target in chunks:
+            random.append(device_rng(images.device))
+            embedded.append(objective.outputs(model, image, target))
+
+    leaves = {name: torch.cat([e[name] for e in embedded]) for name in objective.rows}
+    leaves |= {name: value for name, value in embedded[0].items() if name not in leaves}  # logit scale and bias
+    leaves = {name: value.detach().requires_grad_(value.is_floating_point()) for name, value in leaves.items()}
+    value = objective(**leaves)
+    (value if accelerator.scaler is None else accelerator.scaler.scale(value)).backward()
+
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    parts = {
+        name: gradients.pop(name).split([len(e[name]) for e in embedded])
+        for name in objective.rows
+        if name in gradients
+    }
+    for i, (image, target) in enumerate(chunks):
+        last = i == len(chunks) - 1
+        set_device_rng(images.device, random[i])
+        # Processes exchange gradients once, in the last backward pass; the scalars' gradient belongs to that one too.
+        with nullcontext() if last else accelerator.no_sync(model):
+            outputs = objective.outputs(model, image, target)
+            pairs = [(outputs[name], part[i]) for name, part in parts.items()]
+            if last:
+                pairs += [(outputs[name], gradient) for name, gradient in gradients.items()]
+            torch.autograd.backward(*zip(*pairs, strict=True))
+    return value.detach()
