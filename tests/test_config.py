@@ -190,7 +190,7 @@ def test_changed_fields_are_named_in_full():
     assert changed_fields(TrainConfig(), new) == {"steps": (1000, 5000), "optimiser.lr": (1e-3, 1.0)}
 
 
-@pytest.mark.parametrize("field", ["image_column", "caption_column", "encoding"])
+@pytest.mark.parametrize("field", ["image_column", "caption_column", "encoding", "separator"])
 def test_a_field_that_an_older_run_lacks_has_its_default(field):
     old = to_dict(TrainConfig())
     del old["data"][field]

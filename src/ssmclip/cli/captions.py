@@ -51,15 +51,27 @@ def read_texts(path: Path, field: str | None = None) -> list[str]:
 
     Raises ValueError for a record without one and for no captions.
     """
+    from ssmclip.data.lines import read_lines
     from ssmclip.data.testsets.layouts.captioned import DESCRIPTIONS
 
-    lines = [text for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+    numbered = [(number, text) for number, text in enumerate(read_lines(path), start=1) if text.strip()]
+    lines = [text for _, text in numbered]
     if path.suffix in (".jsonl", ".jsonlines"):
         wanted = (field,) if field else DESCRIPTIONS
-        records = [json.loads(text) for text in lines]
+        records = [_record(path, number, text) for number, text in numbered]
         if bare := next((record for record in records if not any(record.get(key) for key in wanted)), None):
             raise ValueError(f"{path}: a record has none of {', '.join(wanted)}; its keys are {', '.join(bare)}")
         lines = [next(record[key] for key in wanted if record.get(key)) for record in records]
     if not lines:
         raise ValueError(f"{path} has no captions")
     return lines
+
+
+def _record(path: Path, number: int, line: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, line {number} must be a JSON object (got {line[:40]!r})")
+    return record

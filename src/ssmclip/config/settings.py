@@ -73,6 +73,7 @@ class DataConfig(Settings, group="data"):
     image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.pairs.tables
     caption_column: str = ""
     encoding: str = "utf-8"  # of a csv or tsv file
+    separator: str = ""  # of a csv or tsv file: a character or tab, semicolon ...; "": the one its header shows
 
     def __post_init__(self):
         super().__post_init__()

@@ -40,9 +40,13 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
         warnings.simplefilter("ignore")  # of odd metadata; a picture comes out or an error
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(stream, formats=FORMATS) as image:
-                _check_size(image, max_pixels, min_side)
-                return to_rgb(image)
+            try:
+                return _decode(stream, max_pixels, min_side)
+            except ValueError as error:
+                if "MAX_TEXT_" not in str(error):  # Pillow's limits of what a PNG may hold as text
+                    raise
+                stream.seek(0)
+                return _decode(io.BytesIO(_without_text(stream.read())), max_pixels, min_side)
         except BadImage:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -55,9 +59,35 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
 
 def _open_file(path: Path):
     try:
+        if path.is_fifo():
+            raise BadImage("missing image file", f"{path}: a named pipe, at which reading would wait")
         return path.open("rb")
     except OSError as error:
         raise BadImage("missing image file", f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, BadImage):
+            raise
+        raise BadImage("missing image file", f"{str(path)!r}: {error}") from error  # a zero byte in the name
+
+
+def _decode(stream: io.BufferedIOBase, max_pixels: int, min_side: int) -> Image.Image:
+    with Image.open(stream, formats=FORMATS) as image:
+        _check_size(image, max_pixels, min_side)
+        return to_rgb(image)
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without its texts and colour profile, for whose size Pillow refuses the pixels as well.
+
+    After 8 bytes of signature come chunks: length (4 bytes), type (4), data of that length, checksum (4).
+    """
+    kept, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+        if png[start + 4 : start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(png[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:

@@ -11,6 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from ssmclip.data.lines import read_lines
 from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus, find_stimuli
 
 RELEASE = "https://github.com/bethgelab/model-vs-human/releases/download/v0.1/{name}.tar.gz"
@@ -72,5 +73,5 @@ def _fetch(url: str, target: Path) -> None:
 
 def _recorded(sums: Path) -> dict[str, str]:
     """Name -> digest, of a file that need not be there."""
-    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    lines = read_lines(sums) if sums.is_file() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int, Shaped
 from pyarrow import csv
 
+from ssmclip.data.delimited import Delimited, unpack
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 
 NO_ANSWER = -1  # the subject was asked and gave none of the categories: an error
@@ -265,6 +266,7 @@ def _read(file: Path) -> pa.Table:
     """The file's table, its columns named as here; a csv file's values as text, as they stand there."""
     try:
         if file.suffix.lower() == ".csv":
+            Delimited(file, unpack(file)).check()
             with csv.open_csv(file) as opened:
                 header = opened.schema.names
             as_text = csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False)

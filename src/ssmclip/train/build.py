@@ -166,7 +166,9 @@ def open_stream(
             shuffle_buffer=config.data.shuffle_buffer,
             captions_per_image=config.data.captions_per_image,
             views_per_image=config.data.views_per_image,
-            table_format=TableFormat(config.data.image_column, config.data.caption_column, config.data.encoding),
+            table_format=TableFormat(
+                config.data.image_column, config.data.caption_column, config.data.encoding, config.data.separator
+            ),
         )
 
 

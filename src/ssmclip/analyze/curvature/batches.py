@@ -37,12 +37,12 @@ def read_batches(
             f"{batches} batches of {batch_size} are {wanted:,} samples, {source} has {loader.num_samples:,}: "
             + (f"ask for at most {most} batches" if most else f"a batch holds at most {loader.num_samples} of them")
         )
-    seen: set[str] = set()
-    for _, batch in zip(range(batches), loader, strict=False):
-        if seen & set(batch.keys) or len(set(batch.keys)) < batch_size:
-            usable = len(seen | set(batch.keys))
-            raise ValueError(f"{source} has {usable:,} usable samples, {wanted:,} were asked for: take fewer batches")
-        seen |= set(batch.keys)
+    for number, batch in zip(range(batches), loader, strict=False):
+        if loader.cursor["states"][0]["pass"] > 0:  # it holds samples of the second pass
+            raise ValueError(
+                f"{source} has fewer than {(number + 1) * batch_size:,} usable samples, {wanted:,} were asked for: "
+                + (f"take at most {number} batches" if number else "take smaller batches")
+            )
         yield batch.images, batch.texts
 
 

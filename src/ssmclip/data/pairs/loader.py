@@ -19,7 +19,15 @@ from ssmclip.data.images import open_image
 from ssmclip.data.pairs.augment import train_transform
 from ssmclip.data.pairs.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
 from ssmclip.data.pairs.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
-from ssmclip.data.pairs.tables import TABLE_SUFFIXES, RowSource, TableFormat, synthetic_source, table_source
+from ssmclip.data.pairs.tables import (
+    TABLE_SUFFIXES,
+    RowSource,
+    TableFormat,
+    is_table,
+    synthetic_source,
+    table_source,
+    tables_in,
+)
 
 __all__ = ["Batch", "NoUsableSamples", "PairLoader", "TableFormat", "open_image", "open_pairs", "train_transform"]
 
@@ -47,7 +55,7 @@ def open_pairs(
     """An endless, reshuffled stream of batches from `source`.
 
     source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL),
-        a csv, tsv or parquet table of (image, caption), or "synthetic:NAME".
+        a csv, tsv or parquet table of (image, caption) or several ("dir/train-*.parquet"), or "synthetic:NAME".
     transform(picture, generator) -> (3, H, W), drawing from that generator only.
     tokenize(n texts) -> int64 (n, context_length).
     workers: processes that prepare batches, 0: none. rank, world_size: this process among those that train together.
@@ -79,15 +87,19 @@ def _open_source(
 ) -> ShardSource | RowSource:
     if source.startswith(SYNTHETIC):
         return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed)
-    if source.lower().endswith(TABLE_SUFFIXES):
-        return table_source(source, table_format, seed=seed, resident_bytes=resident_bytes)
-    shards = find_shards(source)
-    if unknown := [shard for shard in shards if is_local(shard) and not shard.lower().endswith(TAR_SUFFIXES)]:
+    files = tables_in(Path(source)) or ([source] if is_table(source) else find_shards(source))
+    tables = [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
+    if tables and len(tables) < len(files):
+        others = [file for file in files if file not in tables]
+        raise ValueError(f"{source} must be tables or shards, not both: it has {tables[0]} and {others[0]}")
+    if tables:
+        return table_source(files, table_format, seed=seed, resident_bytes=resident_bytes)
+    if unknown := [file for file in files if is_local(file) and not file.lower().endswith(TAR_SUFFIXES)]:
         raise ValueError(
             f"{unknown[0]} is of no known kind: wanted shards ({', '.join(TAR_SUFFIXES)}), a table "
             f"({', '.join(TABLE_SUFFIXES)}) or {SYNTHETIC}NAME"
         )
-    return ShardSource(shards, seed=seed, window=window, resident_bytes=resident_bytes)
+    return ShardSource(files, seed=seed, window=window, resident_bytes=resident_bytes)
 
 
 class PairLoader:

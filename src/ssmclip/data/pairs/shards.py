@@ -11,7 +11,9 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ssmclip.data.images import SUFFIXES
 from ssmclip.data.pairs.samples import Sample, permutation
+from ssmclip.data.tars import TAR_SUFFIXES, read_keys, repeats, short_names, split_name
 
 END_OF_ARCHIVE = bytes(512)
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+COMPARED_WHOLE = 2**28  # bytes of shards whose headers are all read when a source is opened, in about a second
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 
 
@@ -35,7 +38,8 @@ def find_shards(source: str | Path) -> list[str]:
     """
     source = str(source)
     if Path(source).is_dir():
-        found = sorted(str(path) for path in Path(source).iterdir() if path.name.lower().endswith(TAR_SUFFIXES))
+        visible = (path for path in Path(source).iterdir() if not path.name.startswith("."))
+        found = sorted(str(path) for path in visible if path.name.lower().endswith(TAR_SUFFIXES))
         if not found:
             raise FileNotFoundError(f"{source} has no .tar; it holds {_listing(Path(source))}")
         return found
@@ -65,6 +69,10 @@ class ShardSource:
 
     Shards are dealt out to the readers. When there are fewer shards than readers, every reader reads all of them and
     takes each n-th sample.
+
+    A sample's key is its key in the shard, from which all its random draws come. Shards may begin again at the same
+    key: in a shard that has a key of an earlier one, all are SHARD/KEY. The earlier shard's stay as they are, so that
+    wherever keys differ anyway the draws are those of older versions, whose runs go on here.
     """
 
     def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int):
@@ -72,8 +80,23 @@ class ShardSource:
         self.seed = seed
         self.window = window
         self.local = all(is_local(shard) for shard in self.shards)
-        self.resident = self.local and sum(Path(shard).stat().st_size for shard in self.shards) <= resident_bytes
+        self.num_bytes = sum(Path(shard).stat().st_size for shard in self.shards) if self.local else None
+        self.resident = self.local and self.num_bytes <= resident_bytes
         self._kept: dict[str, list[Sample]] = {}
+        self._names = dict(zip(self.shards, short_names(self.shards), strict=True))
+        self._repeating = self._shards_that_repeat()
+
+    def _shards_that_repeat(self) -> set[str]:
+        """Return the shards that have a key of one before them.
+
+        Of large shards only the first keys are compared, which are alike where numbering begins again; remote ones
+        would have to be fetched for it. What is missed so is told apart within a window, by `windows`.
+        """
+        if not self.local or len(self.shards) == 1:
+            return set()
+        most = None if self.num_bytes <= COMPARED_WHOLE else 1
+        keys = (_leading_keys(shard, most) for shard in self.shards)
+        return {shard for shard, repeated in zip(self.shards, repeats(keys), strict=True) if repeated}
 
     @cached_property
     def num_samples(self) -> int | None:
@@ -82,8 +105,10 @@ class ShardSource:
 
     @property
     def identity(self) -> str:
-        names = " ".join(shard.rsplit("/", 1)[-1] for shard in self.shards)
-        return f"{len(self.shards)} shards {zlib.crc32(names.encode()):08x}"
+        names = [shard.rsplit("/", 1)[-1] for shard in self.shards]
+        if len(set(names)) < len(names):  # elsewhere file names alone, as in the cursors of older versions
+            names = list(self._names.values())
+        return f"{len(self.shards)} shards {zlib.crc32(' '.join(names).encode()):08x}"
 
     def windows(
         self, number: int, reader: int, readers: int, start: Sequence[int]
@@ -93,7 +118,7 @@ class ShardSource:
         dealt = len(shards) >= readers
         mine = shards[reader::readers] if dealt else shards
         first, skip = start
-        begin, window = [first, skip], []
+        begin, window, keys = [first, skip], [], set()
         for place in range(first, len(mine)):
             for index, sample in enumerate(self._read(mine[place])):
                 if place == first and index < skip:
@@ -102,21 +127,30 @@ class ShardSource:
                     continue
                 if len(window) == self.window:
                     yield begin, window
-                    begin, window = [place, index], []
+                    begin, window, keys = [place, index], [], set()
+                if sample.key in keys and not sample.problem:
+                    sample = replace(sample, key=f"{self._names[mine[place]]}/{sample.key}")
+                keys.add(sample.key)
                 window.append(sample)
         if window:
             yield begin, window
 
     def _read(self, shard: str) -> Iterator[Sample] | list[Sample]:
+        prefix = f"{self._names[shard]}/" if shard in self._repeating else ""
         if not self.resident:
-            return read_shard(shard)
+            return read_shard(shard, prefix)
         if shard not in self._kept:
-            self._kept[shard] = list(read_shard(shard))
+            self._kept[shard] = list(read_shard(shard, prefix))
         return self._kept[shard]
 
 
-def read_shard(shard: str) -> Iterator[Sample]:
-    """The samples of one shard, in order, nothing decoded.
+def _leading_keys(shard: str, most: int | None) -> list[str]:
+    with open(shard, "rb") as file:
+        return list(islice(read_keys(file), most))
+
+
+def read_shard(shard: str, prefix: str = "") -> Iterator[Sample]:
+    """Yield the samples of one shard, in order, nothing decoded. prefix: what is put before their keys.
 
     A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem. The sample
     that was being read when it ended is not whole and is left out.
@@ -133,15 +167,15 @@ def read_shard(shard: str) -> Iterator[Sample]:
         files = tar_file_expander([{"url": shard, "stream": watched}], handler=_noting(failures))
         last: dict = {}
         read = 0
-        for fields in group_by_keys(files, handler=_noting(repeated)):
+        for fields in group_by_keys(files, split_name, handler=_noting(repeated)):
             if last:
-                yield make_sample(last)
+                yield make_sample(last, prefix)
                 read += 1
             last = fields
     if not failures and not watched.ended:
         failures.append(tarfile.ReadError("no end-of-archive mark"))
     if last and not failures:
-        yield make_sample(last)
+        yield make_sample(last, prefix)
     for error in repeated:
         yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
     if failures:
@@ -214,9 +248,9 @@ def _noting(errors: list[Exception]) -> Callable[[Exception], bool]:
     return note
 
 
-def make_sample(fields: dict) -> Sample:
-    """A Sample from webdataset's dictionary of one sample (suffix -> bytes)."""
-    key = fields["__key__"]
+def make_sample(fields: dict, prefix: str = "") -> Sample:
+    """Return webdataset's dictionary of one sample (suffix -> bytes) as a Sample whose key begins with `prefix`."""
+    key = prefix + fields["__key__"]
     image = next((fields[suffix] for suffix in SUFFIXES if suffix in fields), None)
     if image is None:
         suffixes = ", ".join(name for name in fields if not name.startswith("__"))
@@ -225,7 +259,7 @@ def make_sample(fields: dict) -> Sample:
         return Sample(key, image, _captions(fields))
     except UnicodeDecodeError as error:
         return Sample(key, None, [], "caption is not utf-8", str(error))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         return Sample(key, None, [], "broken json", str(error))
 
 
@@ -234,10 +268,10 @@ def _captions(fields: dict) -> list[str]:
 
     Raises TypeError for captions that are no text.
     """
-    described = json.loads(fields["json"].decode("utf-8")) if "json" in fields else {}
+    described = json.loads(fields["json"].decode("utf-8-sig")) if "json" in fields else {}
     captions = described.get("captions")
     if not captions and "txt" in fields:
-        captions = fields["txt"].decode("utf-8")
+        captions = fields["txt"].decode("utf-8-sig")
     if captions is None:
         captions = described.get("caption")
     if captions is None:
@@ -263,24 +297,13 @@ def count_samples(shard: str) -> int:
                     f"{sizes}: {Path(shard).name} has {count!r}, wanted its number of samples: mend it or remove it"
                 )
             return count
-    keys = 0
-    last = None
-    try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key = (folder, name.split(".", 1)[0])
-                if member.isreg() and key != last:
-                    keys, last = keys + 1, key
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
-        pass  # reading it will count the damage
-    return keys
+    return sum(1 for _ in read_keys(shard))
 
 
 def _read_sizes(path: Path) -> dict[str, Any]:
     try:
-        counted = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
+        counted = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no JSON, or no text, or nested too deep
         raise ValueError(f"{path} is no JSON ({error}): mend it or remove it") from error
     if not isinstance(counted, dict):
         raise ValueError(f"{path} is of type {type(counted).__name__}, wanted {{shard: samples}}: mend it or remove it")

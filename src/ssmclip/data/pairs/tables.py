@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +18,17 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from ssmclip.data import synthetic
+from ssmclip.data.delimited import Delimited, in_utf8, unpack
 from ssmclip.data.pairs.samples import Sample, permutation
+from ssmclip.data.tars import TAR_SUFFIXES
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file")
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "sentence")
+
+SEPARATORS = {"comma": ",", "tab": "\t", r"\t": "\t", "semicolon": ";", "pipe": "|"}  # by name, for the command line
+
+REMEDY = "Give its encoding, e.g. --set data.encoding={encoding} (TableFormat(encoding='{encoding}')), or convert it"
 
 TEXT = pa.large_string()  # the one kind of text that may be longer than 2 GiB in all
 
@@ -27,12 +37,22 @@ TEXT = pa.large_string()  # the one kind of text that may be longer than 2 GiB i
 class TableFormat:
     """How to read a table when its header does not say. Empty names: the first known column name is taken.
 
-    Names are found in any case, with or without spaces around them.
+    Names are found in any case, with or without spaces around them. encoding, separator: of a csv or tsv file; the
+    separator is one character or a name in SEPARATORS, "": the first of , tab ; | that separates the two columns.
+    Raises ValueError for another separator.
     """
 
     image_column: str = ""
     caption_column: str = ""
     encoding: str = "utf-8"
+    separator: str = ""
+
+    def __post_init__(self):
+        character = SEPARATORS.get(self.separator, self.separator)
+        if character and (len(character) > 1 or not character.isascii() or character in '"\r\n'):
+            raise ValueError(
+                f"data.separator must be one ASCII character or one of {', '.join(SEPARATORS)} (got {self.separator!r})"
+            )
 
 
 class RowSource:
@@ -64,6 +84,28 @@ class _Picked(Sequence):
         return self.samples[int(self.order[index])]
 
 
+def is_table(source: str) -> bool:
+    """Return whether a source is the name of one table, there or not, and no pattern for several."""
+    return source.lower().endswith(TABLE_SUFFIXES) and (not set(source) & set("*?[{") or Path(source).is_file())
+
+
+def tables_in(folder: Path) -> list[str]:
+    """Return the tables of a folder without shards, [] where there is no such folder or it has none.
+
+    Raises ValueError where they are not parts of one table, whose names differ in numbers only: they may be splits.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    tables = [name for name in names if name.lower().endswith(TABLE_SUFFIXES)]
+    if any(name.lower().endswith(TAR_SUFFIXES) for name in names):
+        return []
+    if len({re.sub(r"\d+", "0", name) for name in tables}) > 1:
+        raise ValueError(
+            f"{folder} has tables that may belong to different sets: {', '.join(tables[:8])}. "
+            f"Choose with a pattern, such as {folder / '*'}{Path(tables[0]).suffix}"
+        )
+    return [str(folder / name) for name in tables]
+
+
 def synthetic_source(name: str, *, seed: int) -> RowSource:
     """One of synthetic.PAIR_SOURCES. The pictures do not depend on `seed`, only their order."""
     items = synthetic.PAIR_SOURCES[name]()
@@ -71,21 +113,60 @@ def synthetic_source(name: str, *, seed: int) -> RowSource:
     return RowSource(samples, seed=seed, identity=f"synthetic:{name} {len(samples)}")
 
 
-def table_source(path: str | Path, table_format: TableFormat, *, seed: int, resident_bytes: int) -> RowSource:
-    """A table of (image, caption) rows. Rows with the same path are one sample with several captions.
+def table_source(
+    source: str | Path | Sequence[str | Path], table_format: TableFormat, *, seed: int, resident_bytes: int
+) -> RowSource:
+    """Return the rows (image, caption) of a table, or of several as if they were one.
 
-    Images are paths (relative to the table's folder), encoded bytes, or Hugging Face's {"bytes", "path"}. Captions are
-    texts or lists of texts; numbers are taken as they are written.
-    Raises FileNotFoundError, and ValueError that names a missing column, one that holds something else, or the first
-    byte that is not in the encoding.
+    Rows with the same path are one sample with several captions. Images are paths (relative to the table's folder),
+    encoded bytes, or Hugging Face's {"bytes", "path"}. Captions are texts or lists of texts; numbers are taken as they
+    are written.
+    Raises FileNotFoundError, and ValueError that names a missing column, one that holds something else, the first
+    byte that is not in the encoding, or the line that can be read in more than one way.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no table {path}")
-    table = _read_parquet(path, table_format) if path.suffix.lower() == ".parquet" else _read_text(path, table_format)
-    rows = _Rows(_as_images(path, table["image"]), _as_captions(path, table["caption"]), path.parent)
-    samples = list(rows) if table.nbytes <= resident_bytes else rows
-    return RowSource(samples, seed=seed, identity=f"{path.name} {len(rows)}")
+    paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"there is no table {', '.join(missing)}")
+    tables = [_read_table(path, table_format) for path in paths]
+    folder = _common_folder(paths)
+    images = [_below(folder, path, table["image"]) for path, table in zip(paths, tables, strict=True)]
+    rows = _Rows(_joined(paths, images), _joined(paths, [table["caption"] for table in tables]), folder)
+    samples = list(rows) if sum(table.nbytes for table in tables) <= resident_bytes else rows
+    return RowSource(samples, seed=seed, identity=f"{_identity(paths, folder)} {len(rows)}")
+
+
+def _identity(paths: Sequence[Path], folder: Path) -> str:
+    if len(paths) == 1:
+        return paths[0].name
+    names = " ".join(os.path.relpath(path, folder) for path in paths)
+    return f"{len(paths)} tables {zlib.crc32(names.encode()):08x}"
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    folders = {path.parent for path in paths}
+    return folders.pop() if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+
+
+def _below(folder: Path, path: Path, images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Paths as seen from the folder that all tables have in common, in which equal ones are one picture."""
+    between = os.path.relpath(path.parent.absolute(), folder.absolute())
+    if between == os.curdir:
+        return images
+    if pa.types.is_struct(images.type):
+        raise ValueError(f"{path}: tables in several folders must hold paths or encoded bytes (got {images.type})")
+    if images.type != TEXT:
+        return images
+    as_it_is = pc.or_(pc.equal(images, ""), pc.starts_with(images, os.sep))
+    return pc.if_else(
+        as_it_is, images, pc.binary_join_element_wise(pa.scalar(between, TEXT), images, pa.scalar(os.sep, TEXT))
+    )
+
+
+def _joined(paths: Sequence[Path], columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    for path, column in zip(paths, columns, strict=True):
+        if column.type != columns[0].type:
+            raise ValueError(f"{path} has a column of type {column.type}, and {paths[0]} one of type {columns[0].type}")
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
 class _Rows(Sequence):
@@ -133,11 +214,17 @@ def _grouped(paths: pa.ChunkedArray) -> pa.ChunkedArray:
     return table.group_by(["path", "alone"], use_threads=False).aggregate([("row", "list")])["row_list"]
 
 
+_IS_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+_IS_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
 def _as_images(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Paths as TEXT, whatever Arrow type says text; bytes and {"bytes", "path"} as they are."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+    if any(is_text(kind) for is_text in _IS_TEXT):
         return column.cast(kind).cast(TEXT)
+    if pa.types.is_binary_view(kind):
+        return column.cast(pa.large_binary())
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
         raise ValueError(f'{path}: its images are of type {kind}, wanted paths, encoded bytes or {{"bytes", "path"}}')
     return column.cast(kind)
@@ -146,13 +233,23 @@ def _as_images(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _as_captions(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Captions as TEXT or lists of TEXT."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    several = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        kind = pa.large_list(kind.value_type)  # whose values Arrow's own cast mixes up
+        column = pa.chunked_array([pa.array(chunk.to_pylist(), kind) for chunk in column.chunks], kind)
+    several = any(is_list(kind) for is_list in _IS_LIST)
     try:
         return column.cast(kind).cast(pa.large_list(TEXT) if several else TEXT)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{path}: its captions are of type {kind}, wanted texts or lists of texts ({error})"
         ) from error
+
+
+def _read_table(path: Path, table_format: TableFormat) -> pa.Table:
+    parquet = path.suffix.lower() == ".parquet"
+    table = _read_parquet(path, table_format) if parquet else _read_text(path, table_format)
+    columns = [_as_images(path, table["image"]), _as_captions(path, table["caption"])]
+    return pa.table(columns, ["image", "caption"])
 
 
 def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
@@ -166,44 +263,57 @@ def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
 
 
 def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
-    tabs = path.name.lower().endswith((".tsv", ".tsv.gz"))
-    parse = pa.csv.ParseOptions(
-        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
-    )
+    text = _separated(path, _content(path, table_format.encoding), table_format)
+    if not text.header():
+        raise ValueError(f"{path} must have a header with the columns' names (it is empty)")
+    image, caption = _columns(path, text.header(), table_format)
+    text.check(lambda field: os.path.isfile(path.parent / field))
     read = pa.csv.ReadOptions(encoding=table_format.encoding)
+    parse = pa.csv.ParseOptions(
+        delimiter=text.separator, quote_char='"' if text.quoted else False, newlines_in_values=text.quoted
+    )
+    convert = pa.csv.ConvertOptions(
+        include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
+    )
+    stream = pa.input_stream(path, compression="gzip" if path.suffix.lower() == ".gz" else None)
     try:
-        with pa.csv.open_csv(_unpacked(path), read, parse) as reader:
-            names = reader.schema.names
-        image, caption = _columns(path, names, table_format)
-        convert = pa.csv.ConvertOptions(
-            include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
-        )
-        table = pa.csv.read_csv(_unpacked(path), read, parse, convert)
-    except (pa.ArrowInvalid, UnicodeDecodeError, LookupError) as error:
-        _check_encoding(path, table_format.encoding)
-        raise ValueError(f"{path} is not a readable table: {error}") from error
+        table = pa.csv.read_csv(stream, read, parse, convert)
+    except pa.ArrowInvalid as error:
+        in_utf8(path, unpack(path), table_format.encoding, REMEDY)
+        line = text.first_uneven_line(len(text.header()))
+        raise ValueError(f"{path} is not a readable table: {f'line {line}: ' if line else ''}{error}") from error
+    if len(table) != text.count_rows():
+        raise ValueError(f"{path} is not a readable table: {text.count_rows():,} rows became {len(table):,} when read")
     return table.rename_columns(["image", "caption"])
 
 
-def _unpacked(path: Path) -> pa.NativeFile:
-    return pa.input_stream(path, compression="gzip" if path.suffix.lower() == ".gz" else None)
+def _content(path: Path, encoding: str) -> bytes:
+    """The file in UTF-8. Where it is in UTF-8 already, that is not checked: other columns may hold anything."""
+    content = unpack(path)
+    if encoding != "utf-8" or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = in_utf8(path, content, encoding, REMEDY)
+    content = content.removeprefix(codecs.BOM_UTF8)
+    return content if b"\n" in content else content.replace(b"\r", b"\n")  # as old Macintoshes end lines
 
 
-def _check_encoding(path: Path, encoding: str) -> None:
-    """Raises ValueError for an unknown encoding, or naming the first byte that is not in it; else does nothing."""
-    with _unpacked(path) as file:
-        content = file.read()
+def _separated(path: Path, content: bytes, table_format: TableFormat) -> Delimited:
+    """The file with the separator that is given, or else the first that has both columns in the header.
+
+    Where no separator has, it is the one of the file's name. Between tabs in a file named tsv, quotes are characters
+    of the values.
+    """
+    tsv = path.name.lower().endswith((".tsv", ".tsv.gz"))
+    given = SEPARATORS.get(table_format.separator, table_format.separator)
+    likely = ("\t", ",", ";", "|") if tsv else (",", "\t", ";", "|")
+    readings = [Delimited(path, content, each, not (tsv and each == "\t")) for each in ([given] if given else likely)]
+    return next((text for text in readings if _has_columns(path, text.header(), table_format)), readings[0])
+
+
+def _has_columns(path: Path, names: Sequence[str], table_format: TableFormat) -> bool:
     try:
-        content.decode(encoding)
-    except LookupError as error:
-        raise ValueError(f"{path}: {error}; wanted one that Python knows, such as utf-8, latin-1, cp1252") from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} is not {encoding}: byte 0x{content[error.start]:02x} at position {error.start} (line {line}). "
-            "Give its encoding, e.g. --set data.encoding=latin-1 (TableFormat(encoding='latin-1')), or convert it: "
-            "iconv -f latin1 -t utf-8"
-        ) from error
+        return bool(_columns(path, names, table_format))
+    except ValueError:
+        return False
 
 
 def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> tuple[str, str]:
@@ -215,9 +325,10 @@ def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> tup
 
 def _column(path: Path, names: Sequence[str], kind: str, wanted: str, known: Sequence[str]) -> str:
     candidates = (wanted,) if wanted else known
-    if exact := [name for name in candidates if name in names]:
-        return exact[0]
-    for name in candidates:
+    exact = next((name for name in candidates if name in names), "")
+    if names.count(exact) == 1:
+        return exact
+    for name in [] if exact else candidates:
         alike = [n for n in names if n.strip().lower() == name.strip().lower()]
         if len(alike) == 1:
             return alike[0]
@@ -225,4 +336,5 @@ def _column(path: Path, names: Sequence[str], kind: str, wanted: str, known: Seq
     raise ValueError(
         f"{path} has no {kind} column: looked for {looked}, its columns are {', '.join(names)}. "
         f"Name it: --set data.{kind}_column=... (TableFormat({kind}_column=...))"
+        + (". Is another character between them? Name that: --set data.separator=..." if len(names) < 2 else "")
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ssmclip.data.images import SUFFIXES
+from ssmclip.data.lines import read_lines
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
 from ssmclip.data.testsets.layouts.folders import from_file
 
 DESCRIPTIONS = ("IIW", "IIW-P5B", "caption", "description", "extra_caption", "text")  # of these the first a record has
+
+_PICTURE = re.compile(rf"\.({'|'.join(SUFFIXES)})\"?$", re.IGNORECASE)
 
 
 @LAYOUTS.register("coco_json")
@@ -63,15 +66,35 @@ def caption_list(folder: Path, card: Card) -> Found | str:
     if file is None:
         return " or ".join(names)
     captions: dict[str, list[str]] = {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        tabs = file.suffix == ".token"
-        reader = csv.reader(
-            lines, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-        )
-        for row in reader:
-            if len(row) >= 2 and row[:2] != ["image", "caption"]:
-                captions.setdefault(row[0].split("#")[0].strip(), []).append(",".join(row[1:]).strip())
+    for name, caption in _listed(file):
+        captions.setdefault(name.split("#")[0].strip(), []).append(caption.strip())
     return _found(file, folder, captions.items())
+
+
+def _listed(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the picture's name and the caption on each line. A caption may have separators in it, quoted or not.
+
+    A quote never reaches over lines, as it would in a csv: these lists have a caption a line, and in some of them
+    quotes are the captions' own. Raises ValueError naming the line that is none of a name and a caption, and the one
+    whose caption seems to go on in the next.
+    """
+    separator = "\t" if file.suffix == ".token" else ","
+    lines = [(number, line) for number, line in enumerate(read_lines(file), start=1) if line.strip()]
+    for (number, line), (_, following) in zip(lines, [*lines[1:], (0, "")], strict=True):
+        name, between, caption = line.partition(separator)
+        if not between:
+            raise ValueError(f"{file}, line {number} must be picture{separator}caption (got {line[:60]!r})")
+        if separator == "\t":
+            yield name, caption
+        elif (name, caption) != ("image", "caption"):
+            is_open = caption.startswith('"') and caption.count('"') % 2 == 1
+            if is_open and following and not _PICTURE.search(following.partition(separator)[0]):
+                raise ValueError(f"{file}, line {number}: a quote opens a caption and is not closed on the same line")
+            yield name.strip('"'), _unquoted(caption)
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', value) else value
 
 
 @LAYOUTS.register("records_jsonl")
@@ -84,8 +107,13 @@ def records_jsonl(folder: Path, card: Card) -> Found | str:
     if file is None:
         return "data.jsonl or docci_descriptions.jsonlines"
     pairs = []
-    for line in filter(str.strip, file.read_text(encoding="utf-8").splitlines()):
-        record = json.loads(line)
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
         text = next((record[key] for key in DESCRIPTIONS if record.get(key)), None)
         name = next((record[key] for key in ("image_file", "file_name", "image/key", "image") if key in record), None)
         if text is None or name is None:

@@ -5,13 +5,11 @@ Others are in `originals.py`, `parquet.py` and `captioned.py`.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import pickle
-import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,10 @@ import numpy as np
 from PIL import Image
 
 from ssmclip.data import synthetic
+from ssmclip.data.delimited import read_table
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.data.lines import read_lines, split_lines
+from ssmclip.data.tars import Member, index_samples
 from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found, Pictures
 from ssmclip.data.testsets.prompts import folders_on, names_on, plain, spoken
 
@@ -264,8 +265,7 @@ def metadata_csv(folder: Path, card: Card) -> Found | str:
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path)
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -282,20 +282,6 @@ def from_file(paths: Sequence[Path], index: int) -> Image.Image:
 # ---- CLIP_benchmark's shards -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Member:
-    """Where in which tar a file lies."""
-
-    shard: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        with self.shard.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
 @LAYOUTS.register("clip_benchmark_tars")
 def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
     """`test/0.tar ...` with NAME.jpg and NAME.cls or NAME.txt (a caption a line), as CLIP_benchmark's webdatasets are.
@@ -310,8 +296,8 @@ def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
         return f"a {card.kind} webdataset (test/0.tar is there, but its dataset_type.txt says {declared!r})"
     own_names = tuple(_lines(folder / "classnames.txt"))
     templates = tuple(t.replace("{c}", "{}") for t in _lines(folder / "zeroshot_classification_templates.txt"))
-    samples = [sample for shard in shards for sample in _index(shard)]
-    keys = [key for key, _ in samples]
+    samples = [sample for shard in shards for sample in index_samples(shard).items()]
+    keys = _distinct(samples)
     images = [_pick(key, files, SUFFIXES) for key, files in samples]
     pictures = Pictures(len(keys), partial(_from_member, keys, images))
     if card.kind == "retrieval":
@@ -339,22 +325,13 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _index(shard: Path) -> list[tuple[str, dict[str, _Member]]]:
-    samples: dict[str, dict[str, _Member]] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    path, _, name = member.name.rpartition("/")
-                    stem, _, suffix = name.partition(".")
-                    key = f"{path}/{stem}" if path else stem
-                    samples.setdefault(key, {})[suffix.lower()] = _Member(shard, member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"the shard {shard} is damaged after {len(samples)} samples: {error}") from error
-    return list(samples.items())
+def _distinct(samples: Sequence[tuple[str, dict[str, Member]]]) -> list[str]:
+    """The samples' keys, with the shard's name before those that several shards have."""
+    count = Counter(key for key, _ in samples)
+    return [key if count[key] == 1 else f"{next(iter(files.values())).shard.stem}/{key}" for key, files in samples]
 
 
-def _pick(key: str, files: dict[str, _Member], suffixes: Sequence[str]) -> _Member:
+def _pick(key: str, files: dict[str, Member], suffixes: Sequence[str]) -> Member:
     for suffix in suffixes:
         if suffix in files:
             return files[suffix]
@@ -362,14 +339,14 @@ def _pick(key: str, files: dict[str, _Member], suffixes: Sequence[str]) -> _Memb
     raise ValueError(f"{key} in {shard} has no .{suffixes[0]}; it has .{', .'.join(files)}")
 
 
-def _captions(key: str, member: _Member) -> list[str]:
+def _captions(key: str, member: Member) -> list[str]:
     try:
-        return [line for line in member.read().decode("utf-8").splitlines() if line.strip()]
+        return [line for line in split_lines(member.read().decode("utf-8-sig")) if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"the captions of {key} in {member.shard} are not utf-8: {error}") from error
 
 
-def _label(key: str, member: _Member) -> int:
+def _label(key: str, member: Member) -> int:
     text = member.read()
     try:
         return int(text)
@@ -377,7 +354,7 @@ def _label(key: str, member: _Member) -> int:
         raise ValueError(f"the label of {key} in {member.shard} is not a number: {text[:20]!r}") from error
 
 
-def _from_member(keys: list[str], images: list[_Member], index: int) -> Image.Image:
+def _from_member(keys: list[str], images: list[Member], index: int) -> Image.Image:
     try:
         return open_image(images[index].read())
     except BadImage as error:
@@ -385,5 +362,5 @@ def _from_member(keys: list[str], images: list[_Member], index: int) -> Image.Im
 
 
 def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = read_lines(path) if path.is_file() else []
+    return [line.strip() for line in lines if line.strip()]

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ssmclip.data.delimited import read_table
 from ssmclip.data.images import SUFFIXES
+from ssmclip.data.lines import read_lines
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
 from ssmclip.data.testsets.layouts.folders import from_file
 from ssmclip.data.testsets.prompts import plain, spoken
@@ -110,7 +112,7 @@ def sun397(dataset: Any, card: Card):
     pairs = sorted(zip(dataset._image_files, dataset._labels, strict=True))
     listed = dataset._data_dir / "Testing_01.txt"
     if listed.is_file():
-        wanted = {line.strip().lstrip("/") for line in listed.read_text(encoding="utf-8").splitlines()}
+        wanted = {line.strip().lstrip("/") for line in read_lines(listed)}
         pairs = [pair for pair in pairs if pair[0].relative_to(dataset._data_dir).as_posix() in wanted]
     names = [name.replace("_", " ").replace("/", " ") for name in dataset.classes]
     return [path for path, _ in pairs], [label for _, label in pairs], names
@@ -174,8 +176,7 @@ def gtsrb(folder: Path, card: Card) -> Found | str:
     table = next((place / name for place in above if (place / name).is_file()), None)
     if table is None:
         return f"GTSRB/Final_Test/Images and {name}"
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
+    rows = read_table(table)
     paths = [images / row["Filename"] for row in rows]
     return _from_files(str(table), folder, paths, [int(row["ClassId"]) for row in rows], ())
 
@@ -272,7 +273,7 @@ def cub(folder: Path, card: Card) -> Found | str:
     if root is None:
         return "CUB_200_2011/train_test_split.txt"
     path, label, train, names = (
-        dict(line.split(maxsplit=1) for line in (root / f"{name}.txt").read_text(encoding="utf-8").splitlines() if line)
+        dict(line.split(maxsplit=1) for line in read_lines(root / f"{name}.txt") if line)
         for name in ("images", "image_class_labels", "train_test_split", "classes")
     )
     tested = [number for number in path if train[number].strip() == "0"]
@@ -288,7 +289,7 @@ def hateful_memes(folder: Path, card: Card) -> Found | str:
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         return "dev.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in read_lines(path) if line.strip()]
     paths = [path.parent / row["img"] for row in rows]
     return _from_files(str(path), path.parent, paths, [row["label"] for row in rows], ())
 
