@@ -18,7 +18,7 @@ from ssmclip.models.networks import mamba, mamba_text, simba, vmamba
 from ssmclip.ops.dispatch import KNOWN
 from ssmclip.registry import Registry
 from ssmclip.train.ema import ema_decay
-from ssmclip.train.objective import build_loss
+from ssmclip.train.objective import OBJECTIVES
 from ssmclip.train.optimiser import build_optimiser, lr_schedule
 
 FOLDER = Path(__file__).parent / "golden"
@@ -97,7 +97,7 @@ def learn(golden):
     log_scale = torch.tensor(golden["build"]["log_scale"], dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         features = [nn.functional.normalize(x, dim=-1) for x in (image, text)]
-        loss = build_loss(golden["build"]["name"])(*features, log_scale.exp())
+        loss = OBJECTIVES[golden["build"]["name"]]()(*features, log_scale.exp())
     loss.backward()
     gradients = {"image": image.grad, "text": text.grad, "log scale": log_scale.grad[None]}
     return {"loss": loss.detach()[None]} | {f"gradient of {name}": value for name, value in gradients.items()}
