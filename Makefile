@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint clean results
-.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-hessian bench-gpu
+.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-startup bench-hessian bench-gpu
 .PHONY: eval26 captions distorted hessian efficiency
 setup: $(VENV)/.installed
 
@@ -59,6 +59,9 @@ bench-distortions: setup  ## distortions against their plain definitions
 
 bench-embedder: setup  ## the embedder against the bare encoder, texts sorted and not
 	$(BIN)/python benchmarks/embedder.py --out results/embedder.jsonl
+
+bench-startup: setup  ## seconds until a command answers, over those of `import torch`
+	$(BIN)/python benchmarks/startup.py --out results/startup.jsonl
 
 bench-hessian: setup  ## a Hessian-vector product against a gradient
 	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
