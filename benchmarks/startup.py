@@ -22,8 +22,12 @@ from ssmclip.rows import Result, describe_run, write_rows
 TASK = "startup"
 MODEL = "CLIP-VMamba-Nano"
 TORCH = "import torch"
-LOAD = f"import ssmclip; ssmclip.load('{MODEL}')"
-CODES = {TORCH: TORCH, "import ssmclip": "import ssmclip", f"load {MODEL}": LOAD}
+LOAD = "load the model"
+SAVE = """
+import sys, ssmclip
+config = ssmclip.clip_config(sys.argv[1])
+ssmclip.save_model(ssmclip.create_clip(config), config, sys.argv[2])
+"""
 COMMANDS = ("--help", "evaluate --help", "datasets", "report --help", "report", "search")
 
 
@@ -36,15 +40,18 @@ def commands(folder: Path) -> dict[str, list[str]]:
     pictures.mkdir()
     for i in range(4):
         Image.fromarray(np.full((96, 96, 3), 60 * i, np.uint8)).save(pictures / f"{i}.png")
-    ssmclip = [sys.executable, "-m", "ssmclip"]
-    subprocess.run([*ssmclip, "embed", str(pictures), "--model", MODEL, "--out", str(index)], check=True)
+    python, ssmclip = [sys.executable, "-c"], [sys.executable, "-m", "ssmclip"]
+    model = str(folder / "model")
+    subprocess.run([*python, SAVE, MODEL, model], check=True)
+    subprocess.run([*ssmclip, "embed", str(pictures), "--model", model, "--out", str(index)], check=True)
     write_rows(folder / "rows.jsonl", [Result("A", "digits", "top1", 0.5, 0.4, 0.6, 100)])
     more = {
         "datasets": ["--data", str(folder)],
         "report": [str(folder / "rows.jsonl"), "--out", str(folder / "report")],
         "search": ["a grey square", str(index)],
     }
-    timed = {name: [sys.executable, "-c", code] for name, code in CODES.items()}
+    codes = {TORCH: TORCH, "import ssmclip": "import ssmclip", LOAD: f"import ssmclip; ssmclip.load({model!r})"}
+    timed = {name: [*python, code] for name, code in codes.items()}
     return timed | {f"ssmclip {name}": [*ssmclip, *name.split(), *more.get(name, [])] for name in COMMANDS}
 
 
@@ -75,7 +82,7 @@ def main() -> None:
                     taken[name].append(measured)
     rows = []
     for name, measured in taken.items():
-        over = f"load {MODEL}" if name == "ssmclip search" else TORCH
+        over = LOAD if name == "ssmclip search" else TORCH
         ratios = [mine[0] / other[0] for mine, other in zip(measured, taken[over], strict=True)]
         for metric, value, extra in (
             ("seconds", statistics.median(s for s, _ in measured), {}),

@@ -75,7 +75,7 @@ def kill_at(out, step, overrides=()):
     process = subprocess.Popen([sys.executable, "-c", RUN, recipe, str(out), *SETTINGS, *overrides], env=environment)
     rows = out / "rows.jsonl"
     deadline = time.monotonic() + 120
-    while not (rows.exists() and f'"step": {step}' in rows.read_text()):
+    while not (rows.exists() and f'"step": {step}}}' in rows.read_text()):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run is too slow to be killed"
         time.sleep(0.002)
