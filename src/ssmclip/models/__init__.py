@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssmclip.models.files.weights import CheckpointError as CheckpointError
     from ssmclip.models.files.weights import load_config as load_config
     from ssmclip.models.files.weights import load_state as load_state
-    from ssmclip.models.files.weights import save_model as save_model
+    from ssmclip.models.clip import save_model as save_model
     from ssmclip.models.names import load as load
     from ssmclip.models.names import load_tokenizer as load_tokenizer
     from ssmclip.models.networks import mamba_text as mamba_text
@@ -44,7 +44,7 @@ _HOMES = {
     "mamba_text": "ssmclip.models.networks.mamba_text",
     "mambaout": "ssmclip.models.networks.mambaout",
     "push": "ssmclip.models.files.hub",
-    "save_model": "ssmclip.models.files.weights",
+    "save_model": "ssmclip.models.clip",
     "save_tokenizer": "ssmclip.models.clip",
     "simba": "ssmclip.models.networks.simba",
     "vit": "ssmclip.models.networks.vit",

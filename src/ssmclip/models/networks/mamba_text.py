@@ -173,10 +173,13 @@ class MambaText(nn.Module):
         norm = self.transformer.norm_f
         return self.proj(norm(x.to(norm.weight.dtype)))
 
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """open_clip's: freeze the language model, but for its last layers; the projection goes on learning.
+    def lock(
+        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True
+    ) -> None:
+        """Freeze the language model except its last layers, as open_clip asks for it; the projection goes on learning.
 
-        unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too.
+        unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too;
+        pooler_in_head: accepted for open_clip's sake, as the last token's state is taken without weights of a pooler.
         """
         model = self.transformer
         model.requires_grad_(False)
@@ -189,7 +192,8 @@ class MambaText(nn.Module):
                     module.requires_grad_(True)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
+        """Recompute each block in the backward pass. impl: accepted for open_clip's sake; it is always "inline"."""
         self.transformer.grad_checkpointing = enable
 
     @torch.jit.ignore
