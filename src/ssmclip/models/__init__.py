@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from ssmclip.models.networks import simba as simba
     from ssmclip.models.networks import vit as vit
     from ssmclip.models.networks import vmamba as vmamba
-    from ssmclip.models.published.read import convert as convert
     from ssmclip.models.published.read import load_published as load_published
+    from ssmclip.models.published.write import convert as convert
 
 _HOMES = {
     "CheckpointError": "ssmclip.models.files.weights",
     "build_preprocess": "ssmclip.models.clip",
     "build_tokenizer": "ssmclip.models.clip",
     "clip_config": "ssmclip.models.clip",
-    "convert": "ssmclip.models.published.read",
+    "convert": "ssmclip.models.published.write",
     "create_clip": "ssmclip.models.clip",
     "download": "ssmclip.models.files.hub",
     "list_clips": "ssmclip.models.clip",

@@ -13,7 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ssmclip.models import clip_config, create_clip, list_clips
-from ssmclip.models.clip import OPEN_CLIP, _open_clip_config, build_preprocess, build_tokenizer, image_transform
+from ssmclip.models.clip import OPEN_CLIP, open_clip_config, build_preprocess, build_tokenizer, image_transform
 from ssmclip.models.files.hub import HUB, download
 from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
 from ssmclip.models.tokenizer import find_tokenizer
@@ -239,7 +239,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
     asked, (name, _, pretrained) = name, name.removeprefix(OPEN_CLIP).partition("/")
-    _open_clip_config(name)
+    open_clip_config(name)
     if pretrained and not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
         raise UnknownName(f"weights of {name}", pretrained, open_clip.list_pretrained_tags_by_model(name))
     try:
@@ -249,4 +249,4 @@ def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | 
     except RuntimeError as error:  # a download that failed, or a file of another model
         raise CheckpointError(f"{asked} can't be loaded: {error}") from error
     preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
-    return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": _open_clip_config(name)}))
+    return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": open_clip_config(name)}))

@@ -27,9 +27,7 @@ class BagOfWords(nn.Module):
         total = torch.einsum("bl,blc->bc", word, self.token_embedding(text))
         return self.proj(total / word.sum(1, keepdim=True).clamp(min=1))
 
-    def lock(
-        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True
-    ) -> None:
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
         """Freeze the tower, as open_clip asks for it. There are no layers, norms or pooler that could go on learning."""
         self.requires_grad_(False)
 

@@ -173,9 +173,7 @@ class MambaText(nn.Module):
         norm = self.transformer.norm_f
         return self.proj(norm(x.to(norm.weight.dtype)))
 
-    def lock(
-        self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True
-    ) -> None:
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
         """Freeze the language model except its last layers, as open_clip asks for it; the projection goes on learning.
 
         unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too;

@@ -43,7 +43,8 @@ class Hints:
 
     text_heads: of CLIP's text transformer; quick_gelu: whether CLIP's transformers use QuickGELU rather than GELU;
     image_size: pixels, or (height, width), that a CLIP's images have; n_groups, layer_norm_epsilon: of a Mamba language
-    model; act_layer: activation of a MambaOut, in timm's words ("gelu", "silu").
+    model; act_layer: activation of a MambaOut, in timm's words ("gelu", "silu"); conv_act: whether a VMamba has a GELU
+    after the convolutions of its stem and its halvings.
     """
 
     text_heads: int | None = None
@@ -52,6 +53,7 @@ class Hints:
     n_groups: int | None = None
     layer_norm_epsilon: float | None = None
     act_layer: str | None = None
+    conv_act: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ def simba_fields(state: State) -> dict[str, Any]:
     ratios = (4.0,) * len(dims)
     if not einfft:
         ratios = tuple(
-            common_ratio([(dim, shape(state, f"block{i}.0.mlp.fc1.weight", 2)[0])]) for i, dim in zip(stages, dims, strict=True)
+            common_ratio([(dim, shape(state, f"block{i}.0.mlp.fc1.weight", 2)[0])])
+            for i, dim in zip(stages, dims, strict=True)
         )
     return dict(
         depths=tuple(count(state, f"block{i}.") for i in stages),

@@ -24,8 +24,15 @@ class ClipText(open_clip.transformer.TextTransformer):
         return nn.functional.normalize(features, dim=-1) if normalize else features
 
 
+def build_clip_text(fields: dict[str, Any]) -> ClipText:
+    """Return CLIP's text tower with fresh weights. fields: those that `read` gives."""
+    fields = dict(fields)
+    quick_gelu = fields.pop("quick_gelu")
+    return ClipText(act_layer=open_clip.transformer.QuickGELU if quick_gelu else nn.GELU, **fields)
+
+
 def read(state: State, hints: Hints) -> Architecture:
-    """The text tower alone. Its temperature, if it is there, belongs to no tower."""
+    """Read the text tower alone. Its temperature, if it is there, belongs to no tower."""
     state = {key: value for key, value in state.items() if key != "logit_scale"}
     _, output_dim = shape(state, "text_projection", 2)
     quick_gelu = guess(hints.quick_gelu, "quick_gelu", True)

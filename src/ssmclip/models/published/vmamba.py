@@ -9,7 +9,7 @@ from typing import Any
 from ssmclip.models.networks import vmamba
 from ssmclip.models.published.layout import LAYOUTS, Architecture, Hints, Layout, State, WrongShape, has, shape
 from ssmclip.models.published.shapes import classes, common_ratio, count
-from ssmclip.models.published.variants import named
+from ssmclip.models.published.variants import Unseen, named
 
 OLDER_NAMES = [
     (r"^patch_embed\.proj\.", "patch_embed.0."),
@@ -24,7 +24,10 @@ DIRECTIONS = 4  # of the scan
 
 def read(state: State, hints: Hints) -> Architecture:
     state = rename_vmamba(state)
-    return Architecture("encoder", named(vmamba.VARIANTS, "vmamba", vmamba.VMamba, vmamba_fields(state)), state)
+    fields = vmamba_fields(state)
+    # VMamba-Nano, which alone has batch norms, has it.
+    unseen = {"conv_act": Unseen(hints.conv_act, fields["conv_norm"] == "batch")}
+    return Architecture("encoder", named(vmamba.VARIANTS, "vmamba", vmamba.VMamba, fields, unseen), state)
 
 
 LAYOUTS.register("vmamba")(Layout("VMamba", "encoder", lambda state: has(state, "layers.0.blocks."), read))
@@ -49,13 +52,12 @@ def rename_vmamba(state: State) -> State:
 
 
 def vmamba_fields(state: State) -> dict[str, Any]:
-    """Return the fields of `VMamba`, from weights in this package's names."""
+    """Return the fields of `VMamba` except conv_act, from weights in this package's names."""
     blocks = [f"layers.{i}.blocks" for i in range(count(state, "layers."))]
     first = [f"{block}.0" for block in blocks]
     dims = tuple(shape(state, f"{block}.norm.weight", 1)[0] for block in first)
     inner = [shape(state, f"{block}.op.out_norm.weight", 1)[0] for block in first]
     scans = "layers.0.blocks.0.op.A_logs" in state
-    batch_norms = "patch_embed.2.running_mean" in state
     fields = dict(
         depths=tuple(count(state, f"{block}.") for block in blocks),
         dims=dims,
@@ -66,8 +68,7 @@ def vmamba_fields(state: State) -> dict[str, Any]:
         mlp_ratio=0.0,
         patch_embed="v2" if "patch_embed.5.weight" in state else "v1",
         downsample="v1" if "layers.0.downsample.reduction.weight" in state else "v3",
-        conv_norm="batch" if batch_norms else "layer",
-        conv_act=batch_norms,  # leaves no trace; VMamba-Nano, which alone has batch norms, has it
+        conv_norm="batch" if "patch_embed.2.running_mean" in state else "layer",
         num_classes=classes(state, "classifier.head"),
         in_chans=shape(state, "patch_embed.0.weight", 4)[1],
     )
