@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from ssmclip.models.clip import clip_config as clip_config
     from ssmclip.models.clip import create_clip as create_clip
     from ssmclip.models.clip import list_clips as list_clips
+    from ssmclip.models.clip import save_model as save_model
     from ssmclip.models.clip import save_tokenizer as save_tokenizer
     from ssmclip.models.files.hub import download as download
     from ssmclip.models.files.hub import push as push
     from ssmclip.models.files.weights import CheckpointError as CheckpointError
     from ssmclip.models.files.weights import load_config as load_config
     from ssmclip.models.files.weights import load_state as load_state
-    from ssmclip.models.clip import save_model as save_model
     from ssmclip.models.names import load as load
     from ssmclip.models.names import load_tokenizer as load_tokenizer
     from ssmclip.models.networks import mamba_text as mamba_text

@@ -13,7 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from ssmclip.models import clip_config, create_clip, list_clips
-from ssmclip.models.clip import OPEN_CLIP, open_clip_config, build_preprocess, build_tokenizer, image_transform
+from ssmclip.models.clip import OPEN_CLIP, build_preprocess, build_tokenizer, image_transform, open_clip_config
 from ssmclip.models.files.hub import HUB, download
 from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
 from ssmclip.models.tokenizer import find_tokenizer

@@ -28,7 +28,7 @@ class BagOfWords(nn.Module):
         return self.proj(total / word.sum(1, keepdim=True).clamp(min=1))
 
     def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
-        """Freeze the tower, as open_clip asks for it. There are no layers, norms or pooler that could go on learning."""
+        """Freeze the whole tower: it has no layers, norms or pooler to leave out. The arguments are open_clip's."""
         self.requires_grad_(False)
 
     @torch.jit.ignore

@@ -119,7 +119,7 @@ def shape(state: State, key: str, axes: int) -> tuple[int, ...]:
 
 
 def guess(hint: Any, name: str, value: Any) -> Any:
-    """Return what was asked for, else `value`, and say in the log that this is a guess and how to give the right one."""
+    """Return the hint, else `value`, and then warn in the log that this is a guess and how to give the right one."""
     if hint is not None:
         return hint
     log.warning("%s=%s is a guess: the weights do not tell it. If it is wrong, give %s", name, value, name)

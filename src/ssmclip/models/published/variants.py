@@ -27,7 +27,7 @@ def named(
 
     fields: those of `encoder` that the weights tell, with num_classes and in_chans; unseen: the others. A variant with
     these fields, and those hinted, gives its name and keeps only num_classes, and in_chans where it isn't 3; otherwise
-    the arguments are the fields that differ from defaults, and an unseen one without a hint is guessed, which is logged.
+    the arguments are the fields that differ from defaults; an unseen one without a hint is guessed, which is logged.
     """
     fields, unseen = dict(fields), unseen or {}
     inputs_and_outputs = {"num_classes": fields.pop("num_classes")}
