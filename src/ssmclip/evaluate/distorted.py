@@ -27,12 +27,13 @@ from ssmclip.data.distortions.apply import fingerprint
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
 from ssmclip.data.distortions.registry import Table, find, kept, prepare
 from ssmclip.evaluate.embeddings.cache import texts_hash
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts, subset
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_images, embed_texts, subset
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.evaluate.retrieval import guessing
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks
 from ssmclip.evaluate.zeroshot import class_embeddings, coverage
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.condition import AVERAGE, LEVEL
 from ssmclip.rows.tasks import of_distorted
@@ -108,7 +109,7 @@ class Distorted(Dataset):
 
 
 def distorted_rows(
-    clips: Sequence[Clip], dataset: Any, card: Any, how: Manipulations, settings: Settings
+    clips: Sequence[Model], dataset: Any, card: Any, how: Manipulations, settings: Settings
 ) -> Iterator[list[Result]]:
     """The rows of one distortion after another: each model's at each level, their mean, and models compared.
 
@@ -122,16 +123,16 @@ def distorted_rows(
     with tqdm(total=sum(len(DISTORTIONS[name].labels) for name in how.names), unit="level", disable=None) as bar:
         for name in how.names:
             task, labels = of_distorted(card.name, name), list(DISTORTIONS[name].labels)
-            levels, right, shown = [], {clip.name: [] for clip in clips}, {}
+            levels, right, shown = [], {clip.label: [] for clip in clips}, {}
             for place, label in enumerate(labels):
                 bar.set_description(f"{name} {label}")
                 pictures = Distorted(dataset, name, label, how)
                 for clip, judge in zip(clips, judges, strict=True):
                     images = embed_images(clip, pictures, settings)
                     hits, chance = judge(images)
-                    right[clip.name].append(hits)
+                    right[clip.label].append(hits)
                     extra = {"title": f"{card.title}, {name}", "chance": chance, "counted": place in kept(name)}
-                    levels.append(_level_row(clip.name, task, label, metric, hits, images, dataset, settings, extra))
+                    levels.append(_level_row(clip.label, task, label, metric, hits, images, dataset, settings, extra))
                 if settings.examples:
                     example = subset(len(dataset), settings)
                     item = pictures[example[draw(len(example), 1, settings.seed)[0]]]
@@ -197,7 +198,7 @@ def _finite(values: Tensor) -> Tensor:
 Judge = Callable[[ImageEmbeddings], "tuple[Tensor, float | None]"]
 
 
-def _judge(clip: Clip, dataset: Any, card: Any, settings: Settings) -> Judge:
+def _judge(clip: Model, dataset: Any, card: Any, settings: Settings) -> Judge:
     """A function of embedded images: which are right, (n,), and what guessing gives. Texts are embedded here, once."""
     if card.kind == "classification":
         names, templates = dataset.classnames, dataset.templates

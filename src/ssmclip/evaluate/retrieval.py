@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ssmclip.evaluate import pictures
 from ssmclip.evaluate.captions import cut_at, longer_than
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.geometry import geometry
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
 from ssmclip.evaluate.zeroshot import coverage
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.condition import TOKENS, Where
 
@@ -30,7 +31,7 @@ KS = (1, 5, 10)
 SHOWN = 5  # best matches kept of an example
 
 
-def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
+def retrieval(clip: Model, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
     """Rows of one retrieval task: recall at 1, 5 and 10 from image to text and back, the mean of the six, and the
     geometry of the two sets of points.
 
@@ -45,7 +46,7 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
     flat = [caption for of_image in captions for caption in of_image]
     owner = torch.tensor([i for i, of_image in enumerate(captions) for _ in of_image])
     keys = [dataset.keys[place] for place in images.index.tolist()]
-    clips: list[tuple[Where, Clip]] = [({}, clip)]
+    clips: list[tuple[Where, Model]] = [({}, clip)]
     if settings.truncate and longer_than(clip.tokenizer, flat, settings.truncate):
         cut = cut_at(clip.tokenizer, settings.truncate)
         clips.append(({TOKENS: settings.truncate}, replace(clip, tokenizer=cut)))
@@ -58,7 +59,7 @@ def retrieval(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         made = recall_rows(images.features, texts, owner, keys, settings.seed)
         measured = made + [Result("", "", metric, value) for metric, value in geometry(images.features, texts, owner)]
         measured[0] = replace(measured[0], extra=about | measured[0].extra)
-        rows += [replace(row, model=clip.name, task=task, where=where) for row in measured]
+        rows += [replace(row, model=clip.label, task=task, where=where) for row in measured]
     return rows
 
 

@@ -13,10 +13,11 @@ from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.distorted import Manipulations, distorted_rows
 from ssmclip.evaluate.embeddings import ranks
-from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.evaluate.retrieval import retrieval
 from ssmclip.evaluate.zeroshot import zero_shot
+from ssmclip.models.names import Model
 from ssmclip.registry import UnknownName
 from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
@@ -69,7 +70,7 @@ def evaluations(
     model, preprocess, tokenizer = loaded
     rules = PROTOCOLS[protocol]
     clips = {
-        kind: Clip(model, rules.preprocess(model, preprocess, kind, image_size), tokenizer, model_name)
+        kind: Model(model, rules.preprocess(model, preprocess, kind, image_size), tokenizer, model_name)
         for kind in {card.kind for _, card, _ in opened}
     }
     for name, card, dataset in opened:
@@ -90,7 +91,7 @@ def distorted_evaluations(
     prepare = PROTOCOLS[protocol].preprocess
     for _, card, dataset in opened:
         clips = [
-            Clip(model, prepare(model, preprocess, card.kind, image_size), tokenizer, name)
+            Model(model, prepare(model, preprocess, card.kind, image_size), tokenizer, name)
             for name, (model, preprocess, tokenizer) in loaded.items()
         ]
         yield from distorted_rows(clips, dataset, card, how, settings)
@@ -114,7 +115,7 @@ def training_validation(
     opened = open_tasks(tasks, root)
 
     def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
-        clip = Clip(model, preprocess, tokenizer, model_name)
+        clip = Model(model, preprocess, tokenizer, model_name)
         rows: list[Result] = []
         with ranks.by_itself():  # the others wait
             for name, card, dataset in opened:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssmclip.evaluate import pictures
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images, embed_texts
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_images, embed_texts
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
@@ -45,7 +46,7 @@ def class_embeddings(
     return normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
+def zero_shot(clip: Model, dataset: Any, card: Any, task: str, settings: Settings) -> list[Result]:
     """Rows of one classification task: the card's metric first, then top1, mean_per_class and (above 5 classes) top5;
     where the data set has groups, worst_group and average_group.
 
@@ -79,8 +80,8 @@ def zero_shot(clip: Clip, dataset: Any, card: Any, task: str, settings: Settings
         more = {} if rows else extra
         if metric == "top1":
             more = more | paired.marked(_right(scores, target), [dataset.keys[i] for i in images.index.tolist()])
-        rows.append(Result(clip.name, task, metric, value, low, high, n, extra=more))
-    return rows + _group_rows(clip.name, task, _right(scores, target), images, dataset, settings)
+        rows.append(Result(clip.label, task, metric, value, low, high, n, extra=more))
+    return rows + _group_rows(clip.label, task, _right(scores, target), images, dataset, settings)
 
 
 def _right(scores: Tensor, target: Tensor) -> Tensor:

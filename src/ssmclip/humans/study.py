@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from ssmclip.data.images import open_image
-from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.humans import RESAMPLES
-from ssmclip.humans.decide import Decider, clip_decider, decide, timm_decider
+from ssmclip.humans.decide import Decider, clip_decider, decide, imagenet_decider
 from ssmclip.humans.scores import score_sets
 from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus
 from ssmclip.humans.trials import Trials, read_trials
-from ssmclip.models.names import load
+from ssmclip.models.names import TIMM, Model, find
 from ssmclip.rows import Result
 from ssmclip.rows.tasks import OOD
-
-TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Experiment:
     """The experiment that people took part in, for models.
 
     stimuli: from `open_stimuli`; decisions: the parquet file that decisions are added to; prompts: of a CLIP, see
-    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.load`.
+    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.find`.
     """
 
     stimuli: Sequence[Stimulus]
@@ -40,20 +38,19 @@ class Experiment:
     device: str = "cpu"
     image_size: int | tuple[int, int] | None = None
 
-    def decider(self, label: str, model: str | Clip, settings: Settings) -> Decider:
-        """Return what decides. model: timm:NAME, any other name or folder that `ssmclip.load` takes, or a CLIP.
+    def decider(self, label: str, model: str | Model, settings: Settings) -> Decider:
+        """Return what decides: a CLIP from prompts, an image encoder from its ImageNet logits.
 
-        Raises what `timm_decider`, `clip_decider` and `load` raise.
+        model: any name that `ssmclip.find` takes, or what it returned. Raises what `find` and `clip_decider` raise.
         """
-        if isinstance(model, str) and model.startswith(TIMM):
-            name = model.removeprefix(TIMM)
-            label = label.removeprefix(TIMM)
-            return timm_decider(name, device=self.device, label=label, image_size=self.image_size)
         if isinstance(model, str):
-            model = Clip(*load(model, device=self.device, image_size=self.image_size), label)
+            label = label.removeprefix(TIMM)
+            model = find(model, label=label, device=self.device, image_size=self.image_size)
+        if model.tokenizer is None:
+            return imagenet_decider(model.network, model.preprocess, model.label)
         return clip_decider(model, settings, prompts=self.prompts)
 
-    def run(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[tuple[str, int]]:
+    def run(self, models: Mapping[str, str | Model], settings: Settings) -> Iterator[tuple[str, int]]:
         """Let one model after another decide; yield its label and how many decisions were added to the file.
 
         models: label -> what `decider` takes. Raises what `decider` and `decide` raise.
@@ -75,7 +72,7 @@ class OodTask:
 
     name: ClassVar[str] = OOD
 
-    def measure(self, models: Mapping[str, str | Clip], settings: Settings) -> Iterator[list[Result]]:
+    def measure(self, models: Mapping[str, str | Model], settings: Settings) -> Iterator[list[Result]]:
         """Let the models decide, then yield the rows of averages over data sets, and those of each data set.
 
         Scored are all decisions in the file, those of earlier runs too. With `settings.examples`, a data set's first

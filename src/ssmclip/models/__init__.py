@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ssmclip.models.files.weights import CheckpointError as CheckpointError
     from ssmclip.models.files.weights import load_config as load_config
     from ssmclip.models.files.weights import load_state as load_state
+    from ssmclip.models.names import Model as Model
+    from ssmclip.models.names import find as find
     from ssmclip.models.names import load as load
     from ssmclip.models.names import load_tokenizer as load_tokenizer
     from ssmclip.models.networks import mamba_text as mamba_text
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckpointError": "ssmclip.models.files.weights",
+    "Model": "ssmclip.models.names",
     "build_preprocess": "ssmclip.models.clip",
     "build_tokenizer": "ssmclip.models.clip",
     "clip_config": "ssmclip.models.clip",
@@ -36,6 +39,7 @@ _HOMES = {
     "create_clip": "ssmclip.models.clip",
     "download": "ssmclip.models.files.hub",
     "list_clips": "ssmclip.models.clip",
+    "find": "ssmclip.models.names",
     "load": "ssmclip.models.names",
     "load_config": "ssmclip.models.files.weights",
     "load_published": "ssmclip.models.published.read",

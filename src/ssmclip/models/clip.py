@@ -53,7 +53,7 @@ def clip_config(
     ones; drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
     """
     if name.startswith(OPEN_CLIP):
-        model_cfg, preprocess_cfg = open_clip_config(name.removeprefix(OPEN_CLIP)), {}
+        model_cfg, preprocess_cfg = _open_clip_config(name.removeprefix(OPEN_CLIP)), {}
     elif name in list_clips():
         model_cfg = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
         preprocess_cfg = PREPROCESS | model_cfg.pop("preprocess_cfg", {})
@@ -69,7 +69,7 @@ def clip_config(
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
-def open_clip_config(name: str) -> dict[str, Any]:
+def _open_clip_config(name: str) -> dict[str, Any]:
     """open_clip's own configuration of a model. Raises UnknownName, ValueError for one that only ssmclip builds."""
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:

@@ -62,9 +62,9 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
     named = [path for path in paths if _is_utf8(path)]
     model = {
-        "model": embedder.clip.name,
+        "model": embedder.clip.label,
         "image_size": embedder.image_size,
-        "weights": embedder.clip.hashes["model"],
+        "weights": hashes(embedder.clip)["model"],
     }
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
