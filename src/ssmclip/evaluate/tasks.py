@@ -59,7 +59,7 @@ def evaluate(
 
 
 def evaluations(
-    loaded: tuple[nn.Module, Callable, Callable],
+    loaded: Model | tuple[nn.Module, Callable, Callable],
     opened: Sequence[tuple[str, Any, Any]],
     settings: Settings,
     model_name: str,
@@ -79,7 +79,7 @@ def evaluations(
 
 
 def distorted_evaluations(
-    loaded: dict[str, tuple[nn.Module, Callable, Callable]],
+    loaded: dict[str, Model | tuple[nn.Module, Callable, Callable]],
     opened: Sequence[tuple[str, Any, Any]],
     how: Manipulations,
     settings: Settings,

@@ -194,7 +194,9 @@ def source(name: str | Path, hints: Hints | None = None) -> Source:
     if timm.is_model(_bare(name)):
         return _of_timm(name)
     if "/" in name:
-        raise FileNotFoundError(f"no folder or file {name}; a model is one of those, or: {', '.join(list_clips())}")
+        raise FileNotFoundError(
+            f"no folder {name}, and no file; a model is one of those, or one of: {', '.join(list_clips())}"
+        )
     near = difflib.get_close_matches(name, timm.list_models(), n=5)
     raise UnknownName("model", name, [*list_clips(), *near])
 
@@ -276,10 +278,10 @@ def _of_open_clip(name: str) -> Source:
     architecture, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
     config = clip_config(f"{OPEN_CLIP}{architecture}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if pretrained and not open_clip.is_pretrained_cfg(architecture, pretrained) and not Path(pretrained).is_file():
-        raise UnknownName(f"weights of {architecture}", pretrained, tags)
 
     def load(image_size: int | Size | None) -> nn.Module:
+        if pretrained and not open_clip.is_pretrained_cfg(architecture, pretrained) and not Path(pretrained).is_file():
+            raise UnknownName(f"weights of {architecture}", pretrained, tags)
         how = dict(pretrained=pretrained or None, force_image_size=image_size, output_dict=True)
         try:
             return open_clip.create_model(architecture, **how)

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.search.embedder import Embedder
 from ssmclip.files import whole
 
