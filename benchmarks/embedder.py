@@ -75,7 +75,7 @@ def measure_images(repetitions: int, count: int) -> Iterator[Result]:
         batches = [torch.stack(group[i : i + BATCH]) for group in by_shape for i in range(0, len(group), BATCH)]
         runs = {
             "Embedder": lambda images=images: embedder.encode_images(images),
-            "bare encoder": lambda batches=batches: bare(embedder.clip.model, batches),
+            "bare encoder": lambda batches=batches: bare(embedder.clip.network, batches),
         }
         took = turns(runs, repetitions)
         yield from rows_of(took, "bare encoder", IMAGES, f"images, {name}", "images_per_s", count, repetitions)
@@ -84,7 +84,7 @@ def measure_images(repetitions: int, count: int) -> Iterator[Result]:
 @torch.no_grad()
 def unsorted(embedder: Embedder, texts: list[str]) -> list[Tensor]:
     clip = embedder.clip
-    return [clip.model.encode_text(clip.tokenizer(texts[i : i + BATCH])) for i in range(0, len(texts), BATCH)]
+    return [clip.network.encode_text(clip.tokenizer(texts[i : i + BATCH])) for i in range(0, len(texts), BATCH)]
 
 
 def measure_texts(repetitions: int, count: int) -> Iterator[Result]:

@@ -50,7 +50,7 @@ from PIL import Image
 import ssmclip
 from ssmclip.data.testsets.open import open_dataset
 from ssmclip.evaluate.embeddings.embed import (
-    Clip,
+    Model,
     Settings,
     embed_images,
     embed_texts,
@@ -133,7 +133,7 @@ WRITERS = {"jpeg": write_jpegs, "cifar": write_cifar}
 def images(case: Case, repetitions: int) -> Iterator[Result]:
     """Rows of one encoder on one form of test set."""
     torch.set_num_threads(case.threads)
-    clip = Clip(*ssmclip.load(case.encoder), case.encoder)
+    clip = Model(*ssmclip.load(case.encoder), case.encoder)
     reading = replace(clip, model=Reads())
     with tempfile.TemporaryDirectory() as folder:
         WRITERS[case.source](Path(folder), case.images)
@@ -142,7 +142,7 @@ def images(case: Case, repetitions: int) -> Iterator[Result]:
         settings = Settings(BATCH, WORKERS)
 
         def alone() -> None:
-            with inference(clip.model):
+            with inference(clip.network):
                 for batch in pool.split(BATCH):
                     encode_batch(clip, batch)
 
@@ -151,7 +151,7 @@ def images(case: Case, repetitions: int) -> Iterator[Result]:
             "whole": (lambda: embed_images(clip, dataset, settings), case.images),
             "reading": (lambda: embed_images(reading, dataset, settings), case.images),
         }
-        with inference(clip.model):
+        with inference(clip.network):
             encode_batch(clip, pool[:BATCH])  # compiled, and memory taken, before anything is timed
         taken: dict[str, list[np.ndarray]] = {name: [] for name in ways}
         for _ in range(repetitions):
@@ -192,23 +192,23 @@ def workers_seconds() -> float:
 def texts(repetitions: int, count: int) -> Iterator[Result]:
     """Rows of one text tower: ImageNet's prompts, class by class, as zero-shot asks them."""
     torch.set_num_threads(1)
-    clip = Clip(*ssmclip.load(TEXT_TOWER), TEXT_TOWER)
+    clip = Model(*ssmclip.load(TEXT_TOWER), TEXT_TOWER)
     classes = max(1, count // len(OPENAI_IMAGENET_TEMPLATES))
     names = IMAGENET_CLASSNAMES[:: -(-len(IMAGENET_CLASSNAMES) // classes)]
     prompts = [template(name) for name in names for template in OPENAI_IMAGENET_TEMPLATES]
     batches = [clip.tokenizer(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
 
     def encoded(encode: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        with inference(clip.model):
+        with inference(clip.network):
             return torch.nn.functional.normalize(torch.cat([encode(tokens) for tokens in batches]), dim=-1)
 
     ways = {
-        "filled": lambda: encoded(clip.model.encode_text),
-        "unsorted": lambda: encoded(lambda tokens: encode_tokens(clip.model, tokens)),
+        "filled": lambda: encoded(clip.network.encode_text),
+        "unsorted": lambda: encoded(lambda tokens: encode_tokens(clip.network, tokens)),
         "sorted": lambda: embed_texts(clip, prompts, Settings(BATCH)),
     }
-    with inference(clip.model):
-        clip.model.encode_text(batches[0])  # memory taken before anything is timed
+    with inference(clip.network):
+        clip.network.encode_text(batches[0])  # memory taken before anything is timed
     taken: dict[str, list[float]] = {name: [] for name in ways}
     made = {}
     for _ in range(repetitions):

@@ -49,16 +49,16 @@ def tiny_clip(tiny_config):
 
 @pytest.fixture(scope="module")
 def vit():
-    """An open_clip model with nothing of ours in it, as a `Clip`."""
+    """An open_clip model with nothing of ours in it, as a `Model`."""
     import open_clip
 
-    from ssmclip.evaluate.embeddings.embed import Clip
+    from ssmclip.models.names import Model
 
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    return Clip(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
+    return Model(model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(), "vit")
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ from torchvision.transforms import Compose, Resize
 
 from ssmclip.__main__ import main
 from ssmclip.cli import evaluate as command
-from ssmclip.evaluate import Clip, Settings
+from ssmclip.evaluate import Model, Settings
 from ssmclip.evaluate.models import Models
-from ssmclip.humans import study
 from ssmclip.humans.decide import (
     IMAGENET,
     SCORED,
@@ -30,16 +29,21 @@ from ssmclip.humans.decide import (
     decide,
     imagenet_decider,
     open_stimuli,
-    timm_decider,
 )
 from ssmclip.humans.scores import score_decisions
 from ssmclip.humans.stimuli import CATEGORIES
 from ssmclip.humans.study import Experiment, OodTask
 from ssmclip.humans.trials import read_trials
+from ssmclip.models import find, save_model
 from ssmclip.rows import read_rows
 
 TEMPLATES = ["a photo of a {}.", "itap of the {}."]
 QUICK = Settings(batch_size=4)
+
+
+def timm_decider(name: str, **settings):
+    model = find(f"timm:{name}", label=name, **settings)
+    return imagenet_decider(model.network, model.preprocess, model.label)
 
 
 @pytest.fixture
@@ -107,12 +111,12 @@ def test_probabilities_are_means_of_the_softmax_over_all_thousand():
 
 
 @pytest.fixture(scope="module")
-def vit() -> Clip:
+def vit() -> Model:
     torch.manual_seed(0)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text, output_dict=True).eval()
-    return Clip(
+    return Model(
         model, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(context_length=16), "vit"
     )
 
@@ -123,7 +127,7 @@ def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_
     decide(decider, stimuli, tmp_path / "d.parquet", QUICK)
     rows = pq.read_table(tmp_path / "d.parquet").to_pylist()
     classifier = open_clip.build_zero_shot_classifier(
-        vit.model,
+        vit.network,
         vit.tokenizer,
         open_clip.IMAGENET_CLASSNAMES,
         [lambda name, t=template: t.format(name) for template in TEMPLATES],
@@ -131,7 +135,7 @@ def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_
     )
     images = torch.stack([vit.preprocess(Image.open(stimulus.path)) for stimulus in stimuli])
     with torch.no_grad():
-        softmax = (100 * vit.model.encode_image(images, normalize=True) @ classifier).double().softmax(dim=1)
+        softmax = (100 * vit.network.encode_image(images, normalize=True) @ classifier).double().softmax(dim=1)
     means = torch.stack([softmax[:, list(IMAGENET[c])].mean(dim=1) for c in CATEGORIES], dim=1)
     assert [row["object_response"] for row in rows] == [CATEGORIES[i] for i in means.argmax(dim=1)]
     assert len({row["object_response"] for row in rows}) > 1
@@ -142,8 +146,8 @@ def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_
 def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
     """Of the 207 classes with OpenAI's 80 templates 16,560 prompts, once; then other templates, other weights."""
     seen = []
-    encode = vit.model.encode_text
-    monkeypatch.setattr(vit.model, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
+    encode = vit.network.encode_text
+    monkeypatch.setattr(vit.network, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
     settings = Settings(batch_size=1024, cache=tmp_path / "cache")
     image = torch.rand(2, 3, 32, 32)
     decider = clip_decider(vit, settings)
@@ -157,10 +161,10 @@ def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
     assert sum(seen) == 16_560 + 16 * 2
     assert other.fingerprint != decider.fingerprint == clip_decider(replace(vit), settings).fingerprint
     with torch.no_grad():
-        vit.model.text_projection.mul_(-1)
+        vit.network.text_projection.mul_(-1)
     negative = clip_decider(replace(vit), settings, **few).logits(image)
     with torch.no_grad():
-        vit.model.text_projection.mul_(-1)
+        vit.network.text_projection.mul_(-1)
     assert sum(seen) == 16_560 + 2 * 16 * 2
     torch.testing.assert_close(negative, -positive)
 
@@ -268,11 +272,11 @@ def people(tmp_path):
     return path
 
 
-def test_the_task_ood_decides_and_scores(root, tmp_path, people, tiny_clip, monkeypatch):
+def test_the_task_ood_decides_and_scores(root, tmp_path, people, tiny_clip, tiny_config, monkeypatch):
     monkeypatch.setattr(open_clip, "OPENAI_IMAGENET_TEMPLATES", open_clip.OPENAI_IMAGENET_TEMPLATES[:2])
-    monkeypatch.setattr(study, "load", lambda *a, **k: tiny_clip)
+    save_model(tiny_clip[0], tiny_config, tmp_path / "tiny")
     out = tmp_path / "rows.jsonl"
-    words = ["--model", "tiny,timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
+    words = ["--model", f"{tmp_path / 'tiny'},timm:resnet10t", "--tasks", "ood", "--data", str(root), "--out", str(out)]
     words += ["--cache", str(tmp_path / "cache")]
     with pytest.raises(ValueError, match="--humans FILE"):
         command.run(parse(*words))

@@ -14,7 +14,7 @@ from ssmclip.cli import evaluate as command
 from ssmclip.cli import quickstart
 from ssmclip.data.distortions.pictures import picture_seed
 from ssmclip.data.testsets.open import Classification, load_card, open_dataset
-from ssmclip.evaluate import Clip, Settings, distorted
+from ssmclip.evaluate import Model, Settings, distorted
 from ssmclip.evaluate.distorted import choose, distorted_rows
 from ssmclip.evaluate.retrieval import Retrieval
 from ssmclip.evaluate.tasks import Task
@@ -31,7 +31,7 @@ class Ruler:
     def __init__(self, turn: float):
         self.turn = turn
 
-    def clip(self, name: str) -> Clip:
+    def clip(self, name: str) -> Model:
         model = torch.nn.Linear(4, 4, bias=False)
         torch.manual_seed(3)
         torch.nn.init.orthogonal_(model.weight)
@@ -39,7 +39,7 @@ class Ruler:
             model.weight += self.turn * torch.randn(4, 4)
         model.encode_image = lambda images: model(images.flatten(1))
         model.encode_text = self.hear
-        return Clip(model, self.see, self.say, name)
+        return Model(model, self.see, self.say, name)
 
     @staticmethod
     def see(picture: Image.Image) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Ruler:
         return torch.stack([torch.from_numpy(np.random.RandomState(int(seed)).randn(4)) for seed in tokens[:, 0]])
 
 
-def by_hand(clips: list[Clip], dataset, classes: torch.Tensor, name: str, label: str, places) -> list[list[bool]]:
+def by_hand(clips: list[Model], dataset, classes: torch.Tensor, name: str, label: str, places) -> list[list[bool]]:
     """Of each model, which pictures are right."""
     right = [[] for _ in clips]
     for place in places:
@@ -65,7 +65,7 @@ def by_hand(clips: list[Clip], dataset, classes: torch.Tensor, name: str, label:
         picture = Image.fromarray(ssmclip.distort(picture, name, label, seed=seed))
         for clip, mine in zip(clips, right, strict=True):
             with torch.no_grad():
-                mine.append(int((classes @ clip.model(clip.preprocess(picture).flatten())).argmax()) == truth)
+                mine.append(int((classes @ clip.network(clip.preprocess(picture).flatten())).argmax()) == truth)
     return right
 
 
@@ -91,7 +91,7 @@ def test_every_level_is_what_one_picture_after_another_gives(scenes):
     found = {(row.model, row.task, row.condition, row.metric): row for row in rows}
     for name, labels in levels.items():
         hits = [by_hand(clips, scenes, classes, name, label, places) for label in labels.split()]
-        right = {clip.name: list(of_clip) for clip, of_clip in zip(clips, zip(*hits, strict=True), strict=True)}
+        right = {clip.label: list(of_clip) for clip, of_clip in zip(clips, zip(*hits, strict=True), strict=True)}
         task = f"distorted/scenes/{name}"
         for model, hits in right.items():
             mine = [found[model, task, f"level={label}", "top1"] for label in labels.split()]

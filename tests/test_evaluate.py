@@ -16,7 +16,7 @@ from torch import nn
 
 from ssmclip.cli import evaluate as command
 from ssmclip.evaluate import (
-    Clip,
+    Model,
     Settings,
     class_embeddings,
     embed_images,
@@ -91,8 +91,8 @@ def read(texts):
     return torch.tensor([[next(i for i, name in enumerate(CLASSES) if name in text)] for text in texts])
 
 
-def seer() -> Clip:
-    return Clip(Seer(), see, read, "seer")
+def seer() -> Model:
+    return Model(Seer(), see, read, "seer")
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_tasks_and_data_that_make_no_sense_are_refused(world):
 def test_a_text_is_encoded_once():
     clip = seer()
     features = embed_texts(clip, ["one", "two", "one", "two", "two"], Settings(batch_size=1))
-    assert clip.model.texts_seen == 2
+    assert clip.network.texts_seen == 2
     assert features.argmax(dim=1).tolist() == [1, 2, 1, 2, 2]
     assert features.norm(dim=1).tolist() == [1.0] * 5
 
@@ -317,7 +317,7 @@ def test_filling_is_left_out_only_where_it_changes_nothing(change, expected):
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2} | change
     vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 16}
-    clip = Clip(
+    clip = Model(
         open_clip.CLIP(16, vision, text).eval(),
         open_clip.image_transform(32, is_train=False),
         open_clip.SimpleTokenizer(),
@@ -325,11 +325,11 @@ def test_filling_is_left_out_only_where_it_changes_nothing(change, expected):
     )
     texts = ["a dog", "a " * 30, "dog", "a photo of a cat!", "word " * 100]
     widths = []
-    clip.model.transformer.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    clip.network.transformer.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
     ours = embed_texts(clip, texts, Settings(batch_size=2))
     assert widths == expected
     with torch.no_grad():
-        whole = clip.model.encode_text(clip.tokenizer(texts), normalize=True)
+        whole = clip.network.encode_text(clip.tokenizer(texts), normalize=True)
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-6)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from ssmclip.data.testsets import prompts as prompts_module
 from ssmclip.data.testsets.open import open_dataset
-from ssmclip.evaluate import METRICS, Clip, Settings, embed_images, embed_texts, evaluate
+from ssmclip.evaluate import METRICS, Model, Settings, embed_images, embed_texts, evaluate
 from ssmclip.evaluate.captions import caption_rows, cut_at, longer_than, token_counts, words_seen
 from ssmclip.evaluate.embeddings import cache
 from ssmclip.evaluate.protocols import PROTOCOLS
@@ -52,8 +52,8 @@ def data(tmp_path):
     return tmp_path
 
 
-def parts(clip: Clip):
-    return clip.model, clip.preprocess, clip.tokenizer
+def parts(clip: Model):
+    return clip.network, clip.preprocess, clip.tokenizer
 
 
 # ---- against other people's code -------------------------------------------------------------------------------------
@@ -307,15 +307,15 @@ def test_whatever_changes_is_embedded_anew(vit, data, tmp_path, change):
         with torch.no_grad():
             model.visual.conv1.weight[0, 0, 0, 0] += 1e-3
             model.token_embedding.weight += 1e-3
-        clip = Clip(model, vit.preprocess, vit.tokenizer, "vit")
+        clip = Model(model, vit.preprocess, vit.tokenizer, "vit")
     if change == "picture":
         path = dataset.files[3]
         time.sleep(0.02)
         Image.new("RGB", (40, 40), "green").save(path)
     if change == "preprocess":
-        clip = Clip(model, open_clip.image_transform(32, is_train=False, interpolation="bilinear"), vit.tokenizer, "v")
+        clip = Model(model, open_clip.image_transform(32, is_train=False, interpolation="bilinear"), vit.tokenizer, "v")
     if change == "tokenizer":
-        clip = Clip(model, vit.preprocess, open_clip.SimpleTokenizer(context_length=77, clean="canonicalize"), "v")
+        clip = Model(model, vit.preprocess, open_clip.SimpleTokenizer(context_length=77, clean="canonicalize"), "v")
     if change == "subset":
         settings = Settings(cache=settings.cache, max_images=5)
     fresh = Settings(max_images=settings.max_images)

@@ -17,7 +17,7 @@ import ssmclip
 from ssmclip.models import create_clip
 from ssmclip.models.networks.mamba_text import LanguageModel, read_config
 from ssmclip.models.networks.registration import name_with_fields
-from ssmclip.models.published.shapes import clip_text_fields
+from ssmclip.models.published.text import clip_text_fields
 
 RATIOS = (0.5, 1 / 3, 1.0, 1.1, 1.5, 2.0, 2.7, 8 / 3, 3.0, 4.0)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ssmclip.models import clip_config as clip_config
     from ssmclip.models import convert as convert
     from ssmclip.models import create_clip as create_clip
+    from ssmclip.models import find as find
     from ssmclip.models import list_clips as list_clips
     from ssmclip.models import load as load
     from ssmclip.models import load_published as load_published
@@ -46,6 +47,7 @@ _HOMES = {
     "create_clip": "ssmclip.models",
     "distort": "ssmclip.data.distortions.apply",
     "export_onnx": "ssmclip.models.export",
+    "find": "ssmclip.models",
     "hessian_eigenvalues": "ssmclip.analyze.curvature.spectrum",
     "list_clips": "ssmclip.models",
     "load": "ssmclip.models",

@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+from ssmclip.cli.options import MODELS, labelled, line, require_writable
+
 HELP = "how many words of captions each text tower sees, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="as for evaluate; several with commas")
+    parser.add_argument("--model", required=True, help=MODELS)
     parser.add_argument("--texts", required=True, nargs="+", type=Path, help=".jsonl of captions, or .txt, one a line")
     parser.add_argument(
         "--field", help="the key of the captions in .jsonl; default: the first known one of each record"
@@ -23,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmclip.cli.options import labelled, line, require_writable
     from ssmclip.evaluate.captions import caption_rows
     from ssmclip.models import load_tokenizer
     from ssmclip.rows import describe_run, write_rows

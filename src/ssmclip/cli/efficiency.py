@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.cli.options import add_device, labelled, parse_image_size
+from ssmclip.cli.options import MODELS, add_device, labelled, parse_image_size
 
 HELP = "what models cost: operations, memory and time at each image size and text length"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         "--models",
         required=True,
-        help="a CLIP or timm model by name, a run or checkpoint folder; several with commas; LABEL=... names its rows",
+        help=MODELS,
     )
     parser.add_argument(
         "--sizes", default="224,448,672,896,1024", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssmclip.cli.options import add_device, image_size, require_writable
+from ssmclip.cli.options import MODEL, add_device, image_size, require_writable
 
 HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
 NAMED = 20  # pictures that could not be read, printed by name
@@ -15,7 +15,7 @@ NAMED = 20  # pictures that could not be read, printed by name
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="pictures, at any depth")
-    parser.add_argument("--model", required=True, help="a run or checkpoint folder, open_clip:NAME/PRETRAINED, a name")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--out", required=True, type=Path, help="the index to write (Parquet)")
     parser.add_argument("--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)")

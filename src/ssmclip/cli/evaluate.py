@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ssmclip.cli.ood import ood_task
-from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
+from ssmclip.cli.options import MODELS, add_device, default_cache, image_size, labelled, line, require_writable
 
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="a name, a run or checkpoint folder, open_clip:NAME; several with commas; LABEL=... names its rows",
+        help=MODELS,
     )
     parser.add_argument(
         "--tasks",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
-from ssmclip.cli.options import image_size
+from ssmclip.cli.options import MODEL, image_size
 
 HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
 
@@ -14,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a CLIP's name, its folder, or a file of published weights")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
     parser.add_argument(
         "--image-size", type=image_size, default=224, help="pixels or HEIGHTxWIDTH (default: %(default)s)"
@@ -22,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ssmclip.models import load, load_published
+    from ssmclip.models import find
     from ssmclip.models.export import export_onnx
 
     size = args.image_size
-    model = load_published(args.model) if Path(args.model).is_file() else load(args.model, image_size=size).model
-    difference = export_onnx(model, args.file, size)
+    difference = export_onnx(find(args.model, image_size=size, text=False).network, args.file, size)
     log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)

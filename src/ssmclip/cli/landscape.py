@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ssmclip.cli.options import add_device, image_size
+from ssmclip.cli.options import MODEL, add_device, image_size
 
 
 def add_analyses(kinds: argparse._SubParsersAction) -> None:
@@ -69,7 +69,7 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
 
 
 def _add_subject(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> None:
-    parser.add_argument("--model", required=True, help="a name, a run or checkpoint folder, open_clip:NAME")
+    parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--label", help="the model's name in the rows (default: the last part of --model)")
     parser.add_argument("--data", required=True, help="pairs: shards, a csv, tsv or parquet file, or synthetic:NAME")
     parser.add_argument("--out", required=True, type=Path, help="rows file; rows of other models in it are kept")

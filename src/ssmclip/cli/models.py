@@ -21,13 +21,13 @@ def models_table() -> str:
     """Return the CLIPs as a table in Markdown. Parameters in millions, GMACs of one image, text excluded."""
     from ssmclip.analyze.cost.macs import count_macs
     from ssmclip.models import clip_config, list_clips
+    from ssmclip.models.text_towers import text_tower_kind
 
     columns = "name | image tower | text tower | image M | text M | GMACs at 224 px | published weights | paper row"
     lines = [columns.split(" | "), ("---", "---", "---", "--:", "--:", "--:", "---", "---")]
     for name in list_clips():
         config = clip_config(name)["model_cfg"]
-        text = config["text_cfg"]
-        kind = "bag of words" if text.get("layers") == 0 else text.get("mamba", {}).get("model_type", "transformer")
+        kind = text_tower_kind(config["text_cfg"]).replace("_", " ")
         count = count_macs(name, 224)
         numbers = (count.image_parameters / 1e6, count.text_parameters / 1e6, count.image.total / 1e9)
         numbers = (f"{number:.2f}" for number in numbers)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssmclip.cli.options import add_device, default_cache, image_size, labelled, line, require_writable
+from ssmclip.cli.options import MODELS, add_device, default_cache, image_size, labelled, line, require_writable
 from ssmclip.humans import RESAMPLES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decide.add_argument(
         "--model",
         required=True,
-        help="models, with commas: what `ssmclip evaluate` takes, and timm:NAME, timm:NAME.TAG, timm:NAME/FILE",
+        help=MODELS,
     )
     decide.add_argument("--data", required=True, help="folder that holds the data sets of stimuli")
     decide.add_argument("--sets", help="data sets, with commas: edge,contrast (default: all in --data)")

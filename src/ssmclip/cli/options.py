@@ -7,6 +7,13 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 
+# What every command takes as a model: the grammar of `ssmclip.models.names`.
+MODEL = (
+    "a CLIP's name; a run or checkpoint folder; a checkpoint file; open_clip:NAME/PRETRAINED; timm:NAME.TAG; or "
+    "hf-hub:OWNER/NAME[/FILE]"
+)
+MODELS = f"models, separated by commas; LABEL=MODEL names a model's rows. A model is {MODEL}"
+
 
 def add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")

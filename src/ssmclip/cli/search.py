@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssmclip.cli.options import add_device
+from ssmclip.cli.options import MODEL, add_device
 
 HELP = "the pictures of an index that are nearest to a text"
 
@@ -15,11 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", help='what is looked for, such as "a dog on a beach"')
     parser.add_argument("index", type=Path, help="what ssmclip embed wrote")
     parser.add_argument("-k", type=int, default=10, help="results (default: %(default)s)")
-    parser.add_argument("--model", help="where the model is now, if not where it was when the index was made")
+    parser.add_argument("--model", help=f"model to use in place of the one that the index names: {MODEL}")
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ssmclip.evaluate.embeddings.embed import hashes
     from ssmclip.evaluate.search.embedder import Embedder
     from ssmclip.evaluate.search.index import nearest, read_index
 
@@ -29,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     name = args.model or index.about["model"]
     size = index.about["image_size"]
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
-    if embedder.clip.hashes["model"] != index.about["weights"]:
+    if hashes(embedder.clip)["model"] != index.about["weights"]:
         raise ValueError(
-            f"{embedder.clip.name} does not have the weights that {args.index} was made with: its vectors cannot be "
+            f"{embedder.clip.label} does not have the weights that {args.index} was made with: its vectors cannot be "
             "compared. A name without pretrained weights has new ones each time it is loaded; give a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from ssmclip.lazy import lazily
 
 if TYPE_CHECKING:
-    from ssmclip.evaluate.embeddings.embed import Clip as Clip
     from ssmclip.evaluate.embeddings.embed import Settings as Settings
     from ssmclip.evaluate.embeddings.embed import embed_images as embed_images
     from ssmclip.evaluate.embeddings.embed import embed_texts as embed_texts
@@ -17,10 +16,11 @@ if TYPE_CHECKING:
     from ssmclip.evaluate.tasks import open_tasks as open_tasks
     from ssmclip.evaluate.tasks import training_validation as training_validation
     from ssmclip.evaluate.zeroshot import class_embeddings as class_embeddings
+    from ssmclip.models.names import Model as Model
 
 _HOMES = {
     "METRICS": "ssmclip.evaluate.statistics.metrics",
-    "Clip": "ssmclip.evaluate.embeddings.embed",
+    "Model": "ssmclip.models.names",
     "Settings": "ssmclip.evaluate.embeddings.embed",
     "bootstrap_interval": "ssmclip.evaluate.statistics.metrics",
     "class_embeddings": "ssmclip.evaluate.zeroshot",

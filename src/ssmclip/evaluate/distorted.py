@@ -116,14 +116,14 @@ def distorted_rows(judges: Sequence[Judge], how: Manipulations, settings: Settin
     with tqdm(total=sum(len(DISTORTIONS[name].labels) for name in how.names), unit="level", disable=None) as bar:
         for name in how.names:
             task, labels = of_distorted(card.name, name), list(DISTORTIONS[name].labels)
-            levels, right, shown = [], {judge.clip.name: [] for judge in judges}, {}
+            levels, right, shown = [], {judge.clip.label: [] for judge in judges}, {}
             for place, label in enumerate(labels):
                 bar.set_description(f"{name} {label}")
                 pictures = Distorted(dataset, name, label, how)
                 for judge in judges:
                     images = judge.see(pictures)
                     hits, chance = judge.right(images)
-                    model = judge.clip.name
+                    model = judge.clip.label
                     right[model].append(hits)
                     extra = {"title": f"{card.title}, {name}", "chance": chance, "counted": place in kept(name)}
                     levels.append(_level_row(model, task, label, metric, hits, images, dataset, settings, extra))

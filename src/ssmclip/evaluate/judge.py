@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Bool
 from torch import Tensor
 
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_images
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_images
+from ssmclip.models.names import Model
 from ssmclip.registry import Registry
 from ssmclip.rows import Result
 
@@ -34,7 +35,7 @@ class Judge(ABC):
     kind: ClassVar[str]
     headline: ClassVar[str]
 
-    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+    def __init__(self, clip: Model, test_set: Any, settings: Settings):
         self.clip, self.test_set, self.settings = clip, test_set, settings
 
     def see(self, pictures: Any) -> ImageEmbeddings:

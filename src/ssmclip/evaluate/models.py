@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ssmclip.evaluate.embeddings.embed import Clip
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS, Size
-from ssmclip.models.names import load
+from ssmclip.models.names import Model, load
 
 
 class Models:
@@ -26,7 +25,7 @@ class Models:
         self.given, self.protocol, self.device, self.image_size = dict(given), protocol, device, image_size
         self.keep = False
         self._opened: dict[str, tuple[nn.Module, Callable, Callable]] = {}
-        self._clips: dict[tuple[str, str], Clip] = {}
+        self._clips: dict[tuple[str, str], Model] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.given)
@@ -43,12 +42,12 @@ class Models:
             self._opened[label] = given
         return self._opened[label]
 
-    def clip(self, label: str, kind: str) -> Clip:
+    def clip(self, label: str, kind: str) -> Model:
         """Return a model as the protocol has it look at test sets of a kind."""
         model, preprocess, tokenizer = self.open(label)
         if (label, kind) not in self._clips:
             prepare = PROTOCOLS[self.protocol].preprocess
-            self._clips[label, kind] = Clip(model, prepare(model, preprocess, kind, self.image_size), tokenizer, label)
+            self._clips[label, kind] = Model(model, prepare(model, preprocess, kind, self.image_size), tokenizer, label)
         return self._clips[label, kind]
 
     def only(self, label: str) -> Models:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ssmclip.evaluate import pictures
 from ssmclip.evaluate.captions import cut_at, longer_than
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_texts, subset
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_texts, subset
 from ssmclip.evaluate.judge import JUDGES, Judge, Right, coverage
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.geometry import geometry
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_relevant_ranks, recall_at_k
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.condition import TOKENS, Where
 
@@ -44,7 +45,7 @@ class Retrieval(Judge):
     kind = "retrieval"
     headline = "image_to_text_recall@10"
 
-    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+    def __init__(self, clip: Model, test_set: Any, settings: Settings):
         super().__init__(clip, test_set, settings)
         if bare := [test_set.keys[i] for i in range(len(test_set)) if not test_set.captions[i]]:
             raise ValueError(f"{test_set.card.name}: {len(bare)} images have no caption; the first: {bare[:5]}")
@@ -52,7 +53,7 @@ class Retrieval(Judge):
         self.flat = [caption for place in places for caption in test_set.captions[place]]
         self.owner = torch.tensor([place for place in places for _ in test_set.captions[place]])
         # How captions are seen: whole, and cut where the text tower sees more of them than usual.
-        self.seen: list[tuple[Where, Clip]] = [({}, clip)]
+        self.seen: list[tuple[Where, Model]] = [({}, clip)]
         if settings.truncate and longer_than(clip.tokenizer, self.flat, settings.truncate):
             cut = cut_at(clip.tokenizer, settings.truncate)
             self.seen.append(({TOKENS: settings.truncate}, replace(clip, tokenizer=cut)))
@@ -84,7 +85,7 @@ class Retrieval(Judge):
             made += [Result("", "", metric, value) for metric, value in geometry(seen.features, texts, owner)]
             made = [row for row in made if not metrics or row.metric in metrics]
             made[0] = replace(made[0], extra=about | made[0].extra)
-            rows += [replace(row, model=self.clip.name, task=task, where=where) for row in made]
+            rows += [replace(row, model=self.clip.label, task=task, where=where) for row in made]
         return rows
 
 

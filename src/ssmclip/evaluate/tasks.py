@@ -14,10 +14,11 @@ from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
 from ssmclip.evaluate.embeddings import ranks
-from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.judge import JUDGES, Judge, usual_judge
 from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
 
@@ -59,11 +60,11 @@ class Task(StudyTask):
         object.__setattr__(self, "name", self.name or self.test_set.card.name)
         object.__setattr__(self, "judge", self.judge or usual_judge(self.test_set.card.kind))
 
-    def judged_by(self, clip: Clip, settings: Settings) -> Judge:
+    def judged_by(self, clip: Model, settings: Settings) -> Judge:
         """Return the judge of one model. Raises UnknownName, and what the judge raises."""
         return JUDGES[self.judge](clip, self.test_set, settings)
 
-    def rows(self, clip: Clip, settings: Settings) -> list[Result]:
+    def rows(self, clip: Model, settings: Settings) -> list[Result]:
         """Return the rows of one model."""
         judge = self.judged_by(clip, settings)
         return judge.rows(judge.see(self.test_set), self.name, self.metrics)
@@ -155,7 +156,7 @@ def training_validation(
     opened = open_tasks(tasks, root)
 
     def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
-        clip = Clip(model, preprocess, tokenizer, model_name)
+        clip = Model(model, preprocess, tokenizer, model_name)
         with ranks.by_itself():  # the others wait
             rows = [row for task in opened for row in task.rows(clip, settings)]
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]

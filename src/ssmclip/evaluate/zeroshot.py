@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ssmclip.evaluate import pictures
-from ssmclip.evaluate.embeddings.embed import Clip, ImageEmbeddings, Settings, embed_texts
+from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_texts
 from ssmclip.evaluate.judge import JUDGES, Judge, Right, coverage, names_of
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
+from ssmclip.models.names import Model
 from ssmclip.rows import Result
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
@@ -57,7 +58,7 @@ class ZeroShot(Judge):
     kind = "classification"
     headline = "top1"
 
-    def __init__(self, clip: Clip, test_set: Any, settings: Settings):
+    def __init__(self, clip: Model, test_set: Any, settings: Settings):
         super().__init__(clip, test_set, settings)
         self.names = [names_of(name)[0] for name in test_set.classnames]
         self.classes = class_embeddings(
@@ -96,8 +97,8 @@ class ZeroShot(Judge):
                 more = more | paired.marked(
                     _right(scores, target), [self.test_set.keys[i] for i in seen.index.tolist()]
                 )
-            rows.append(Result(self.clip.name, task, metric, value, low, high, n, extra=more))
-        return rows + _group_rows(self.clip.name, task, _right(scores, target), seen, self.test_set, settings)
+            rows.append(Result(self.clip.label, task, metric, value, low, high, n, extra=more))
+        return rows + _group_rows(self.clip.label, task, _right(scores, target), seen, self.test_set, settings)
 
 
 def _right(scores: Tensor, target: Tensor) -> Tensor:

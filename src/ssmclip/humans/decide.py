@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from ssmclip.data.images import open_image
 from ssmclip.evaluate.embeddings import cache
-from ssmclip.evaluate.embeddings.embed import UNREADABLE, Clip, Settings, embed_texts, inference, subset
+from ssmclip.evaluate.embeddings.embed import UNREADABLE, Settings, embed_texts, hashes, inference, subset
 from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.files import whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
-from ssmclip.models.names import Size, as_size, set_image_size
+from ssmclip.models.names import Model
 
 log = logging.getLogger(__name__)
 
@@ -97,30 +97,8 @@ def imagenet_decider(model: nn.Module, preprocess: Callable[[Any], Tensor], name
     return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, cache.key(made_of))
 
 
-def timm_decider(
-    name: str, *, device: str = "cpu", label: str | None = None, image_size: int | Size | None = None
-) -> Decider:
-    """Return the decider of a timm model: NAME (fresh weights), NAME.TAG (pretrained ones) or NAME/FILE (a checkpoint).
-
-    image_size: pixels, or (height, width), in place of the model's own input size. Stimuli of that size are taken as
-    they are; others are resized to it, shorter side first.
-    Raises ValueError for a size the model cannot take, and what timm raises for a name or file it does not know.
-    """
-    import timm
-
-    architecture, _, file = name.partition("/")
-    model = timm.create_model(architecture, pretrained="." in architecture and not file, checkpoint_path=file)
-    config = timm.data.resolve_data_config(model=model) | {"crop_pct": 1.0}
-    if image_size is not None:
-        size = as_size(image_size)
-        set_image_size(model, size)
-        config |= {"input_size": (3, *size)}
-    preprocess = timm.data.create_transform(**config)
-    return imagenet_decider(model.to(device).eval(), preprocess, label or architecture)
-
-
 def clip_decider(
-    clip: Clip,
+    clip: Model,
     settings: Settings,
     *,
     prompts: str = "imagenet",
@@ -146,11 +124,11 @@ def clip_decider(
     classes = class_embeddings(lambda texts: embed_texts(clip, texts, settings), names, templates).to(clip.device).T
 
     def logits(images: Tensor) -> Tensor:
-        features = clip.model.encode_image(images)
+        features = clip.network.encode_image(images)
         return LOGIT_SCALE * nn.functional.normalize(features.float(), dim=-1) @ classes
 
-    made_of = clip.hashes | {"prompts": cache.texts_hash([*names, *templates])}
-    return Decider(clip.name, clip.model, clip.preprocess, logits, columns, len(names), cache.key(made_of))
+    made_of = hashes(clip) | {"prompts": cache.texts_hash([*names, *templates])}
+    return Decider(clip.label, clip.network, clip.preprocess, logits, columns, len(names), cache.key(made_of))
 
 
 def category_probabilities(logits: Float[Tensor, "n k"], columns: Sequence[Sequence[int]]) -> Float[Tensor, "n c"]:

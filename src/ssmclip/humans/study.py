@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ssmclip.data.images import open_image
-from ssmclip.evaluate.embeddings.embed import Clip, Settings
+from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.pictures import draw, thumbnail
 from ssmclip.evaluate.tasks import StudyTask
 from ssmclip.humans import RESAMPLES
-from ssmclip.humans.decide import Decider, clip_decider, decide, timm_decider
+from ssmclip.humans.decide import Decider, clip_decider, decide, imagenet_decider
 from ssmclip.humans.scores import score_sets
 from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus
 from ssmclip.humans.trials import Trials, read_trials
-from ssmclip.models.names import load
+from ssmclip.models.names import TIMM, Model, find
 from ssmclip.rows import Result
 from ssmclip.rows.tasks import OOD
-
-TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Experiment:
     """The experiment that people took part in, for models.
 
     stimuli: from `open_stimuli`; decisions: the parquet file that decisions are added to; prompts: of a CLIP, see
-    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.load`.
+    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.find`.
     """
 
     stimuli: Sequence[Stimulus]
@@ -43,19 +41,18 @@ class Experiment:
     image_size: int | tuple[int, int] | None = None
 
     def decider(self, label: str, model: Any, settings: Settings) -> Decider:
-        """Return what decides. model: timm:NAME, any other name or folder that `ssmclip.load` takes, what it returned,
-        or a Clip.
+        """Return what decides: a CLIP from prompts, an image encoder from its ImageNet logits.
 
-        Raises what `timm_decider`, `clip_decider` and `load` raise.
+        model: any name that `ssmclip.find` takes, or what it returned. Raises what `find` and `clip_decider` raise.
         """
-        if isinstance(model, str) and model.startswith(TIMM):
-            name = model.removeprefix(TIMM)
+        if isinstance(model, str | Path):
             label = label.removeprefix(TIMM)
-            return timm_decider(name, device=self.device, label=label, image_size=self.image_size)
-        if isinstance(model, (str, Path)):
-            model = load(model, device=self.device, image_size=self.image_size)
-        clip = model if isinstance(model, Clip) else Clip(*model, label)
-        return clip_decider(clip, settings, prompts=self.prompts)
+            model = find(model, label=label, device=self.device, image_size=self.image_size)
+        if not isinstance(model, Model):
+            model = Model(*model, label)
+        if model.tokenizer is None:
+            return imagenet_decider(model.network, model.preprocess, model.label)
+        return clip_decider(model, settings, prompts=self.prompts)
 
     def run(self, models: Mapping[str, Any], settings: Settings) -> Iterator[tuple[str, int]]:
         """Let one model after another decide; yield its label and how many decisions were added to the file.

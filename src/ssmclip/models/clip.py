@@ -1,7 +1,7 @@
 """CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`.
 
 A file there is an open_clip model configuration, which open_clip then knows by its name, with `preprocess_cfg` where
-its own differs. Where open_clip cannot build its text tower, its first key says what can.
+its own differs. One whose text tower open_clip cannot build carries the key NOT_FOR_OPEN_CLIP.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import copy
 import dataclasses
 import inspect
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import safetensors.torch
 from open_clip.transform import ResizeKeepRatio
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from ssmclip.models.files.weights import (
-    OURS_ALONE,
-    has_own_text,
-)
-from ssmclip.models.networks.bag_of_words import BagOfWords
-from ssmclip.models.networks.mamba_text import MambaText
+from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME
 from ssmclip.models.plugins import CONFIGS
-from ssmclip.models.tokenizer import FILE_NAME, LanguageModelTokenizer, find_tokenizer, named_tokenizer
+from ssmclip.models.text_towers import KIND, TRANSFORMER, TextTower, text_tower_kind, text_tower_of
 from ssmclip.registry import UnknownName
 
 OPEN_CLIP = "open_clip:"
+
+# open_clip has no place to add a text tower. To a key of a model's configuration that it does not know it answers
+# "TypeError: ... got an unexpected keyword argument '<the key>'". So a configuration that needs one of our text towers
+# carries this key, and open_clip's error tells its user what to call instead.
+NOT_FOR_OPEN_CLIP = "made by ssmclip.load and ssmclip.create_clip, not by open_clip"
 
 # CLIP-Mamba's evaluation: shorter side to size, bilinear, centre crop, ImageNet statistics (not OpenAI's).
 PREPROCESS = dict(
@@ -70,10 +70,11 @@ def clip_config(
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:
+    """open_clip's own configuration of a model. Raises UnknownName, ValueError for one that only ssmclip builds."""
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
         raise UnknownName("open_clip model", name, open_clip.list_models())
-    if OURS_ALONE in model_cfg:
+    if NOT_FOR_OPEN_CLIP in model_cfg:
         raise ValueError(f"open_clip has no text tower like that of {name}; ask for {name}, without {OPEN_CLIP}")
     return model_cfg
 
@@ -87,12 +88,15 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     config = clip_config(config) if isinstance(config, str) else config
     model_cfg = copy.deepcopy(config["model_cfg"])
     _check_keys(model_cfg)
+    model_cfg.pop(NOT_FOR_OPEN_CLIP, None)
+    custom_text = model_cfg.pop("custom_text", False)
     text_cfg = model_cfg.get("text_cfg", {})
-    custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
-    model_cfg.pop(OURS_ALONE, None)
-    if has_own_text(text_cfg):
-        model = _create_with_own_text(**model_cfg)
+    tower = text_tower_of(text_cfg)
+    text_cfg.pop(KIND, None)
+    if tower.build is not None:
+        model = _create_with_own_text(tower, **model_cfg)
     else:
+        custom_text = custom_text or "hf_model_name" in text_cfg
         model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg, output_dict=True)
     if grad_checkpointing:
         model.set_grad_checkpointing()
@@ -105,31 +109,51 @@ def _check_keys(model_cfg: dict[str, Any]) -> None:
             "a model with multimodal_cfg writes captions as well, which is made by open_clip.create_model alone: "
             "leave multimodal_cfg out for its two encoders, or ask for another model"
         )
-    top = {*inspect.signature(open_clip.CustomTextCLIP).parameters, "custom_text", OURS_ALONE}
-    text = {field.name for field in dataclasses.fields(open_clip.CLIPTextCfg)}
-    if "mamba" in model_cfg.get("text_cfg", {}):
-        text = {*inspect.signature(MambaText).parameters, "hf_tokenizer_name"}
-    vision = {field.name for field in dataclasses.fields(open_clip.CLIPVisionCfg)}
-    for part, known in (("", top - {"output_dict"}), ("text_cfg", text - {"embed_dim"}), ("vision_cfg", vision)):
+    known = {
+        "": {*inspect.signature(open_clip.CustomTextCLIP).parameters, "custom_text", NOT_FOR_OPEN_CLIP}
+        - {"output_dict"},
+        "text_cfg": {*text_tower_of(model_cfg.get("text_cfg", {})).keys, KIND},
+        "vision_cfg": {field.name for field in dataclasses.fields(open_clip.CLIPVisionCfg)},
+    }
+    for part, keys in known.items():
         for key in model_cfg.get(part, {}) if part else model_cfg:
-            if key not in known:
-                raise UnknownName(f"key of {part or 'model_cfg'}", key, known)
+            if key not in keys:
+                raise UnknownName(f"key of {part or 'model_cfg'}", key, keys)
 
 
-def _create_with_own_text(embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any) -> open_clip.CustomTextCLIP:
-    """text_cfg: the arguments of `MambaText`, and `hf_tokenizer_name`, which `build_tokenizer` reads; or open_clip's
-    with `layers: 0`, which is a bag of words.
-    """
+def _create_with_own_text(
+    tower: TextTower, embed_dim: int, text_cfg: dict[str, Any], **model_cfg: Any
+) -> open_clip.CustomTextCLIP:
     # open_clip has no list of text towers to add one to: it makes its smallest, which ours replaces.
     smallest = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
     model = open_clip.CustomTextCLIP(embed_dim, text_cfg=smallest, output_dict=True, **model_cfg)
-    if "mamba" in text_cfg:
-        text_cfg.pop("hf_tokenizer_name", None)
-        model.text = MambaText(embed_dim, **text_cfg)
-    else:
-        model.text = BagOfWords(embed_dim, *(text_cfg[key] for key in ("vocab_size", "width", "context_length")))
+    model.text = tower.build(embed_dim, text_cfg)
     model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
     return model
+
+
+def save_model(model: nn.Module, config: dict[str, Any], folder: str | Path) -> None:
+    """Write `open_clip_config.json` and `open_clip_model.safetensors`: a folder that open_clip and `load` read.
+
+    config: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form. If open_clip cannot build its text tower, the
+    file says so, and open_clip refuses the folder with an error that names `load`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**config, "model_cfg": _for_open_clip(config["model_cfg"])}
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, folder / WEIGHTS_NAME)
+
+
+def _for_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that open_clip builds, or else refuses by the key that says why."""
+    text_cfg = model_cfg.get("text_cfg", {})
+    if text_tower_of(text_cfg).build is not None:
+        return {NOT_FOR_OPEN_CLIP: True, **model_cfg}
+    if text_tower_kind(text_cfg) == TRANSFORMER and KIND in text_cfg:
+        return {**model_cfg, "text_cfg": {key: value for key, value in text_cfg.items() if key != KIND}}
+    return model_cfg
 
 
 def build_preprocess(config: dict[str, Any], image_size: int | tuple[int, int] | None = None):
@@ -160,36 +184,21 @@ def image_transform(size: int | Sequence[int], interpolation: str | None = None,
     return transform
 
 
-def build_tokenizer(
-    config: dict[str, Any], folder: Path | None = None
-) -> open_clip.SimpleTokenizer | open_clip.tokenizer.HFTokenizer | LanguageModelTokenizer:
-    """The model's tokenizer at its context length: the one that `text_cfg.hf_tokenizer_name` names, or whose
-    tokenizer.json is in `folder`, a language model's as it is and any other as open_clip makes it; else CLIP's byte
-    pairs, where a caption that is cut keeps its end token.
+def build_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Callable[..., Any]:
+    """The tokenizer of a model's text tower, at its context length: n strings -> tokens (n, L).
 
-    Raises FileNotFoundError when a tokenizer is not on disk and cannot be downloaded.
+    folder: where the model's files are; tokenizer files there are used instead of downloading those that
+    `text_cfg.hf_tokenizer_name` names. Raises FileNotFoundError when a tokenizer is not on disk and cannot be
+    downloaded.
     """
     text_cfg = config["model_cfg"]["text_cfg"]
-    name = text_cfg.get("hf_tokenizer_name")
-    beside = folder is not None and (folder / FILE_NAME).is_file()
-    if "mamba" in text_cfg and (name or beside):
-        file = folder / FILE_NAME if beside else find_tokenizer(name)
-        return LanguageModelTokenizer(file, text_cfg.get("context_length"), text_cfg.get("pad_id", 0))
-    how = dict(context_length=text_cfg.get("context_length") or 77, **(text_cfg.get("tokenizer_kwargs") or {}))
-    if "mamba" in text_cfg or not name:
-        return open_clip.SimpleTokenizer(**how)
-    return named_tokenizer(str(folder) if beside else name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **how)
+    return text_tower_of(text_cfg).tokenizer(text_cfg, folder)
 
 
 def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
     """Put the files of the tokenizer that a configuration names beside the weights, where `load` looks first.
 
-    CLIP's own byte pairs come with the package: nothing to do for them. Raises FileNotFoundError as `build_tokenizer`.
+    CLIP's own byte pairs come with open_clip and need no files. Raises FileNotFoundError as `build_tokenizer`.
     """
     text_cfg = config["model_cfg"]["text_cfg"]
-    if not text_cfg.get("hf_tokenizer_name"):
-        return
-    if "mamba" in text_cfg:
-        shutil.copyfile(find_tokenizer(text_cfg["hf_tokenizer_name"]), Path(folder) / FILE_NAME)
-    else:
-        build_tokenizer(config).save_pretrained(str(folder))
+    text_tower_of(text_cfg).save_tokenizer(text_cfg, Path(folder))

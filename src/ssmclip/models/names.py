@@ -1,252 +1,434 @@
-"""Models by name, at an image size of one's choosing: CLIPs, and image encoders by themselves."""
+"""A model by its name: one grammar for every command and every function that takes a model.
+
+    a CLIP of this package        CLIP-VMamba-S                      random weights
+    a folder                      runs/first, checkpoints/step_10    a training run (its best checkpoint, else its
+                                                                     last), or any folder that holds one checkpoint
+    a file                        checkpoint_best.pt                 read by its names and shapes
+    open_clip's                   open_clip:ViT-B-32/openai          NAME, NAME/TAG or NAME/FILE
+    timm's                        timm:resnet50.a1_in1k              NAME, NAME.TAG or NAME/FILE, also without timm:
+    the hub's                     hf-hub:OWNER/NAME                  OWNER/NAME or OWNER/NAME/FILE, downloaded once
+
+`find` gives the model itself, `source` what is known of it before weights are read.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import open_clip
 import timm
 import torch
 from timm.layers import to_2tuple
-from torch import Tensor, nn
+from torch import nn
 
-from ssmclip.models import clip_config, create_clip, list_clips
-from ssmclip.models.clip import OPEN_CLIP, _open_clip_config, build_preprocess, build_tokenizer, image_transform
-from ssmclip.models.files.hub import HUB, download
+from ssmclip.models.clip import (
+    OPEN_CLIP,
+    build_preprocess,
+    build_tokenizer,
+    clip_config,
+    create_clip,
+    image_transform,
+    list_clips,
+)
+from ssmclip.models.files.hub import HUB, choose_weights, download
 from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
+from ssmclip.models.published.layout import Hints
+from ssmclip.models.published.read import build, read_published
+from ssmclip.models.text_towers import text_tower_of
 from ssmclip.models.tokenizer import find_tokenizer
+from ssmclip.models.towers import Size, as_size, set_image_size
 from ssmclip.registry import UnknownName
+from ssmclip.rows.paper_tables import PUBLISHED
 
-Size = tuple[int, int]  # height, width in pixels
+__all__ = [
+    "RANDOM",
+    "TIMM",
+    "Model",
+    "Source",
+    "build_model",
+    "build_model_on_meta",
+    "find",
+    "find_checkpoint",
+    "load",
+    "load_tokenizer",
+    "own_size",
+    "reads_text",
+    "source",
+]
+
+log = logging.getLogger(__name__)
+
+TIMM = "timm:"
+RANDOM = "random weights"
+POINTERS = ("best", "last")  # files of a run that name one of its checkpoints
 
 
-def as_size(image_size: int | Size) -> Size:
-    """(height, width). Raises ValueError for a side that is not a positive whole number of pixels."""
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"image_size {image_size!r}: pixels, or (height, width), all above 0")
-    return sides
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that can be used: with what turns pictures and texts into its inputs.
 
+    network: a CLIP of open_clip's interface, or an image encoder; preprocess: PIL image -> (3, H, W);
+    tokenizer: list of n strings -> (n, context_length), None where the network reads no text or none was asked for;
+    label: what its rows are called; origin: where its weights come from, RANDOM for nowhere.
 
-def build_model(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
-    """A model with fresh weights, for what does not depend on them.
-
-    name: a CLIP (one of `list_clips()`, `open_clip:NAME`, a run or checkpoint folder) or a timm model, with its
-    classification head; image_size: pixels, or (height, width); text_length: tokens its text tower has positions for;
-    None for the model's own.
-    Raises UnknownName, and ValueError for a size the model cannot take.
+    It unpacks as network, preprocess, tokenizer.
     """
-    config, size = _clip_config(name), None if image_size is None else as_size(image_size)
-    if config is not None:
-        if size and "timm_model_name" not in config["model_cfg"]["vision_cfg"]:
-            # open_clip's ResNets take one number alone.
-            config["model_cfg"]["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else size
-        if text_length is not None:
-            config["model_cfg"].get("text_cfg", {})["context_length"] = text_length
-        try:
-            model = create_clip(config)
-        except TypeError as error:
-            at = f" for images of {size[0]} x {size[1]}" if size else ""
-            square = ": take a square size" if size and size[0] != size[1] else ""
-            raise ValueError(f"{name} cannot be built{at}{square} ({error})") from error
-    elif timm.is_model(name.split(".")[0]):
-        model = timm.create_model(name)
-    else:
-        near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise UnknownName("model", name, [*list_clips(), *near])
-    if size:
-        set_image_size(model, size)
-    return model
+
+    network: nn.Module
+    preprocess: Callable[[Any], torch.Tensor]
+    tokenizer: Callable[[list[str]], torch.Tensor] | None
+    label: str = ""
+    origin: str = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.network, self.preprocess, self.tokenizer))
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, by the name that open_clip's users give it."""
+        return self.network
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters: of the image tower, and of all."""
+        visual = getattr(self.network, "visual", self.network)
+        modules = (("image", visual), ("all", self.network))
+        return {name: sum(p.numel() for p in module.parameters()) for name, module in modules}
 
 
-def _clip_config(name: str) -> dict[str, Any] | None:
-    """A CLIP's configuration, None for the name of anything else."""
-    if name.startswith(OPEN_CLIP) or name in list_clips():
-        return clip_config(name)
-    return load_config(find_checkpoint(Path(name))) if Path(name).is_dir() else None
+@dataclass(frozen=True)
+class Source:
+    """What a name stands for, known before its weights are in a network.
 
-
-def reads_text(name: str) -> bool:
-    """Whether a named model is a CLIP. Raises UnknownName when there is none of that name."""
-    if _clip_config(name) is None:
-        build_model_on_meta(name)
-        return False
-    return True
-
-
-def build_model_on_meta(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
-    """`build_model` without memory."""
-    with torch.device("meta"):
-        return build_model(name, image_size, text_length).eval()
-
-
-def own_size(name: str) -> Size:
-    """The image size (height, width) a named model is made for."""
-    config = _clip_config(name)
-    if config is not None:
-        return as_size(config["model_cfg"]["vision_cfg"].get("image_size", 224))
-    return tuple(timm.get_pretrained_cfg(name).input_size[1:])
-
-
-def set_image_size(model: nn.Module, size: Size) -> None:
-    """Make a model take images of this size, where it has anything that depends on it (positions, windows).
-
-    Raises ValueError for a size that its patches do not divide.
+    name: as it was given;
+    config: a CLIP's in open_clip's form, {"model_cfg": ..., "preprocess_cfg": ...}, None for an image encoder;
+    create: () -> the network with fresh weights; load: image size or None -> the network with its own weights;
+    preprocess: (network, image size or None) -> its preprocessing; own_size: the (height, width) it is made for;
+    origin: where its weights are, RANDOM for nowhere; trained: for RANDOM, what to pass for trained weights;
+    folder: where its files are, a tokenizer's among them.
     """
-    tower = image_tower(model)
-    if patch := patch_size(tower):
-        wrong = [side for side, step in zip(size, patch, strict=True) if side % step]
-        if wrong:
-            near = [step * (side // step + more) for side, step in zip(size, patch, strict=True) for more in (0, 1)]
-            near = ", ".join(map(str, sorted({side for side in near if side})))
-            raise ValueError(f"image size {size[0]} x {size[1]} is no multiple of the patch, {patch[0]}: take {near}")
-    target = tower if hasattr(tower, "set_input_size") else getattr(model, "visual", model)
-    if hasattr(target, "set_input_size"):
-        try:
-            target.set_input_size(size)
-        except (AssertionError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{type(tower).__name__} cannot take images of {size[0]} x {size[1]}: {error}") from error
+
+    name: str
+    config: dict[str, Any] | None
+    create: Callable[[], nn.Module]
+    load: Callable[[int | Size | None], nn.Module]
+    preprocess: Callable[[nn.Module, int | Size | None], Callable[[Any], torch.Tensor]]
+    own_size: Callable[[], Size]
+    origin: str
+    trained: str = ""
+    folder: Path | None = None
 
 
-def image_tower(model: nn.Module) -> nn.Module:
-    """The image encoder of a CLIP (timm's own where it is one), any other model itself."""
-    visual = getattr(model, "visual", model)
-    return getattr(visual, "trunk", visual)
+def find(
+    name: str | Path,
+    *,
+    label: str | None = None,
+    device: str = "cpu",
+    image_size: int | Size | None = None,
+    text: bool = True,
+    hints: Hints | None = None,
+) -> Model:
+    """Return the model of a name, with its weights, in evaluation mode, its preprocessing and tokenizer.
 
+    name: see the head of this module; label: what its rows are called, the name where left out; image_size: pixels, or
+    (height, width), in place of the model's own: preprocessing gives pictures of that size, and a ViT has its positions
+    resampled to it as timm does; text: whether a tokenizer is needed; hints: what the shapes of a checkpoint without a
+    configuration cannot tell.
 
-def patch_size(tower: nn.Module) -> Size | None:
-    """(height, width) of the patches of a transformer over patches, None for an encoder of another kind."""
-    if not has_attention(tower):
-        return None
-    patch = getattr(getattr(tower, "patch_embed", None), "patch_size", getattr(tower, "patch_size", None))
-    return patch if patch is None else as_size(patch if isinstance(patch, int) else tuple(patch))
-
-
-def has_attention(module: nn.Module) -> bool:
-    """Whether some layer of it attends: known by the names that timm, open_clip and PyTorch give such layers."""
-    return any("attention" in type(child).__name__.lower() for child in module.modules())
-
-
-def encode_image(model: nn.Module, images: Tensor) -> Tensor:
-    """A CLIP's image features, any other model's output."""
-    return model.encode_image(images) if hasattr(model, "encode_image") else model(images)
-
-
-def tower_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
-    """Of the image tower ("image") or of all the rest but the logits' scale and bias ("text"); of no CLIP, all."""
-    if not is_clip(model):
-        return list(model.parameters())
-    image = {id(p) for p in model.visual.parameters()}
-    logits = {id(getattr(model, name, None)) for name in ("logit_scale", "logit_bias")}
-    return [p for p in model.parameters() if (id(p) in image) == (kind == "image") and id(p) not in logits]
-
-
-def is_clip(model: nn.Module) -> bool:
-    return hasattr(model, "encode_image") and hasattr(model, "encode_text")
-
-
-def tokens_of(model: nn.Module, batch: int, length: int, device: torch.device | str) -> Tensor:
-    """Texts of `length` tokens, (batch, length), the last of each the highest: where CLIP's text towers look.
-
-    Raises ValueError for a length the text tower has no positions for, for 0, and for a model that does not say how
-    many tokens it knows, such as CoCa.
+    Random weights are logged as a warning that says what to pass for trained ones.
+    Raises UnknownName, CheckpointError, FileNotFoundError, and ValueError for a size the model cannot take.
     """
-    if length < 1:
-        raise ValueError(f"texts of {length} tokens: a text has at least 1")
-    if (vocabulary := getattr(model, "vocab_size", None)) is None:
-        raise ValueError(
-            f"{type(model).__name__} has no vocab_size, texts for it cannot be made; leave text_length out"
-        )
-    tokens = torch.arange(length, device=device) % (vocabulary - 2) + 1
-    tokens[-1] = vocabulary - 1
-    return tokens.expand(batch, length).contiguous()
+    return _built(source(name, hints), label or str(name), device, image_size, text)
 
 
-class Loaded(NamedTuple):
-    """What `load` returns. preprocess: PIL image -> (3, H, W); tokenizer: list of n strings -> (n, context_length)."""
+def _built(known: Source, label: str, device: str, image_size: int | Size | None, text: bool) -> Model:
+    if known.origin == RANDOM:
+        log.warning("%s has random weights: pass %s", known.name, known.trained)
+    network = known.load(image_size).to(device).eval()
+    tokenizer = build_tokenizer(known.config, known.folder) if text and known.config is not None else None
+    return Model(network, known.preprocess(network, image_size), tokenizer, label, known.origin)
 
-    model: nn.Module
-    preprocess: Any
-    tokenizer: Any
 
+def load(name: str | Path, *, device: str = "cpu", image_size: int | Size | None = None) -> Model:
+    """Return a CLIP ready to evaluate, with its preprocessing and tokenizer: `find` for models that read text.
 
-def load(name: str | Path, *, device: str = "cpu", image_size: int | tuple[int, int] | None = None) -> Loaded:
-    """A model ready to evaluate, with its preprocessing and tokenizer.
-
-    name: one of `list_clips()` (fresh weights); `open_clip:NAME` or `open_clip:NAME/PRETRAINED`, PRETRAINED a tag
-    open_clip knows or a file; a run folder that `ssmclip train` wrote (its best checkpoint, else its last);
-    a folder with `open_clip_config.json` and weights; or `hf-hub:OWNER/NAME`, such a folder on the Hugging Face hub,
-    downloaded once. image_size: pixels, or (height, width), in place of the model's own: preprocessing gives pictures
-    of that size, and a ViT has its positions resampled to it as timm does.
-    Raises UnknownName, CheckpointError, FileNotFoundError.
+    Raises what `find` raises, and ValueError for an image encoder.
     """
+    return _built(_clip(source(name)), str(name), device, image_size, text=True)
+
+
+def _clip(known: Source) -> Source:
+    if known.config is None:
+        raise ValueError(f"{known.name} is an image encoder without a text tower: pass a CLIP")
+    return known
+
+
+def source(name: str | Path, hints: Hints | None = None) -> Source:
+    """Return what a name stands for. hints: as for `find`. Raises UnknownName, CheckpointError, FileNotFoundError."""
     name = str(name)
     if name.startswith(OPEN_CLIP):
-        return _load_open_clip(name, device, image_size)
-    config, folder = _configured(name)
-    model = create_clip(config)
-    if folder is not None:
-        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
-    if image_size is not None and hasattr(model.visual, "set_input_size"):
-        if getattr(model.visual.trunk, "dynamic_img_size", False):  # from its own positions, for every batch
-            model.visual.image_size = to_2tuple(image_size)
-        else:
-            model.visual.set_input_size(image_size)
-    return Loaded(model.to(device).eval(), build_preprocess(config, image_size), build_tokenizer(config, folder))
-
-
-def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
-    """The tokenizer of what `load` takes, without the weights.
-
-    file: where its text tower is a Mamba language model, the `tokenizer.json` of that, or the folder that holds one, in
-    place of the one its configuration names. Raises UnknownName, CheckpointError, FileNotFoundError.
-    """
-    name = str(name)
-    if name.startswith(OPEN_CLIP):
-        return build_tokenizer(clip_config(name.partition("/")[0]))
-    config, folder = _configured(name)
-    text_cfg = config["model_cfg"]["text_cfg"]
-    if file is None or "mamba" not in text_cfg:
-        return build_tokenizer(config, folder)
-    changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
-    return build_tokenizer(config | {"model_cfg": config["model_cfg"] | {"text_cfg": changed}})
-
-
-def _configured(name: str) -> tuple[dict[str, Any], Path | None]:
-    """The configuration of what `load` takes, and the folder its weights are in (None: fresh ones)."""
-    if name.startswith(HUB):
-        name = str(download(name))
-    if Path(name).is_dir():
-        folder = find_checkpoint(Path(name))
-        return load_config(folder), folder
+        return _of_open_clip(name)
+    if name.startswith(TIMM):
+        return _of_timm(name)
+    path = download(name) if name.startswith(HUB) else Path(name)
+    if path.is_dir():
+        return _of_folder(name, path, hints)
+    if path.is_file():
+        return _of_published(name, path, hints)
+    if name in list_clips():
+        return _of_this_package(name)
+    if timm.is_model(_bare(name)):
+        return _of_timm(name)
     if "/" in name:
-        raise FileNotFoundError(f"no folder {name}; a model is a folder or one of: {', '.join(list_clips())}")
-    return clip_config(name), None
+        raise FileNotFoundError(
+            f"no folder {name}, and no file; a model is one of those, or one of: {', '.join(list_clips())}"
+        )
+    near = difflib.get_close_matches(name, timm.list_models(), n=5)
+    raise UnknownName("model", name, [*list_clips(), *near])
+
+
+# ---- CLIPs by their configurations
+
+
+def _of_this_package(name: str) -> Source:
+    where, _ = PUBLISHED.get(name, ("", ""))
+    trained = f"{where} for the published ones" if where else "a run or checkpoint folder, or a file, for trained ones"
+    config = clip_config(name)
+    return _of_config(name, config, lambda: create_clip(config), RANDOM, trained=trained)
+
+
+def _of_folder(name: str, folder: Path, hints: Hints | None) -> Source:
+    if not _is_model(folder) and not _is_run(folder):
+        files = sorted(file.name for file in folder.iterdir())
+        if choose_weights(files, folder):
+            return _of_published(name, folder, hints)
+    folder = find_checkpoint(folder)
+    config = load_config(folder)
+
+    def weighted() -> nn.Module:
+        model = create_clip(config)
+        load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
+        return model
+
+    return _of_config(name, config, weighted, str(folder), folder=folder)
+
+
+def _of_published(name: str, path: Path, hints: Hints | None) -> Source:
+    """A checkpoint whose architecture is read off it, or the folder that holds one. Raises CheckpointError."""
+    architecture = read_published(path, hints=hints)
+    weighted = partial(build, architecture, str(path))
+    if architecture.kind == "clip":
+        folder = path if path.is_dir() else path.parent
+        return _of_config(name, architecture.config, weighted, str(path), folder=folder)
+    if architecture.kind == "encoder":
+        config = architecture.config
+        create = partial(timm.create_model, config["architecture"], **config["model_args"])
+        return _of_encoder(name, create, weighted, str(path))
+    raise CheckpointError(f"{path} holds a {architecture.kind.replace('_', ' ')} tower alone, which reads no images")
+
+
+def _of_config(
+    name: str,
+    config: dict[str, Any],
+    weighted: Callable[[], nn.Module],
+    origin: str,
+    *,
+    trained: str = "",
+    folder: Path | None = None,
+) -> Source:
+    """A CLIP of a configuration. weighted: () -> the network with its weights."""
+
+    def load(image_size: int | Size | None) -> nn.Module:
+        model = weighted()
+        if image_size is not None and hasattr(model.visual, "set_input_size"):
+            if getattr(model.visual.trunk, "dynamic_img_size", False):  # from its own positions, for every batch
+                model.visual.image_size = to_2tuple(image_size)
+            else:
+                model.visual.set_input_size(image_size)
+        return model
+
+    return Source(
+        name,
+        config,
+        create=lambda: create_clip(config),
+        load=load,
+        preprocess=lambda network, image_size: build_preprocess(config, image_size),
+        own_size=lambda: as_size(config["model_cfg"]["vision_cfg"].get("image_size", 224)),
+        origin=origin,
+        trained=trained,
+        folder=folder,
+    )
+
+
+def _of_open_clip(name: str) -> Source:
+    architecture, _, pretrained = name.removeprefix(OPEN_CLIP).partition("/")
+    config = clip_config(f"{OPEN_CLIP}{architecture}")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+
+    def load(image_size: int | Size | None) -> nn.Module:
+        if pretrained and not open_clip.is_pretrained_cfg(architecture, pretrained) and not Path(pretrained).is_file():
+            raise UnknownName(f"weights of {architecture}", pretrained, tags)
+        how = dict(pretrained=pretrained or None, force_image_size=image_size, output_dict=True)
+        try:
+            return open_clip.create_model(architecture, **how)
+        except RuntimeError as error:  # a download that failed, or a file of another model
+            raise CheckpointError(f"{name} can't be loaded: {error}") from error
+
+    known = _of_config(name, config, lambda: create_clip(config), name if pretrained else RANDOM)
+    return replace(
+        known,
+        load=load,
+        preprocess=lambda network, _: image_transform(**open_clip.get_model_preprocess_cfg(network)),
+        trained=f"{name}/{tags[0] if tags else 'FILE'} for trained ones",
+    )
+
+
+# ---- image encoders
+
+
+def _of_timm(name: str) -> Source:
+    tagged, _, file = name.removeprefix(TIMM).partition("/")
+    bare, _, tag = tagged.partition(".")
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=5)
+        raise UnknownName("timm model", bare, near or timm.list_models()[:5])
+    pretrained = bool(tag) and "=" not in tag and not file  # a list of fields is no name of weights
+    create = partial(timm.create_model, tagged)
+    return _of_encoder(
+        name,
+        create,
+        partial(create, pretrained=pretrained, checkpoint_path=file),
+        name if pretrained or file else RANDOM,
+        trained=f"{TIMM}{bare}.TAG or {TIMM}{bare}/FILE for trained ones",
+    )
+
+
+def _bare(name: str) -> str:
+    """A timm model without its tag and file."""
+    return name.partition("/")[0].partition(".")[0]
+
+
+def _of_encoder(
+    name: str, create: Callable[[], nn.Module], weighted: Callable[[], nn.Module], origin: str, trained: str = ""
+) -> Source:
+    def load(image_size: int | Size | None) -> nn.Module:
+        model = weighted()
+        if image_size is not None:
+            set_image_size(model, as_size(image_size))
+        return model
+
+    def own_size() -> Size:
+        with torch.device("meta"):
+            return tuple(timm.data.resolve_data_config(model=create())["input_size"][1:])
+
+    return Source(name, None, create, load, _encoder_preprocess, own_size, origin, trained)
+
+
+def _encoder_preprocess(network: nn.Module, image_size: int | Size | None) -> Callable[[Any], torch.Tensor]:
+    """Pictures of the network's size are taken as they are; others are resized to it, shorter side first."""
+    config = timm.data.resolve_data_config(model=network) | {"crop_pct": 1.0}
+    if image_size is not None:
+        config |= {"input_size": (config["input_size"][0], *as_size(image_size))}
+    return timm.data.create_transform(**config)
+
+
+# ---- folders
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The model folder in `folder`: itself, or a run's best checkpoint, else its last. Raises CheckpointError."""
-    if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+    """Return the folder of a model: itself, or a run's best checkpoint, else its last. Raises CheckpointError."""
+    if _is_model(folder):
         return folder
-    for pointer in ("best", "last"):
+    for pointer in POINTERS:
         file = folder / "checkpoints" / pointer
         if file.is_file():
             return folder / "checkpoints" / file.read_text(encoding="utf-8").strip()
     raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
 
 
-def _load_open_clip(name: str, device: str, image_size: int | tuple[int, int] | None) -> Loaded:
-    asked, (name, _, pretrained) = name, name.removeprefix(OPEN_CLIP).partition("/")
-    _open_clip_config(name)
-    if pretrained and not open_clip.is_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
-        raise UnknownName(f"weights of {name}", pretrained, open_clip.list_pretrained_tags_by_model(name))
+def _is_model(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / "checkpoints" / pointer).is_file() for pointer in POINTERS)
+
+
+# ---- what does not depend on weights
+
+
+def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
+    """Return the tokenizer of a CLIP, without loading its weights into a network.
+
+    file: where its text tower is a language model, the `tokenizer.json` of that, or the folder that holds one, in
+    place of the one its configuration names.
+    Raises UnknownName, CheckpointError, FileNotFoundError, and ValueError for an image encoder.
+    """
+    known = _clip(source(name))
+    text_cfg = known.config["model_cfg"]["text_cfg"]
+    if file is None or not text_tower_of(text_cfg).replaceable_tokenizer:
+        return build_tokenizer(known.config, known.folder)
+    changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
+    return build_tokenizer(known.config | {"model_cfg": known.config["model_cfg"] | {"text_cfg": changed}})
+
+
+def reads_text(name: str | Path) -> bool:
+    """Return whether a named model is a CLIP. Raises what `source` raises."""
+    return source(name).config is not None
+
+
+def own_size(name: str | Path) -> Size:
+    """Return the image size (height, width) a named model is made for."""
+    return source(name).own_size()
+
+
+def build_model(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
+    """Return a model with fresh weights, for what does not depend on them.
+
+    name: see the head of this module; an image encoder has its classification head; image_size: pixels, or (height,
+    width); text_length: tokens its text tower has positions for; None for the model's own.
+    Raises what `source` raises, and ValueError for a size the model cannot take.
+    """
+    known, size = source(name), None if image_size is None else as_size(image_size)
+    if known.config is None:
+        model = known.create()
+    else:
+        model = _create_clip_at(name, known.config, size, text_length)
+    if size:
+        set_image_size(model, size)
+    return model
+
+
+def _create_clip_at(name: str, config: dict[str, Any], size: Size | None, text_length: int | None) -> nn.Module:
+    model_cfg = config["model_cfg"]
+    if size and "timm_model_name" not in model_cfg["vision_cfg"]:
+        # open_clip's ResNets take one number alone.
+        model_cfg["vision_cfg"]["image_size"] = size[0] if size[0] == size[1] else size
+    if text_length is not None:
+        model_cfg.get("text_cfg", {})["context_length"] = text_length
     try:
-        model = open_clip.create_model(
-            name, pretrained=pretrained or None, device=device, force_image_size=image_size, output_dict=True
-        )
-    except RuntimeError as error:  # a download that failed, or a file of another model
-        raise CheckpointError(f"{asked} can't be loaded: {error}") from error
-    preprocess = image_transform(**open_clip.get_model_preprocess_cfg(model))
-    return Loaded(model.eval(), preprocess, build_tokenizer({"model_cfg": _open_clip_config(name)}))
+        return create_clip(config)
+    except TypeError as error:
+        at = f" for images of {size[0]} x {size[1]}" if size else ""
+        square = ": take a square size" if size and size[0] != size[1] else ""
+        raise ValueError(f"{name} cannot be built{at}{square} ({error})") from error
+
+
+def build_model_on_meta(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
+    """Return what `build_model` returns, in evaluation mode and without memory."""
+    with torch.device("meta"):
+        return build_model(name, image_size, text_length).eval()

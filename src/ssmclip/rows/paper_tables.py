@@ -1,48 +1,68 @@
-"""Numbers others have published, for standing beside measured ones. Percent; parameters of image towers in millions."""
+"""Numbers others have published, for comparison with measured ones. Percent; parameters of image towers in millions."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+
+__all__ = ["CLIMP", "PUBLISHED", "TABLE1", "Row", "Table"]
+
+MANY = 10  # columns: a table of more is summed up by their mean
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model's line: its parameters in millions (of the image tower), and its numbers in the table's columns."""
+    """A model's line in a published table.
+
+    model: as the table calls it; values: its numbers in the table's columns; parameters: in millions, of the image
+    tower, where the table says it; name: what this package calls the model; weights: where its published weights are,
+    "" for nowhere.
+    """
 
     model: str
-    parameters: float
     values: tuple[float, ...]
+    parameters: float | None
+    name: str
+    weights: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """A published table. columns: names of data sets' cards; titles: what stands over them, short enough for 26."""
+    """A published table. title: whose it is, and of what; columns: names of data sets' cards, or of metrics; titles:
+    column headings, short enough for 26."""
 
     source: str
+    title: str
     columns: tuple[str, ...]
     titles: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    def summary(self, row: Row) -> str:
+        """Return a row in a few words: each of its numbers, or their mean where they are many."""
+        if len(self.columns) > MANY:
+            return f"{self.title}: mean of {len(self.columns)} data sets {fmean(row.values):.2f}"
+        numbers = (f"{title} {value}" for title, value in zip(self.titles, row.values, strict=True))
+        return f"{self.title}, {', '.join(numbers)}"
+
 
 def _read(name: str) -> Table:
-    content = json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
-    rows = tuple(Row(row["model"], float(row["parameters"]), tuple(row["values"])) for row in content["rows"])
-    return Table(content["source"], tuple(content["columns"]), tuple(content["titles"]), rows)
+    content = json.loads((Path(__file__).parent / "paper_tables.json").read_text(encoding="utf-8"))[name]
+    rows = tuple(
+        Row(
+            row["model"],
+            tuple(row["values"]),
+            parameters=float(row["parameters"]) if "parameters" in row else None,
+            name=row.get("name", row["model"]),
+            weights=row.get("weights", ""),
+        )
+        for row in content["rows"]
+    )
+    return Table(content["source"], content["title"], tuple(content["columns"]), tuple(content["titles"]), rows)
 
 
-TABLE1 = _read("paper_tables.json")
+TABLE1, CLIMP = _read("table1"), _read("climp")
 
-
-# name: where its published weights are, "" for nowhere; and its row in a paper
-PUBLISHED = {
-    "CLIP-VMamba-T220": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 33.50"),
-    "CLIP-VMamba-S": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.34"),
-    "CLIP-VMamba-B": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 35.04"),
-    "CLIP-SiMBA-L": ("hf-hub:weiquan/mamba-clip", "CLIP-Mamba: mean of 26 data sets 36.71"),
-    "CLIP-ViT-B-16": ("", "CLIP-Mamba: mean of 26 data sets 34.21"),
-    "CLIP-ViT-L-16": ("", "CLIP-Mamba: mean of 26 data sets 37.35"),
-    "CLIMP-Mamba1": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba1", "CLIMP: NoCaps at 224 px, image R@1 38.2, text R@1 51.8"),
-    "CLIMP-Mamba2": ("hf-hub:NimrodShabtay1986/CLIMP-Mamba2", "CLIMP: NoCaps at 224 px, image R@1 37.4, text R@1 51.0"),
-}
+# name in this package: where its published weights are, "" for nowhere; and its row in a paper
+PUBLISHED = {row.name: (row.weights, table.summary(row)) for table in (TABLE1, CLIMP) for row in table.rows}

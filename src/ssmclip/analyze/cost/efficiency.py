@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ssmclip.analyze.cost.macs import count_macs, sequence_criterion
 from ssmclip.analyze.cost.measure import Job, memory_limit, to_json
-from ssmclip.models import names as towers
+from ssmclip.models import names, towers
 from ssmclip.rows import Result, append_rows, read_rows, write_rows
 from ssmclip.rows.condition import ATTENTION, IMAGE, TOKENS, Where, text
 
@@ -65,7 +65,7 @@ def sweep(
         raise ValueError(f"texts of {bad[0]} tokens: a text has at least 1")
     if unknown := set(modes) - {"inference", "training"}:
         raise ValueError(f"modes {sorted(unknown)}: inference, training")
-    texts = {label: bool(lengths) and towers.reads_text(name) for label, name in models.items()}
+    texts = {label: bool(lengths) and names.reads_text(name) for label, name in models.items()}
     known = [row for row in read_rows(out)[1] if row.task == TASK] if out.exists() else []
     if modes:
         _require_same_settings(known, Job("", **settings), out)
@@ -204,7 +204,7 @@ def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iter
 
 def _counted(job: Job, kind: str, row: Callable[..., Result]) -> list[Result]:
     """What needs no measuring."""
-    size = job.image_size or towers.own_size(job.model)
+    size = job.image_size or names.own_size(job.model)
     count = count_macs(job.model, size, text_length=job.length)
     parts = getattr(count, kind)
     rows = [row("macs", float(parts.total), parts={name: getattr(parts, name) for name in count.parts})]

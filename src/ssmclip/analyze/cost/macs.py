@@ -19,7 +19,7 @@ from open_clip.transformer import VisionTransformer as OpenClipVisionTransformer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssmclip.models import names as towers
+from ssmclip.models import names, towers
 
 __all__ = ["Macs", "count_macs", "long_sequence", "sequence_criterion", "transformer_macs"]
 
@@ -184,7 +184,7 @@ def _on_meta(name_or_model: str | nn.Module, size: tuple[int, int], text_length:
     if text_length is not None and text_length < 1:
         raise ValueError(f"texts of {text_length} tokens: a text has at least 1")
     if isinstance(name_or_model, str):
-        return towers.build_model_on_meta(name_or_model, size, text_length)
+        return names.build_model_on_meta(name_or_model, size, text_length)
     # The copy shares no numbers: every parameter and buffer is replaced on the way.
     tensors = [*name_or_model.parameters(), *name_or_model.buffers()]
     model = copy.deepcopy(name_or_model, {id(t): _meta_like(t) for t in tensors}).eval().float()

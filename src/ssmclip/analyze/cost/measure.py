@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ssmclip.models import names as towers
+from ssmclip.models import names, towers
 
 __all__ = ["Job", "measure", "memory_limit"]
 
@@ -37,7 +37,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
 class Job:
     """What to measure.
 
-    model: see `towers.build_model`; image_size: (height, width), or length: tokens, of what goes in; training: a step
+    model: see `names.build_model`; image_size: (height, width), or length: tokens, of what goes in; training: a step
     of forward, backward and AdamW in place of inference; batch_size: of memory and throughput (latency: 1);
     seconds: how long each timing goes on, of 3 repetitions at least; attention: "fused", PyTorch's choice |
     "plain", all pairs in memory; precision: "float32" | "bfloat16" | "float16", of autocast; memory_limit: bytes
@@ -75,7 +75,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _measure(job: Job) -> dict[str, Any]:
-    model = towers.build_model(job.model, job.image_size, job.length).to(job.device).train(job.training)
+    model = names.build_model(job.model, job.image_size, job.length).to(job.device).train(job.training)
     tower = towers.tower_parameters(model, "image" if job.length is None else "text")
     optimiser = torch.optim.AdamW(tower, lr=1e-6) if job.training else None
 

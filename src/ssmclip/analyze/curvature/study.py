@@ -25,7 +25,7 @@ from ssmclip.analyze.curvature.parameters import TOWERS
 from ssmclip.analyze.curvature.summary import summary_rows
 from ssmclip.config import from_dict
 from ssmclip.models import create_clip, load_config
-from ssmclip.models.names import load
+from ssmclip.models.names import Model, load
 from ssmclip.registry import UnknownName
 from ssmclip.rows import Result, describe_run
 from ssmclip.rows.condition import BATCH, PROTOCOL, STEP, TOWER
@@ -46,7 +46,7 @@ class Subject:
     batches, of fresh weights and of random directions.
     """
 
-    model: str | Path | tuple[nn.Module, Callable, Callable]
+    model: str | Path | Model | tuple[nn.Module, Callable, Callable]
     data: str
     batches: int
     batch_size: int = 15
@@ -59,13 +59,16 @@ class Subject:
     @property
     def name(self) -> str:
         """The model's name in the rows."""
-        return self.label or (type(self.model[0]).__name__ if isinstance(self.model, tuple) else Path(self.model).name)
+        if self.label or isinstance(self.model, str | Path):
+            return self.label or Path(self.model).name
+        network, *_ = self.model
+        return type(network).__name__
 
     def open(self, checkpoint: str | Path | None = None) -> tuple[nn.Module, Iterator[tuple[Tensor, Tensor]]]:
         """Return the model, in evaluation mode, and its batches. checkpoint: a folder to load in place of `model`."""
         torch.manual_seed(self.seed)  # of a model with fresh weights
         opened = self.model
-        if not isinstance(opened, tuple):
+        if checkpoint or isinstance(opened, str | Path):
             opened = load(checkpoint or opened, device=self.device, image_size=self.image_size)
         model, preprocess, tokenizer = opened
         data = read_batches(

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import open_clip
 import torch
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ssmclip.evaluate.embeddings import cache, ranks
+from ssmclip.models.names import Model
 
 log = logging.getLogger(__name__)
 
@@ -30,35 +31,22 @@ log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A model under test: what turns images and texts into its inputs, and the name its rows carry."""
+_HASHES: WeakKeyDictionary[Model, dict[str, str]] = WeakKeyDictionary()
 
-    model: nn.Module
-    preprocess: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
-    name: str
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+def hashes(clip: Model) -> dict[str, str]:
+    """Return what a model's embeddings depend on, as contents: weights, preprocessing, tokenizer, precision, device.
 
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Numbers of parameters: of the image tower, and of all."""
-        visual = getattr(self.model, "visual", self.model)
-        return {name: sum(p.numel() for p in m.parameters()) for name, m in (("image", visual), ("all", self.model))}
-
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """What its embeddings depend on, as contents: weights, preprocessing, tokenizer, precision, device."""
-        dtype = next(self.model.parameters()).dtype
-        return {
-            "model": cache.model_hash(self.model),
-            "preprocess": cache.preprocess_hash(self.preprocess),
-            "tokenizer": cache.tokenizer_hash(self.tokenizer),
-            "arithmetic": f"{dtype} on {self.device.type}",
+    They are computed once for each `Model`: its weights are to stay as they are.
+    """
+    if clip not in _HASHES:
+        _HASHES[clip] = {
+            "model": cache.model_hash(clip.network),
+            "preprocess": cache.preprocess_hash(clip.preprocess),
+            "tokenizer": cache.tokenizer_hash(clip.tokenizer),
+            "arithmetic": f"{clip.dtype} on {clip.device.type}",
         }
+    return _HASHES[clip]
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class Settings:
     seed: of resampling, of the examples shown and of the subset; max_images: evaluate on a random subset of so many;
     examples: how many images go into the rows as thumbnails (0: none, for data whose pictures may not be passed on);
     truncate: captions longer than so many tokens are also evaluated cut there, if the text tower sees more of them;
-    cache: a folder where embeddings are kept, for a model whose weights stay as they are while the Clip lives.
+    cache: a folder where embeddings are kept, for a model whose weights stay as they are while the `Model` lives.
     Raises ValueError for a number below what it can be.
     """
 
@@ -100,7 +88,7 @@ class ImageEmbeddings:
     unreadable: dict[int, str]
 
 
-def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbeddings:
+def embed_images(clip: Model, dataset: Any, settings: Settings) -> ImageEmbeddings:
     """Embed `dataset[i]`, a PIL image or (PIL image, label), for every i, or for `settings.max_images` of them.
 
     Images that can't be read are counted and named, never replaced. Raises ValueError when there are no images, when
@@ -113,7 +101,7 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
     if settings.cache is None:
         return _embed_images(clip, dataset, places, settings)
     parts = ("model", "preprocess", "arithmetic")
-    made_of = {part: clip.hashes[part] for part in parts} | {
+    made_of = {part: hashes(clip)[part] for part in parts} | {
         "data": cache.data_hash(dataset, settings.cache),
         "places": cache.texts_hash(map(str, places)),
     }
@@ -128,7 +116,7 @@ def embed_images(clip: Clip, dataset: Any, settings: Settings) -> ImageEmbedding
     return images
 
 
-def _embed_images(clip: Clip, dataset: Any, places: list[int], settings: Settings) -> ImageEmbeddings:
+def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settings) -> ImageEmbeddings:
     size = settings.batch_size
     batches = [list(range(start, min(start + size, len(places)))) for start in range(0, len(places), size)]
     loader = DataLoader(
@@ -139,7 +127,7 @@ def _embed_images(clip: Clip, dataset: Any, places: list[int], settings: Setting
         generator=torch.Generator().manual_seed(settings.seed),  # else the loader draws from the global generator
     )
     mine, unreadable = [], {}
-    with inference(clip.model):
+    with inference(clip.network):
         for images, read, classes, failures in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
             unreadable.update(failures)
             if read:
@@ -166,7 +154,7 @@ def _gathered(mine: list[tuple[list[int], list[int], Tensor]], unreadable: dict[
     return dict(sorted(item for _, failures in gathered for item in failures.items())), found
 
 
-def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
+def embed_texts(clip: Model, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
     """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN.
 
     Batches are of texts of like length: what a batch is filled up to its longest text with, costs least then.
@@ -178,7 +166,7 @@ def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[T
     order = torch.tensor([place[text] for text in texts])
     if settings.cache is None:
         return _embed_texts(clip, unique, settings)[order]
-    made_of = {part: clip.hashes[part] for part in ("model", "tokenizer", "arithmetic")}
+    made_of = {part: hashes(clip)[part] for part in ("model", "tokenizer", "arithmetic")}
     made_of |= {"texts": cache.texts_hash(unique)}
     path = settings.cache / "texts" / f"{cache.key(made_of)}.safetensors"
     if kept := cache.read(path, made_of):
@@ -189,15 +177,15 @@ def embed_texts(clip: Clip, texts: Sequence[str], settings: Settings) -> Float[T
     return features[order]
 
 
-def _embed_texts(clip: Clip, unique: list[str], settings: Settings) -> Float[Tensor, "m d"]:
+def _embed_texts(clip: Model, unique: list[str], settings: Settings) -> Float[Tensor, "m d"]:
     by_length = sorted(range(len(unique)), key=lambda i: len(unique[i]))
     size = settings.batch_size
     batches = [by_length[start : start + size] for start in range(0, len(unique), size)]
     mine = []
-    with inference(clip.model):
+    with inference(clip.network):
         for batch in tqdm(ranks.share(batches), desc="texts", unit="batch", leave=False, disable=None):
             tokens = clip.tokenizer([unique[i] for i in batch])
-            mine.append((batch, _unit(encode_tokens(clip.model, tokens.to(clip.device)))))
+            mine.append((batch, _unit(encode_tokens(clip.network, tokens.to(clip.device)))))
     found = [embedded for batches in ranks.gather(mine) for embedded in batches]
     place = torch.tensor([i for batch, _ in found for i in batch])
     features = torch.cat([encoded for _, encoded in found])[place.argsort()]
@@ -278,10 +266,9 @@ def _collate(items: list[tuple[int, Tensor | None, int, str]]):
     return images, [item[0] for item in read], [item[2] for item in read], failures
 
 
-def encode_batch(clip: Clip, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+def encode_batch(clip: Model, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
     """Unit vectors of preprocessed images, float32, on the CPU. The caller sees to evaluation mode and gradients."""
-    dtype = next(clip.model.parameters()).dtype
-    return _unit(clip.model.encode_image(images.to(clip.device, dtype)))
+    return _unit(clip.network.encode_image(images.to(clip.device, clip.dtype)))
 
 
 def _unit(features: Tensor) -> Tensor:

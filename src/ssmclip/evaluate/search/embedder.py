@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from ssmclip.data.images import open_image, to_rgb
-from ssmclip.evaluate.embeddings.embed import Clip, Settings, embed_texts, encode_batch, require_finite
+from ssmclip.evaluate.embeddings.embed import Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
-from ssmclip.models.names import Loaded
+from ssmclip.models.names import Model
 
 __all__ = ["Embedder"]
 
@@ -40,7 +41,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: str | Path | tuple[Any, Any, Any],
+        model: str | Path | Model | tuple[Any, Any, Any],
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -52,12 +53,12 @@ class Embedder:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype {dtype}: a floating-point type, such as torch.float32 or torch.bfloat16")
         if isinstance(model, (str, Path)):
-            name, loaded = str(model), load(model, image_size=image_size)
+            found = load(model, image_size=image_size)
         elif image_size is not None:
             raise ValueError("image_size is chosen when a model is loaded: give its name here, or the size to load()")
         else:
-            name, loaded = type(model[0]).__name__, Loaded(*model)
-        self.clip = Clip(loaded.model.to(device, dtype).eval(), loaded.preprocess, loaded.tokenizer, name)
+            found = model if isinstance(model, Model) else Model(*model, label=type(model[0]).__name__)
+        self.clip = replace(found, network=found.network.to(device, dtype).eval())
         self.batch_size, self.image_size = batch_size, image_size
         self._serving = threading.Lock()  # Numba's simplest threading layer dies of two calls at once
 

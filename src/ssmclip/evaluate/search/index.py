@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.search.embedder import Embedder
 from ssmclip.files import whole
 
@@ -62,9 +63,9 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
     named = [path for path in paths if _is_utf8(path)]
     model = {
-        "model": embedder.clip.name,
+        "model": embedder.clip.label,
         "image_size": embedder.image_size,
-        "weights": embedder.clip.hashes["model"],
+        "weights": hashes(embedder.clip)["model"],
     }
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)

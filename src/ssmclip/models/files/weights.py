@@ -30,9 +30,6 @@ CONFIGS = {
     f"model.safetensors{INDEX}": "config.json",
     "pytorch_model.bin": "config.json",
 }
-# A key of configurations whose text tower open_clip cannot build, and has no place to add one: it is the argument that
-# open_clip's error says it does not know.
-OURS_ALONE = "made by ssmclip.load and ssmclip.create_clip, not by open_clip"
 
 
 class CheckpointError(ValueError):
@@ -125,26 +122,6 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, to
         ]
         raise CheckpointError(f"{source} is a checkpoint of another model; {'; '.join(reports)}")
     model.load_state_dict(state)
-
-
-def save_model(model: nn.Module, config: dict[str, Any], folder: str | Path) -> None:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`: a folder that open_clip and `load` read.
-
-    config: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form. Of a text tower that is no transformer it
-    says so, and open_clip refuses the folder, naming `load`.
-    """
-    folder = Path(folder)
-    if has_own_text(config["model_cfg"].get("text_cfg", {})):
-        config = {**config, "model_cfg": {OURS_ALONE: True, **config["model_cfg"]}}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, folder / WEIGHTS_NAME)
-
-
-def has_own_text(text_cfg: dict[str, Any]) -> bool:
-    """Whether a text tower is one that open_clip does not have: a language model, or a bag of words (no layers)."""
-    return "mamba" in text_cfg or text_cfg.get("layers") == 0
 
 
 def config_beside(path: Path) -> dict[str, Any]:

@@ -22,15 +22,15 @@ class BagOfWords(nn.Module):
         self.proj = nn.Identity() if width == embed_dim else nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, text: Int[Tensor, "B L"]) -> Float[Tensor, "B E"]:
-        weight = self.token_embedding.weight
-        word = ((text > 0) & (text < self.vocab_size - 2)).to(weight.dtype)
-        total = torch.einsum("bl,blc->bc", word, self.token_embedding(text))
+        embedded = self.token_embedding(text)
+        word = ((text > 0) & (text < self.vocab_size - 2)).to(embedded.dtype)
+        total = torch.einsum("bl,blc->bc", word, embedded)
         return self.proj(total / word.sum(1, keepdim=True).clamp(min=1))
 
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """open_clip's: freeze the tower. It has no layers or norms that could go on learning."""
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
+        """Freeze the whole tower: it has no layers, norms or pooler to leave out. The arguments are open_clip's."""
         self.requires_grad_(False)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Nothing to recompute."""
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
+        """Do nothing: there are no layers to recompute. The arguments are open_clip's."""

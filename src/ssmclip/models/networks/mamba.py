@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssmclip import ops
+from ssmclip.models.networks.parts import causal_conv, linear_and_bias
 
 
 class Mamba(nn.Module):
@@ -35,7 +36,8 @@ class Mamba(nn.Module):
     ):
         super().__init__()
         inner = expand * dim
-        self.d_state, self.dt_rank = d_state, math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.d_state, self.d_conv = d_state, d_conv
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
@@ -55,17 +57,18 @@ class Mamba(nn.Module):
 
     def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
         x, z = rearrange(self.in_proj(x), "b l (two d) -> two b d l", two=2)
-        x = F.silu(ops.causal_conv1d(x, self.conv1d.weight[:, 0], self.conv1d.bias))
+        x = F.silu(causal_conv(self.conv1d, x, self.d_conv))
         dt, B, C = self.x_proj(rearrange(x, "b d l -> b l d")).split([self.dt_rank, self.d_state, self.d_state], -1)
+        delta, delta_bias = linear_and_bias(self.dt_proj, dt)
         y = ops.selective_scan(
             x,
-            rearrange(F.linear(dt, self.dt_proj.weight), "b l d -> b d l"),
+            rearrange(delta, "b l d -> b d l"),
             -torch.exp(at_least_float32(self.A_log)),
             rearrange(B, "b l n -> b n l"),
             rearrange(C, "b l n -> b n l"),
             self.D,
             z=z,
-            delta_bias=self.dt_proj.bias,
+            delta_bias=delta_bias,
             delta_softplus=True,
         )
         return self.out_proj(rearrange(y, "b d l -> b l d"))
@@ -101,7 +104,8 @@ class Mamba2(nn.Module):
         if heads * head_dim != inner or heads % n_groups:
             raise ValueError(f"{inner} inner channels do not make heads of {head_dim} in {n_groups} groups of as many")
         self.inner, self.heads, self.d_state, self.n_groups, self.dt_limit = inner, heads, d_state, n_groups, dt_limit
-        mixed = inner + 2 * n_groups * d_state
+        self.d_conv = d_conv
+        self.mixed = mixed = inner + 2 * n_groups * d_state  # channels of x, B and C
         self.in_proj = nn.Linear(dim, inner + mixed + heads, bias=bias)
         self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
@@ -119,8 +123,8 @@ class Mamba2(nn.Module):
         self.D.fill_(1.0)
 
     def forward(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b l c"]:
-        z, xbc, dt = self.in_proj(x).split([self.inner, self.conv1d.in_channels, self.heads], -1)
-        xbc = ops.causal_conv1d(rearrange(xbc, "b l d -> b d l"), self.conv1d.weight[:, 0], self.conv1d.bias)
+        z, xbc, dt = self.in_proj(x).split([self.inner, self.mixed, self.heads], -1)
+        xbc = causal_conv(self.conv1d, rearrange(xbc, "b l d -> b d l"), self.d_conv)
         of_states = self.n_groups * self.d_state
         x, B, C = rearrange(F.silu(xbc), "b d l -> b l d").split([self.inner, of_states, of_states], -1)
         y = ops.ssd(

@@ -22,6 +22,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from ssmclip.models.networks.mamba import Mamba, Mamba2, at_least_float32
+from ssmclip.models.networks.parts import dtype_of
 from ssmclip.registry import UnknownName
 
 __all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText"]
@@ -110,7 +111,7 @@ class Block(nn.Module):
         self.mixer = config.make_mixer()
 
     def forward(self, x: Float[Tensor, "B L C"]) -> Float[Tensor, "B L C"]:
-        return at_least_float32(x) + self.mixer(self.norm(x.to(self.norm.weight.dtype)))
+        return at_least_float32(x) + self.mixer(self.norm(x.to(dtype_of(self.norm, x.dtype))))
 
 
 class LanguageModel(nn.Module):
@@ -137,7 +138,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
         """Hidden states at every position: what Hugging Face calls `last_hidden_state`."""
-        return self.norm_f(self.forward_blocks(tokens).to(self.norm_f.weight.dtype))
+        x = self.forward_blocks(tokens)
+        return self.norm_f(x.to(dtype_of(self.norm_f, x.dtype)))
 
 
 class MambaText(nn.Module):
@@ -171,12 +173,13 @@ class MambaText(nn.Module):
         x = self.transformer.forward_blocks(tokens)
         x = x[torch.arange(x.shape[0], device=x.device), last]  # not len, which a traced graph would keep as a number
         norm = self.transformer.norm_f
-        return self.proj(norm(x.to(norm.weight.dtype)))
+        return self.proj(norm(x.to(dtype_of(norm, x.dtype))))
 
-    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """open_clip's: freeze the language model, but for its last layers; the projection goes on learning.
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
+        """Freeze the language model except its last layers, as open_clip asks for it; the projection goes on learning.
 
-        unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too.
+        unlocked_layers: how many of embeddings and blocks, from the last, still learn; freeze_layer_norm: norms too;
+        pooler_in_head: accepted for open_clip's sake, as the last token's state is taken without weights of a pooler.
         """
         model = self.transformer
         model.requires_grad_(False)
@@ -189,7 +192,8 @@ class MambaText(nn.Module):
                     module.requires_grad_(True)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
+        """Recompute each block in the backward pass. impl: accepted for open_clip's sake; it is always "inline"."""
         self.transformer.grad_checkpointing = enable
 
     @torch.jit.ignore

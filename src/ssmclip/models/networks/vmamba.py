@@ -28,6 +28,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip import ops
+from ssmclip.models.networks.parts import dtype_of
 from ssmclip.models.networks.registration import default_cfg, register_variants
 
 __all__ = ["SS2D", "GatedConv", "VMamba"]
@@ -83,7 +84,8 @@ class SS2D(nn.Module):
             x, z = x.chunk(2, dim=-1)
         x = F.silu(self.conv2d(rearrange(x, "b h w d -> b d h w")))
         x = rearrange(x, "b d h w -> b h w d").contiguous()
-        y = self.out_norm(self.scan(x).to(self.out_norm.weight.dtype))
+        y = self.scan(x)
+        y = self.out_norm(y.to(dtype_of(self.out_norm, y.dtype)))
         if self.gated:
             y = y * F.silu(z)
         return self.out_proj(y.to(x.dtype))
