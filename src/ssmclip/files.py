@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_LOST = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas' code
 PARTIAL = ".partial"  # the suffix of a file that is being written, or that a kill left behind
 
 
@@ -17,8 +19,8 @@ def whole(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part; when the block raises, the old file stays and the part is
     removed. Folders are made where they are missing. Two processes may write one path: the last to end wins.
-    durable: ask the disk to keep it through a power cut, as far as the file system can.
-    Raises OSError when the path cannot be written.
+    durable: ask the disk to keep it through a power cut, as far as the file system can (see `flush`).
+    Raises OSError when the path cannot be written, as on a full disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,10 +39,18 @@ def whole(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's entries, now; some file systems cannot do so for folders."""
-    with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
+    """Ask the disk to keep a file, or a folder's entries, now, where the system can do so.
+
+    Network and FUSE file systems may be unable to for folders, or at all; Windows cannot open a folder. That is no
+    error. Raises OSError when the disk says that what was written is lost: it is full, over a quota, or broken.
+    """
+    try:
+        # Windows flushes files that are open for writing, and those only.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        if error.errno in _LOST:
+            raise

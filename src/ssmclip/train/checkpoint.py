@@ -7,19 +7,18 @@
     RUN/checkpoints/step_00000100/        open_clip_config.json, open_clip_model.safetensors, state.pt
     RUN/checkpoints/last, best            text files that name a folder
 
-A checkpoint is written beside its final name, forced to the disk, then renamed: a kill or a full disk at any moment
-leaves the checkpoints that were there.
+A checkpoint is written beside its final name, flushed to the disk where the file system can do that, then renamed: a
+kill or a full disk at any moment leaves the checkpoints that were there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
+from ssmclip.files import PARTIAL, flush, whole
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
 from ssmclip.rows import read_rows
@@ -82,6 +82,8 @@ def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
         refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
         for leftover in (out / "checkpoints").glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for part in (*out.glob(f"*{PARTIAL}"), *(out / "checkpoints").glob(f"*{PARTIAL}")):
+            part.unlink(missing_ok=True)
     elif checkpoints(out) or (rows.exists() and read_rows(rows)[1]):
         raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
     else:  # new, or left by a start that failed
@@ -117,11 +119,11 @@ def save_checkpoint(
         with (partial / "state.pt").open("wb") as file:
             torch.save(state, file)
         for path in [*partial.iterdir(), partial]:
-            sync(path)
+            flush(path)
         if final.exists():  # left by a run that was killed between these two lines' renames
             shutil.rmtree(final)
         partial.rename(final)
-        sync(folder)
+        flush(folder)
         name_checkpoints(run, step, best_step)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -138,9 +140,16 @@ def save_checkpoint(
     named = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
     for old in checkpoints(run)[:-keep]:
         if old.name != named:
-            doomed = old.rename(folder / f".old-{old.name}")  # so that a half-deleted one never looks like one
-            shutil.rmtree(doomed)
+            _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove an old checkpoint, or leave it where a file of it is in use: it is no reason to stop a run."""
+    doomed = checkpoint.with_name(f".old-{checkpoint.name}")  # so that a half-deleted one never looks like one
+    with suppress(OSError):
+        shutil.rmtree(doomed, ignore_errors=True)  # left by an attempt before
+        shutil.rmtree(checkpoint.rename(doomed), ignore_errors=True)
 
 
 def name_checkpoints(run: Path, step: int, best_step: int | None) -> None:
@@ -185,17 +194,5 @@ def load_training_state(checkpoint: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole(path, durable=True) as part:
+        part.write_text(text, encoding="utf-8")
