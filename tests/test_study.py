@@ -63,7 +63,7 @@ def centroids():
 
         def rows(self, seen, task, metrics=()):
             hits = self.right(seen).hits.double()
-            return [Result(self.clip.name, task, "top1", hits.mean().item(), n=len(hits))]
+            return [Result(self.clip.label, task, "top1", hits.mean().item(), n=len(hits))]
 
     yield
     del JUDGES._items["centroids"]
