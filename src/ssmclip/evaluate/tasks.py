@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import nn
 from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
+from ssmclip.evaluate.doubts import DOUBTS, doubted
 from ssmclip.evaluate.embeddings import ranks
 from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.judge import JUDGES, Judge, usual_judge
@@ -21,6 +23,8 @@ from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
+
+log = logging.getLogger(__name__)
 
 DISTORTED = "distorted:"
 BRIEF = ("title", "kind", "chance", "partial", "unreadable", "said")  # what a row of every few hundred steps keeps
@@ -67,7 +71,13 @@ class Task(StudyTask):
     def rows(self, clip: Model, settings: Settings) -> list[Result]:
         """Return the rows of one model."""
         judge = self.judged_by(clip, settings)
-        return judge.rows(judge.see(self.test_set), self.name, self.metrics)
+        seen = judge.see(self.test_set)
+        expected = self.test_set.card.test_size or len(self.test_set)
+        log.info("%s on %s: %s of %s images", clip.label, self.name, f"{len(seen.index):,}", f"{expected:,}")
+        rows = doubted(judge.rows(seen, self.name, self.metrics), self.test_set)
+        for doubt in rows[0].extra.get(DOUBTS, ()) if rows else ():
+            log.warning("%s on %s: %s", clip.label, self.name, doubt)
+        return rows
 
     def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
         for label in models:

@@ -98,6 +98,7 @@ def caveats(row: Result) -> list[str]:
         said.append(f"{_count(unreadable)} images could not be read")
     if told := row.extra.get("said"):
         said.append(str(told))
+    said += row.extra.get("doubts", [])
     if same := row.extra.get("same_names"):
         said.append(f"classes of the same name: {', '.join(same)}")
     return said
