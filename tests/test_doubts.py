@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import binom
 from torch import nn
 
-from ssmclip.evaluate import Model, Settings, Task, doubts
+from ssmclip.evaluate import Model, Settings, Task
 from ssmclip.report import words
 
 NAMES = ("zero", "one", "two", "three", "four")
@@ -83,8 +82,3 @@ def test_captions_of_several_images_are_a_warning(shared, caplog):
     row, *_ = Task(test_set).rows(model(), Settings(examples=0))
     assert ("1 captions belong to several images (3 images)" in caplog.text) is bool(shared)
     assert bool(words.caveats(row)) is bool(shared)
-
-
-@pytest.mark.parametrize(("right", "n", "chance"), [(0, 12, 0.1), (3, 40, 0.2), (40, 1000, 0.1), (480, 1000, 0.5)])
-def test_the_tail_is_scipys(right, n, chance):
-    assert doubts._tail(right, n, chance) == pytest.approx(binom.cdf(right, n, chance), rel=1e-9)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from scipy.stats import binom
 
 from ssmclip.rows import Result
 
@@ -31,25 +32,11 @@ def below_guessing(rows: Sequence[Result]) -> list[str]:
     """
     for row in rows[:1]:
         chance = row.extra.get("chance")
-        if chance and row.n and row.value < chance and _tail(round(row.value * row.n), row.n, chance) < UNLIKELY:
+        if chance and row.n and row.value < chance and binom.cdf(round(row.value * row.n), row.n, chance) < UNLIKELY:
             check = "captions go with their images" if "recall" in row.metric else IN_ORDER
             value, guess = f"{100 * row.value:.1f} %", f"{100 * chance:.1f} %"
             return [f"{row.metric} of {value} is far below guessing ({guess}): check that {check}"]
     return []
-
-
-def _tail(right: int, n: int, chance: float) -> float:
-    """Return the probability that guesses get as few right, or fewer: the binomial distribution's lower tail."""
-    return sum(
-        math.exp(
-            math.lgamma(n + 1)
-            - math.lgamma(i + 1)
-            - math.lgamma(n - i + 1)
-            + i * math.log(chance)
-            + (n - i) * math.log1p(-chance)
-        )
-        for i in range(right + 1)
-    )
 
 
 def same_captions(test_set: Any) -> list[str]:
