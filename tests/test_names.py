@@ -13,7 +13,7 @@ from PIL import Image
 import ssmclip
 from ssmclip.__main__ import build_parser, main
 from ssmclip.cli import convert
-from ssmclip.cli.options import MODEL
+from ssmclip.cli.options import MODEL, labelled
 from ssmclip.models import CheckpointError, create_clip, list_clips
 from ssmclip.models.names import RANDOM, build_model, find, load_tokenizer, own_size, reads_text
 from ssmclip.models.published.layout import Hints
@@ -249,3 +249,20 @@ def test_the_published_numbers_are_the_papers():
     assert PUBLISHED["CLIP-ViT-B-16"] == ("", "CLIP-Mamba: mean of 26 data sets 34.21")
     climp = ("hf-hub:NimrodShabtay1986/CLIMP-Mamba2", "CLIMP: NoCaps at 224 px, image R@1 37.4, text R@1 51.0")
     assert PUBLISHED["CLIMP-Mamba2"] == climp
+
+
+def test_a_path_with_a_comma_or_an_equals_sign_is_one_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=0.1", "a,b", "lr=0.1,wd=0.2", "plain"):
+        (tmp_path / name).mkdir()
+    for text, expected in {
+        "lr=0.1": {"lr=0.1": "lr=0.1"},
+        "mine=lr=0.1": {"mine": "lr=0.1"},
+        "a,b": {"a,b": "a,b"},
+        "plain,a,b,CLIP-VMamba-S": {"plain": "plain", "a,b": "a,b", "CLIP-VMamba-S": "CLIP-VMamba-S"},
+        "x=lr=0.1,wd=0.2,plain": {"x": "lr=0.1,wd=0.2", "plain": "plain"},
+        f"{tmp_path}/lr=0.1,y=plain": {"lr=0.1": f"{tmp_path}/lr=0.1", "y": "plain"},
+        "y=nowhere,z=CLIP-VMamba-S": {"y": "nowhere", "z": "CLIP-VMamba-S"},
+        "plain,": {"plain": "plain"},
+    }.items():
+        assert labelled(text) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # What every command takes as a model: the grammar of `ssmclip.models.names`.
@@ -49,23 +49,51 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def labelled(models: str) -> dict[str, str]:
-    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+    """Return label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
 
+    A comma or an equals sign in the path of a folder or file that exists is a part of its name.
     Raises ValueError for no models and for equal labels.
 
     >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
     {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
     """
     labels: dict[str, str] = {}
-    for part in filter(None, models.split(",")):
-        label, _, name = part.rpartition("=")
-        label = label or Path(name).name
+    for part in _parts(models):
+        label, name = _label_and_model(part)
         if label in labels:
             raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
         labels[label] = name
     if not labels:
         raise ValueError("no model given")
     return labels
+
+
+def _parts(models: str) -> Iterator[str]:
+    """Models between commas; a path with commas in one piece."""
+    words = models.split(",")
+    while words:
+        joined = (words[:count] for count in range(len(words), 1, -1))
+        paths = (part for part in joined if _is_path(_label_and_model(",".join(part))[1], commas=len(part) - 1))
+        part = next(paths, words[:1])
+        if any(part):
+            yield ",".join(part)
+        words = words[len(part) :]
+
+
+def _label_and_model(part: str) -> tuple[str, str]:
+    """("LABEL", "MODEL") of "LABEL=MODEL", and of "MODEL" the last part of its path as label.
+
+    What is cut at is the first equals sign after which there is a path, else the last.
+    """
+    words = part.split("=")
+    cuts = (cut for cut in range(len(words)) if _is_path("=".join(words[cut:])))
+    cut = next(cuts, len(words) - 1)
+    name = "=".join(words[cut:])
+    return "=".join(words[:cut]) or Path(name).name, name
+
+
+def _is_path(name: str, commas: int = 0) -> bool:
+    return bool(name) and name.count(",") >= commas and Path(name).exists()
 
 
 def default_cache() -> Path:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS, Size
 from ssmclip.models.names import Model, load
@@ -24,14 +23,14 @@ class Models:
     ):
         self.given, self.protocol, self.device, self.image_size = dict(given), protocol, device, image_size
         self.keep = False
-        self._opened: dict[str, tuple[nn.Module, Callable, Callable]] = {}
+        self._opened: dict[str, Model] = {}
         self._clips: dict[tuple[str, str], Model] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.given)
 
-    def open(self, label: str) -> tuple[nn.Module, Callable, Callable]:
-        """Return (model, preprocessing, tokenizer). Raises what `ssmclip.load` raises."""
+    def open(self, label: str) -> Model:
+        """Return a model with its own preprocessing. Raises what `ssmclip.load` raises."""
         if label not in self._opened:
             if not self.keep:
                 self._opened.clear()
@@ -39,15 +38,16 @@ class Models:
             given = self.given[label]
             if isinstance(given, (str, Path)):
                 given = load(given, device=self.device, image_size=self.image_size)
-            self._opened[label] = given
+            self._opened[label] = given if isinstance(given, Model) else Model(*given)
         return self._opened[label]
 
     def clip(self, label: str, kind: str) -> Model:
         """Return a model as the protocol has it look at test sets of a kind."""
-        model, preprocess, tokenizer = self.open(label)
+        model = self.open(label)
         if (label, kind) not in self._clips:
             prepare = PROTOCOLS[self.protocol].preprocess
-            self._clips[label, kind] = Model(model, prepare(model, preprocess, kind, self.image_size), tokenizer, label)
+            seen = prepare(model.network, model.preprocess, kind, self.image_size)
+            self._clips[label, kind] = replace(model, preprocess=seen, label=label)
         return self._clips[label, kind]
 
     def only(self, label: str) -> Models:
