@@ -1,4 +1,4 @@
-"""The documents say what is so: tree, results, figure, commands, registries, the log. (The README's Python is a doctest.)"""
+"""The documents say what is so: tree, results, figure, commands, registries, log. The README's Python is a doctest."""
 
 import argparse
 import importlib
