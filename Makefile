@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean results
+.PHONY: setup quickstart test lint clean results figure
 .PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-startup bench-hessian bench-gpu
 .PHONY: eval26 captions distorted hessian efficiency
 setup: $(VENV)/.installed
@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 quickstart: setup  ## train two small CLIPs on embedded data, evaluate them, write runs/quickstart/report.html
 	$(BIN)/python -m ssmclip quickstart --recipe recipes/quickstart.py --out runs/quickstart
 
-# A file at a time in each of two processes, whose OpenMP threads sleep while they wait: the other wants the cores.
+# Two processes take one test file after another; OpenMP threads that wait sleep, so that the other process can run.
 test: setup lint  ## everything
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -30,12 +30,15 @@ lint: setup
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
 
-# The rows behind the README's results; `make results` writes them into it.
-README_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
+# The rows behind docs/results.md; `make results` writes its table, and that of docs/models.md.
+RESULTS_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
 results: setup
-	$(BIN)/ssmclip report $(README_ROWS) --out runs/results --readme README.md
+	$(BIN)/ssmclip report $(RESULTS_ROWS) --out runs/results --readme docs/results.md
 	$(BIN)/ssmclip models > runs/models.md
-	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' README.md
+	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' docs/models.md
+
+figure: setup  ## the README's figure, from rows
+	$(BIN)/python docs/figure.py results/efficiency.jsonl docs/cost.svg
 
 # Speed, as rows in results/, against peers in the same process.
 
@@ -66,8 +69,8 @@ bench-startup: setup  ## seconds until a command answers, over those of `import 
 bench-hessian: setup  ## a Hessian-vector product against a gradient
 	$(BIN)/python benchmarks/hessian.py --out results/hessian_cost.jsonl
 
-# Into a file of the card's name, results/gpu_CARD.jsonl; without a GPU into results/gpu.jsonl.
-bench-gpu: setup  ## the Triton kernels on a GPU, or in small in Triton's interpreter
+# Rows go to results/gpu_CARD.jsonl, named after the GPU; without a GPU to results/gpu.jsonl.
+bench-gpu: setup  ## the Triton kernels on a GPU, or smaller in Triton's interpreter
 	$(BIN)/python benchmarks/gpu.py
 
 # What trained models do, as rows in results/. RUNS: runs of recipes/flickr8k.py, or any models; DATA: the data sets;
@@ -76,12 +79,12 @@ RUNS ?= CLIP-VMamba-Nano=runs/flickr8k,CLIP-ViT-Nano=runs/flickr8k-vit
 DATA ?= ../shared/data
 TEXTS ?= $(DATA)/longcaps/*/data.jsonl
 TOKENIZER ?= $(DATA)/tokenizers/20B_tokenizer.json
-# Rows of other settings in the file are refused: remove it to begin anew.
+# It is an error if the file has rows from different settings: remove it to start over.
 
-eval26: setup  ## every data set there is a copy of under DATA
+eval26: setup  ## every data set found under DATA
 	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
 
-captions: setup  ## how many words of captions text towers see
+captions: setup  ## how many words of a caption the text towers see
 	$(BIN)/ssmclip captions --model CLIP-VMamba-S,CLIMP-Mamba1 --texts $(TEXTS) --tokenizer $(TOKENIZER) --out results/captions.jsonl
 
 # The two tables are those of Geirhos et al.
@@ -92,9 +95,9 @@ distorted: setup  ## accuracy over the level of 12 distortions: an hour on one c
 		--max-images $${most#*=} --examples 0 --out results/distorted_$$name.jsonl || exit 1; \
 	done
 
-# The image towers' five eigenvalues of largest magnitude, and as they were over training; those of the text towers and of
-# the whole models; what the usual power iteration finds on some of the batches, and on one where it ends if it goes on.
-# Batch by batch, and it goes on where it was stopped: two and a half hours on one core.
+# Five eigenvalues of largest magnitude: of the image towers, after and during training; of the text towers and whole
+# models; and by power iteration, on some batches as the paper does it and on one until it converges. Works batch by batch
+# and continues where it was stopped: two and a half hours on one core.
 HESSIAN := analyze hessian --data '$(DATA)/captions/train/{00000..00005}.tar' --batch-size 15 --towers image \
 	--which magnitude --weight-decay 0 --out results/hessian.jsonl
 hessian: setup  ## Hessian spectra of two runs
@@ -108,7 +111,7 @@ hessian: setup  ## Hessian spectra of two runs
 		$(BIN)/ssmclip $(HESSIAN) $$one --batches 2 --along-training || exit 1; \
 	done
 
-# What the file has is not measured again: remove it to begin anew. An hour on two idle cores.
+# Finished measurements are skipped: remove the file to repeat them. An hour on two idle cores.
 COUNTED := vmamba_tiny_s1l8,vmamba_base_s2l15,vit_base_patch16_224,swin_tiny_patch4_window7_224,mambaout_tiny,CLIP-VMamba-T220,CLIP-VMamba-S,CLIP-SiMBA-L,CLIP-MambaOut-T
 SIZES := --sizes 224,448,672,896,1024
 efficiency: setup  ## CLIMP's question: operations, memory and time of VMamba-B and ViT-B/16, as rows in results/

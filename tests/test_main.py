@@ -11,7 +11,7 @@ from ssmclip.models import CheckpointError, create_clip, list_clips, load
 from ssmclip.rows import Result, write_rows
 
 
-def test_models_prints_every_clip_and_the_readme_shows_it(capsys, request):
+def test_models_prints_every_clip_and_the_documents_show_it(capsys, request):
     assert main(["models"]) == 0
     printed = capsys.readouterr().out
     table = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in printed.splitlines()[2:]}
@@ -21,9 +21,9 @@ def test_models_prints_every_clip_and_the_readme_shows_it(capsys, request):
     total = sum(p.numel() for p in model.parameters()) / 1e6
     assert float(table["CLIP-VMamba-S"][3]) + float(table["CLIP-VMamba-S"][4]) == pytest.approx(total, abs=0.011)
     assert float(table["CLIP-VMamba-S"][5]) == pytest.approx(8.72, abs=0.01)  # as the original code counts, with a head
-    readme = (request.config.rootpath / "README.md").read_text(encoding="utf-8")
-    assert printed == re.search(r"<!-- models -->\n(.*?)<!-- /models -->", readme, re.DOTALL).group(1), (
-        "`make results` writes the table into the README"
+    page = (request.config.rootpath / "docs" / "models.md").read_text(encoding="utf-8")
+    assert printed == re.search(r"<!-- models -->\n(.*?)<!-- /models -->", page, re.DOTALL).group(1), (
+        "`make results` writes the table into docs/models.md"
     )
 
 
