@@ -258,6 +258,7 @@ def test_run_folder_and_rows(tmp_path, eight_pairs):
     assert list((tmp_path / "tensorboard").iterdir())
     assert models.load_config(tmp_path) == model_config(config)
     names = {"loss", "grad_norm", "logit_scale", "lr", "images_per_s", "memory_mib", "image_size", "samples_skipped"}
+    names |= {"samples_repeated"}
     rows = read_rows(tmp_path / "rows.jsonl")[1]
     assert {r.metric for r in rows} == names
     assert {r.model for r in rows} == {tmp_path.name}

@@ -67,6 +67,8 @@ class DataConfig(Settings, group="data"):
     augment: AugmentConfig = AugmentConfig()
     workers: int = bounded(0, at_least=0)  # processes that decode images, for each that trains; 0: that one itself
     shuffle_buffer: int = bounded(2048, at_least=1)  # samples of a shard stream that are shuffled together
+    # No pair is in a batch twice, across passes and processes too: one that its batch has already waits for the next.
+    distinct: bool = False
     # How many captions are drawn, and how many views augmented, each time an image is seen; the loss is their mean.
     captions_per_image: int = bounded(1, at_least=1)
     views_per_image: int = bounded(1, at_least=1)

@@ -166,6 +166,7 @@ def open_stream(
             shuffle_buffer=config.data.shuffle_buffer,
             captions_per_image=config.data.captions_per_image,
             views_per_image=config.data.views_per_image,
+            distinct=config.data.distinct,
             table_format=TableFormat(
                 config.data.image_column, config.data.caption_column, config.data.encoding, config.data.separator
             ),

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,14 @@ from ssmclip.train.ema import Ema, ema_decay
 from ssmclip.train.gradient import backward
 from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, lr_schedule, set_lr
-from ssmclip.train.progress import Log, Measured, NonFinite, Watch
+from ssmclip.train.progress import Log, Measured, NonFinite, Repeats, Watch
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
 
 # validate(model, preprocess, tokenizer, step) -> rows: the model in eval mode on its device; PIL image -> (3, H, W);
 # list[str] -> int64 (n, context). Called in the main process only. The loop adds the step to the rows.
 Validate = Callable[[nn.Module, Any, Any, int], list[Result]]
 
+_REPEATS_MATTER = 0.01  # share of the pairs; fewer move the loss less than its noise
 _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
 
 
@@ -102,6 +103,8 @@ class _Run:
     best: dict[str, Any] | None  # {"metric", "step", "value"} of the named validation metric
     skips: int = 0  # steps that the gradient scaler left out, in all
     skips_in_a_row: int = 0
+    repeats: Repeats = field(default_factory=Repeats)
+    told_of_repeats: bool = False
 
     @classmethod
     def start(cls, config: TrainConfig, out: Path, accelerator: Accelerator) -> _Run:
@@ -155,6 +158,7 @@ class _Run:
             cursor=own["cursor"] if own else None,
             best=best,
             skips=state["skips"] if state else 0,
+            repeats=Repeats(state.get("repeats", 0) if state else 0),
         )
 
     def to_the_end(self, validate: Validate | None) -> None:
@@ -206,6 +210,7 @@ class _Run:
         self.skips += skipped
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
         self.step += 1
+        self.repeats.add(batch.keys)
         if self.skips_in_a_row > _MOST_SKIPS:
             keys = ", ".join(batch.keys)
             raise NonFinite(
@@ -249,10 +254,24 @@ class _Run:
             "lr": float(lr),
             "image_size": size,
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
+            "samples_repeated": float(self._count_repeats()),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
+
+    def _count_repeats(self) -> int:
+        """Return how many pairs were in their batch already, and say once when it is enough to matter."""
+        count = self.repeats.look(self.accelerator.gather, self.accelerator.device)
+        share = count / (self.step * self.config.batch_size)
+        if self.objective.contrastive and share > _REPEATS_MATTER and not self.told_of_repeats:
+            self.told_of_repeats = True
+            self.log.say(
+                f"warning: {share:.1%} of the pairs were in their batch already, as a pass over the data ended within "
+                "it or the data have fewer pairs: each is a wrong negative of its copy, and the loss cannot fall to "
+                "zero. Keep them apart with data.distinct=true, or lower batch_size"
+            )
+        return count
 
     def _model_numbers(self) -> dict[str, float]:
         numbers = self.objective.numbers(self.accelerator.unwrap_model(self.model))
@@ -295,7 +314,7 @@ class _Run:
         return bool(self._mean(torch.tensor(float(improved), device=self.accelerator.device)) > 0)
 
     def _save(self) -> None:
-        accelerator = self.accelerator
+        accelerator, repeats = self.accelerator, self._count_repeats()
         ranks = self._of_all([{"rng": rng_state(accelerator.device), "cursor": self.cursor}])
         optimiser = sharding.optimiser_state(accelerator, self.model, self.optimiser)
         online = sharding.model_state(accelerator, self.model)
@@ -308,6 +327,7 @@ class _Run:
                 "online": online if self.ema else None,
                 "best": self.best,
                 "skips": self.skips,
+                "repeats": repeats,
                 "ranks": ranks,
             }
             model = self.ema.model if self.ema else sharding.plain_model(self.architecture, online)

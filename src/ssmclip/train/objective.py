@@ -37,12 +37,14 @@ class Objective(nn.Module):
 
     name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
     starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
-    which a micro-batch has fewer; all others, such as the logit scale, belong to the model.
+    which a micro-batch has fewer; all others, such as the logit scale, belong to the model. contrastive: whether pairs
+    of a batch are each other's negatives, so that one pair twice is a wrong one.
     """
 
     name: ClassVar[str]
     start: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     rows: ClassVar[tuple[str, ...]] = ("image_features", "text_features")
+    contrastive: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -101,6 +103,8 @@ class Contrastive(Objective):
     the mean loss between two views is added, as SLIP does (Mu et al. 2021, arXiv:2112.12750), here in the space the
     texts share and at their logit scale.
     """
+
+    contrastive = True
 
     def __init__(self, settings: LossConfig | None = None, **place: int):
         super().__init__(settings, **place)

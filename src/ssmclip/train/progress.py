@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmclip.config import TrainConfig
+from ssmclip.data.pairs.samples import draw_seed
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 from ssmclip.rows.condition import STEP
 from ssmclip.rows.resume import drop_half_a_line
@@ -57,6 +58,33 @@ class Watch:
                 keys = ", ".join(measured.keys)
                 raise NonFinite(f"step {measured.step}: loss {loss}, gradient norm {norm}; keys of the batch: {keys}")
         return numbers[-1][0], numbers[-1][1]
+
+
+class Repeats:
+    """Counts pairs that are in their batch already: where a pass ends within it, or the data have fewer pairs.
+
+    count: how many there were, over all processes and steps looked at.
+    """
+
+    def __init__(self, count: int = 0):
+        self.count = count
+        self._pending: list[Tensor] = []
+
+    def add(self, keys: list[str]) -> None:
+        """Note the keys of this process's part of a step's batch."""
+        self._pending.append(torch.tensor([draw_seed(key) for key in keys]))
+
+    def look(self, gather: Callable[[Tensor], Tensor], device: torch.device) -> int:
+        """Add the steps noted since the last look to `count`, and return it.
+
+        gather: concatenates tensors of all processes, which call this at the same steps.
+        """
+        if self._pending:
+            own, self._pending = torch.stack(self._pending), []  # (steps, batch of a process)
+            parts = gather(own.to(device)).cpu().unflatten(0, (-1, len(own)))  # (processes, steps, batch)
+            keys = parts.transpose(0, 1).flatten(1).sort(dim=1).values
+            self.count += int((keys[:, 1:] == keys[:, :-1]).sum())
+        return self.count
 
 
 def _finite(value: float) -> bool:

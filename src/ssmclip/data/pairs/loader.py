@@ -51,6 +51,7 @@ def open_pairs(
     views_per_image: int = 1,
     cache_mib: int = 512,
     table_format: TableFormat | None = None,
+    distinct: bool = False,
 ) -> PairLoader:
     """An endless, reshuffled stream of batches from `source`.
 
@@ -66,11 +67,15 @@ def open_pairs(
     views_per_image: how many times an image is transformed each time it is seen.
     cache_mib: memory for keeping the decoded pictures of a small source, over all workers; 0 keeps none.
         It never changes the batches.
+    distinct: keep a sample from being in a batch twice, as it may be where a batch begins in one pass and ends in the
+        next, and from being in batches of several ranks in one step. One that its batch has already waits for the next,
+        and each of the readers (workers x ranks) keeps its share of the samples, in a new order in each pass.
 
     Samples that can't be used are counted in `.skipped`, not raised. A pass without one that can be raises
     NoUsableSamples; where several readers share the source, many such passes of one of them in a row.
     Raises FileNotFoundError for a missing file or shard, ValueError for a file of an unknown kind and for a table or
-    cursor that can't be used, UnknownName for an unknown synthetic source.
+    cursor that can't be used, UnknownName for an unknown synthetic source. While iterating, BatchTooLarge where a
+    reader has fewer samples than a batch of distinct ones.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")
@@ -78,7 +83,9 @@ def open_pairs(
     cache_bytes = cache_mib * 2**20 // readers
     opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
     cache_bytes = cache_bytes if opened.resident else 0
-    preparation = Preparation(transform, tokenize, batch_size, seed, captions_per_image, views_per_image, cache_bytes)
+    preparation = Preparation(
+        transform, tokenize, batch_size, seed, captions_per_image, views_per_image, cache_bytes, distinct
+    )
     return PairLoader(opened, preparation, workers, rank, world_size, cursor)
 
 
@@ -129,6 +136,7 @@ class PairLoader:
             "workers": readers,
             "rank": rank,
             "world_size": world_size,
+            "distinct": preparation.distinct,
         }
         self._states = [{"pass": 0, "start": [0, 0], "taken": 0} for _ in range(readers)]
         self._next = 0
@@ -188,9 +196,10 @@ class PairLoader:
 
     def _continue_from(self, cursor: dict[str, Any]) -> None:
         for name, here in self._made_of.items():
-            if cursor.get(name) != here:
+            made_with = cursor.get(name, False if name == "distinct" else None)  # older cursors have no such entry
+            if made_with != here:
                 raise ValueError(
-                    f"this cursor was made with {name} {cursor.get(name)!r}, and here it is {here!r}: "
+                    f"this cursor was made with {name} {made_with!r}, and here it is {here!r}: "
                     "the batches would not be the same. Continue with the same, or start without a cursor"
                 )
         self._states = [dict(state) for state in cursor["states"]]

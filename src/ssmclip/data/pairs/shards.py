@@ -111,12 +111,18 @@ class ShardSource:
         return f"{len(self.shards)} shards {zlib.crc32(' '.join(names).encode()):08x}"
 
     def windows(
-        self, number: int, reader: int, readers: int, start: Sequence[int]
+        self, number: int, reader: int, readers: int, start: Sequence[int], deal: int | None = None
     ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
-        """Pass `number` of one reader, from `start` on: (where the window starts, its samples)."""
-        shards = [self.shards[i] for i in permutation(len(self.shards), self.seed, "shards", number)]
+        """Yield pass `number` of one reader, from `start` on: (where the window starts, its samples).
+
+        deal: see `stream.Source`.
+        """
+        order = permutation(len(self.shards), self.seed, "shards", number if deal is None else deal)
+        shards = [self.shards[i] for i in order]
         dealt = len(shards) >= readers
         mine = shards[reader::readers] if dealt else shards
+        if deal is not None:
+            mine = [mine[i] for i in permutation(len(mine), self.seed, "own shards", number, reader)]
         first, skip = start
         begin, window, keys = [first, skip], [], set()
         for place in range(first, len(mine)):

@@ -31,6 +31,7 @@ MOST_BARREN_SAMPLES = 100_000
 
 State = dict[str, Any]
 Row = tuple[str, list[Any], list[str]]  # key, an image's views, its captions
+Place = list[int]  # of a sample: the pass, where its window starts (two numbers), its place in the window's order
 
 
 class NoUsableSamples(ValueError):
@@ -62,7 +63,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How samples become batches. cache_bytes: how much memory decoded pictures may take in one reader."""
+    """How samples become batches.
+
+    cache_bytes: how much memory decoded pictures may take in one reader.
+    distinct: no sample is in a batch twice, nor in those that other processes train on in the same step: each reader
+        keeps its share of the samples, and one that the batch has already waits for the next.
+    """
 
     transform: Callable[[Image.Image, torch.Generator], torch.Tensor]
     tokenize: Callable[[list[str]], torch.Tensor]
@@ -71,6 +77,7 @@ class Preparation:
     captions_per_image: int = 1
     views_per_image: int = 1
     cache_bytes: int = 0
+    distinct: bool = False
 
 
 @runtime_checkable
@@ -81,15 +88,58 @@ class Source(Protocol):
     resident: bool
 
     def windows(
-        self, number: int, reader: int, readers: int, start: Sequence[int]
+        self, number: int, reader: int, readers: int, start: Sequence[int], deal: int | None = None
     ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
-        """Pass `number` of one reader from `start` on ([0, 0]: all), as (where a window starts, its samples)."""
+        """Yield pass `number` of one reader from `start` on ([0, 0]: all), as (where a window starts, its samples).
+
+        deal: the pass whose deal gives the readers their shares, in place of this one's.
+        """
+
+
+class BatchTooLarge(ValueError):
+    """A batch of distinct samples is to be larger than its reader's share of them."""
 
 
 class _Unusable(Exception):
     def __init__(self, reason: str, sample: Sample, detail: str = ""):
         self.reason = reason
         self.example = f"{sample.key}: {detail}" if detail else sample.key
+
+
+class _Filling:
+    """A batch that is being filled. distinct: samples that it has already are held for the next batch.
+
+    So it is where a pass begins within a batch: each sample is still in one batch in every pass.
+    """
+
+    def __init__(self, distinct: bool):
+        self.distinct = distinct
+        self.rows: list[Row] = []
+        self.held: dict[str, tuple[Row, Place]] = {}
+        self._keys: set[str] = set()
+
+    def add(self, row: Row, place: Place) -> bool:
+        """Take or hold a sample; return False where it is held already: a whole pass has nothing to fill the batch."""
+        key = row[0]
+        if not self.distinct or key not in self._keys:
+            self.rows.append(row)
+            self._keys.add(key)
+        elif key in self.held:
+            return False
+        else:
+            self.held[key] = row, place
+        return True
+
+    @property
+    def held_places(self) -> list[Place]:
+        return [place for _, place in self.held.values()]
+
+    def next(self) -> _Filling:
+        """Return the batch after this one, begun with what was held."""
+        following = _Filling(self.distinct)
+        for row, place in self.held.values():
+            following.add(row, place)
+        return following
 
 
 class ReaderBatches(IterableDataset):
@@ -118,13 +168,18 @@ class ReaderBatches(IterableDataset):
     def __iter__(self) -> Iterator[Made]:
         worker = get_worker_info()
         reader = ((worker.id if worker else 0) + self.turn) % len(self.states)
-        rows: list[Row] = []
         skips: list[tuple[str, str]] = []
+        filling = _Filling(self.preparation.distinct)
+        for place in self.states[reader].get("held", ()):
+            filling.add(self._prepare(self._sample_at(reader, place), place[0]), place)
         for row, state in self._usable(reader, skips):
-            rows.append(row)
-            if len(rows) == self.preparation.batch_size:
-                yield Made(self._batch(rows), reader, state, list(skips))
-                rows.clear()
+            place = [state["pass"], *state["start"], state["taken"] - 1]
+            if not filling.add(row, place):
+                raise BatchTooLarge(self._too_large(len(filling.rows)))
+            if len(filling.rows) == self.preparation.batch_size:
+                batch, filling = filling, filling.next()
+                held = {"held": batch.held_places} if batch.held else {}
+                yield Made(self._batch(batch.rows), reader, {**state, **held}, list(skips))
                 skips.clear()
 
     def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[Row, State]]:
@@ -156,14 +211,26 @@ class ReaderBatches(IterableDataset):
             state = {"pass": state["pass"] + 1, **PASS_START}
 
     def _samples(self, reader: int, state: State) -> Iterator[tuple[Sample, State]]:
-        """What is left of a pass, each sample with the state after it."""
+        """Yield what is left of a pass, each sample with the state after it."""
         number, taken = state["pass"], state["taken"]
-        mine = self.first_reader + reader
-        for start, window in self.source.windows(number, mine, self.readers, state["start"]):
-            order = permutation(len(window), self.preparation.seed, "window", number, mine, *start)
+        for start, window, order in self._windows(reader, number, state["start"]):
             for place in range(taken, len(window)):
                 yield window[int(order[place])], {"pass": number, "start": list(start), "taken": place + 1}
             taken = 0
+
+    def _windows(
+        self, reader: int, number: int, start: Sequence[int]
+    ) -> Iterator[tuple[list[int], Sequence[Sample], np.ndarray]]:
+        """Yield where each window of a pass starts, its samples, and the order to take them in."""
+        mine = self.first_reader + reader
+        deal = 0 if self.preparation.distinct else None
+        for begin, window in self.source.windows(number, mine, self.readers, start, deal):
+            yield begin, window, permutation(len(window), self.preparation.seed, "window", number, mine, *begin)
+
+    def _sample_at(self, reader: int, place: Place) -> Sample:
+        number, *start, taken = place
+        _, window, order = next(self._windows(reader, number, start))
+        return window[int(order[taken])]
 
     def _prepare(self, sample: Sample, number: int) -> Row:
         """One sample's part of a batch. Raises _Unusable."""
@@ -203,6 +270,13 @@ class ReaderBatches(IterableDataset):
         transform = self.preparation.transform
         images = transform.normalise(pictures) if isinstance(transform, TrainTransform) else torch.stack(pictures)
         return Batch(images, self.preparation.tokenize(captions), keys)
+
+    def _too_large(self, usable: int) -> str:
+        has = f"has {usable:,}" if self.readers == 1 else f"gives reader {self.first_reader} {usable:,}"
+        return (
+            f"a batch of distinct samples must have as many as its reader (got {self.preparation.batch_size}, and "
+            f"{self.source.identity} {has}): make it smaller, use fewer workers, or set data.distinct=false"
+        )
 
     def _nothing(self, reader: int, passes: int, unusable: Counter[str], skips: list[tuple[str, str]]) -> str:
         counts = ", ".join(f"{count} x {reason}" for reason, count in unusable.most_common()) or "it holds none"

@@ -66,10 +66,10 @@ class RowSource:
         self.resident = isinstance(samples, list)
 
     def windows(
-        self, number: int, reader: int, readers: int, start: Sequence[int]
+        self, number: int, reader: int, readers: int, start: Sequence[int], deal: int | None = None
     ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
-        """Pass `number` of one reader: one window with all its samples."""
-        order = permutation(self.num_samples, self.seed, "rows", number)
+        """Yield pass `number` of one reader: one window with all its samples. deal: see `stream.Source`."""
+        order = permutation(self.num_samples, self.seed, "rows", number if deal is None else deal)
         yield [0, 0], _Picked(self.samples, order[reader::readers])
 
 
