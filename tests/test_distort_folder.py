@@ -153,7 +153,7 @@ def test_sets_are_rebuilt_from_the_human_data(tmp_path, imagenet, key, capsys):
     arguments += ["--distortions", "high-pass,uniform-noise,rotation"]
     assert run(*arguments) == 1
     printed = capsys.readouterr().out
-    assert "1 images of 1 stimuli are not in" in printed
+    assert "1 images, needed for 1 stimuli, are not in" in printed
     assert "missing: n03041632_404" in printed
     assert "4 written, 0 already there, 1 pictures unreadable" in printed
     assert "n03041632_9.JPEG: broken image" in printed
@@ -213,10 +213,10 @@ def test_the_real_recipe_names_files_as_people_saw_them(shared, imagenet, tmp_pa
 
 def test_recipes_that_cannot_be(tmp_path, imagenet):
     table = humans(tmp_path / "humans.parquet", "image_id")
-    with pytest.raises(ValueError, match="no stimulus of contrast"):
+    with pytest.raises(ValueError, match="contains no stimulus of contrast"):
         rebuild_jobs(table, imagenet, tmp_path, ["contrast"])
-    with pytest.raises(FileNotFoundError, match="no folders n01234567"):
+    with pytest.raises(FileNotFoundError, match="must contain class folders such as n01234567"):
         rebuild_jobs(table, tmp_path / "nowhere", tmp_path, ["high-pass"])
     pq.write_table(pa.table({"dataset": ["high-pass"]}), tmp_path / "bare.parquet")
-    with pytest.raises(ValueError, match="no column category, condition, imagename"):
+    with pytest.raises(ValueError, match="lacks the columns category, condition, imagename"):
         rebuild_jobs(tmp_path / "bare.parquet", imagenet, tmp_path, ["high-pass"])

@@ -245,7 +245,7 @@ def test_rows_of_other_settings_are_refused_before_anything_is_measured(name, ot
     default = getattr(Job(""), name)
     run()
     run(**{name: default})
-    with pytest.raises(ValueError, match=f"has rows of {name} {default}, not {other}: give another --out"):
+    with pytest.raises(ValueError, match=f"contains rows with {name} {default} instead of {other}: give another --out"):
         run(**{name: other})
     run(modes=[], **{name: other})  # counts depend on none of them
     assert len(jobs) == 1
@@ -281,9 +281,12 @@ def test_a_size_out_of_time_is_measured_by_the_next_command(tmp_path, capsys):
     [
         (["--model", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
         (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
-        (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
-        (["--models", "test_vmamba", "--sizes", "0"], "wanted pixels, or HEIGHTxWIDTH"),
-        (["--models", "test_vmamba", "--sizes", "big"], "image size 'big': wanted pixels, or HEIGHTxWIDTH"),
+        (["--models", "test_vmamba", "--lengths", "0"], "must be at least 1 token (got 0)"),
+        (["--models", "test_vmamba", "--sizes", "0"], "must be pixels or HEIGHTxWIDTH"),
+        (
+            ["--models", "test_vmamba", "--sizes", "big"],
+            "image size must be pixels or HEIGHTxWIDTH, all above 0 (got 'big')",
+        ),
         (["--models", "test_vmamba", "--batch-size", "0"], "at least 1"),
         (["--models", "test_vmamba,test_vmamba"], "LABEL="),
     ],
@@ -364,7 +367,7 @@ def test_figures_fit_growth_and_find_the_crossing(tmp_path):
     assert found["a", "b (plain attention)"] is None
     assert {c["lower"] for c in image.crossings()} == {None, "a", "b"}  # both below 5 at the sizes they share
     axes = image.plot().axes[0]
-    assert "a lower throughout, b (plain attention) higher" in axes.get_xlabel()
+    assert "a below b (plain attention) throughout" in axes.get_xlabel()
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["a: pixels^1.00", "b: pixels^2.00", "b (plain attention): pixels^0.00"]
