@@ -150,7 +150,7 @@ def test_what_cannot_be_found(file, tmp_path, monkeypatch):
         find(f"{tmp_path}/no.py:dust")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         find("no_such_module:dust")
-    with pytest.raises(ValueError, match="distortion 'contrast' is registered twice"):
+    with pytest.raises(ValueError, match="distortion 'contrast' is already registered"):
         distortion("contrast", levels={"1": 1}, meaning="a second meaning")(np.copy)
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")
