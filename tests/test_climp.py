@@ -122,7 +122,7 @@ def test_tokenizer_is_found_on_disk_without_asking_the_network(tokenizer_file, t
     assert find_tokenizer(str(tokenizer_file)) == tokenizer_file
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"someone/model is neither on disk.*text_cfg\.hf_tokenizer_name"):
+    with pytest.raises(FileNotFoundError, match=r"someone/model was not found locally.*text_cfg\.hf_tokenizer_name"):
         find_tokenizer("someone/model")
     cached = tmp_path / "models--someone--model"
     (cached / "refs").mkdir(parents=True)

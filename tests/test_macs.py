@@ -186,7 +186,7 @@ def test_any_clip_is_counted_without_its_memory():
     [
         (("vmamba_bse_s2l15",), UnknownName, "vmamba_base_s2l15"),
         (("open_clip:RN50", (224, 448)), ValueError, "open_clip:RN50 .* 224 x 448: take a square size"),
-        (("vit_base_patch16_224", 225), ValueError, "no multiple of the patch, 16: take 224, 240"),
+        (("vit_base_patch16_224", 225), ValueError, "multiple of the patch, 16 .*: try 224, 240"),
         (("test_vmamba", 0), ValueError, "above 0"),
         (("test_vmamba", (64, -64)), ValueError, "height, width"),
     ],
@@ -197,7 +197,7 @@ def test_bad_input_is_named(arguments, error, says):
 
 
 def test_bad_lengths_are_named(tiny_clip):
-    with pytest.raises(ValueError, match="0 tokens: a text has at least 1"):
+    with pytest.raises(ValueError, match=r"text length must be at least 1 \(got 0"):
         count_macs(tiny_clip[0], 32, text_length=0)
     with pytest.raises(ValueError, match="cannot take an input of 100 tokens"):
         count_macs(tiny_clip[0], 32, text_length=100)
