@@ -315,7 +315,7 @@ def test_a_language_model_of_transformers_is_read_from_its_folder(kind, more, tm
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (dict(model_type="mamba", hidden_act="relu"), "hidden_act must be 'silu' \(got 'relu'"),
+        (dict(model_type="mamba", hidden_act="relu"), r"hidden_act must be 'silu' \(got 'relu'"),
         (dict(model_type="falcon_mamba"), "unknown language model 'falcon_mamba'.*known: mamba, mamba2"),
         (dict(model_type="mamba2"), "is for mamba2, but the weights are for mamba"),
     ],
