@@ -122,7 +122,7 @@ def test_tokenizer_is_found_on_disk_without_asking_the_network(tokenizer_file, t
     assert find_tokenizer(str(tokenizer_file)) == tokenizer_file
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"someone/model is neither on disk.*text_cfg\.hf_tokenizer_name"):
+    with pytest.raises(FileNotFoundError, match=r"someone/model was not found locally.*text_cfg\.hf_tokenizer_name"):
         find_tokenizer("someone/model")
     cached = tmp_path / "models--someone--model"
     (cached / "refs").mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_a_run_keeps_a_frozen_language_model_and_its_tokenizer(tmp_path, monkeyp
 
 def test_only_mamba_towers_start_from_a_language_model():
     config = TrainConfig(model=ModelConfig(name="CLIP-ViT-Nano", text_weights="somewhere"))
-    with pytest.raises(ValueError, match="CLIP-ViT-Nano has none"):
+    with pytest.raises(ValueError, match="must be none for CLIP-ViT-Nano"):
         load_start(create_clip("CLIP-ViT-Nano"), config, None)
 
 

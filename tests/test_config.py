@@ -65,10 +65,10 @@ def test_override_has_the_fields_type(override, read, expected):
         ("precision=fp8", r"precision must be one of no, bf16, fp16 \(got 'fp8'\)"),
         ("betas=[0.9]", r"optimiser.betas must be tuple\[float, float\] as JSON \(got \[0.9\]\)"),
         ("drop_path_rate=x", r"model.drop_path_rate must be a number or none \(got x\)"),
-        ("every=3", r"setting 'every' could be any of validation.every, checkpoint.every, logging.every"),
+        ("every=3", r"setting 'every' is ambiguous: write one of validation.every, checkpoint.every, logging.every"),
         ("lr", r"a change to a setting must be KEY=VALUE \(got 'lr'\)"),
         ("warmup_steps=1000", r"schedule.warmup_steps must be less than steps=1000 \(got 1000\)"),
-        ("view_weight=0.5", r"loss.view_weight must be 0 where data.views_per_image is 1 \(got 0.5\)"),
+        ("view_weight=0.5", r"loss.view_weight must be 0 when data.views_per_image is 1 \(got 0.5\)"),
         ("image_sizes=[[0.5, 32]]", r"data.image_sizes must be pairs .*shares start at 0.0"),
         ("image_sizes=[[0, 0]]", r"data.image_sizes must have sizes of at least 1 pixel"),
         (
@@ -211,22 +211,22 @@ def test_recipe_is_one_function_that_returns_a_config(tmp_path):
     assert load_recipe(good) == TrainConfig(steps=3000)
 
     for text, said in {
-        "def a(): return TrainConfig()\ndef b(): return 1\n": "found a, b",
-        "x = 1\n": "found none",
-        "def a(): return {}\n": "returned dict",
+        "def a(): return TrainConfig()\ndef b(): return 1\n": r"must define exactly one public function .*\(got a, b\)",
+        "x = 1\n": r"must define exactly one public function .*\(got none\)",
+        "def a(): return {}\n": r"must return a TrainConfig \(got dict\)",
     }.items():
         bad = tmp_path / "bad.py"
         bad.write_text(head + text)
         with pytest.raises(ValueError, match=said):
             load_recipe(bad)
-    with pytest.raises(FileNotFoundError, match=r"no recipe .*gone.py; recipes in .*: bad.py, good.py"):
+    with pytest.raises(FileNotFoundError, match=r"recipe .*gone.py not found; recipes in .*: bad.py, good.py"):
         load_recipe(tmp_path / "gone.py")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("notes.md", "# Notes\n", "notes.md is no Python file: a recipe is one, NAME.py"),
+        ("notes.md", "# Notes\n", r"a recipe must be a Python file, NAME.py \(got .*notes.md\)"),
         ("r.py", "import json\n\ndef a(:\n", r"r.py, line 3: invalid syntax"),
         ("r.py", "import json\nimport nobody_has_this\n", "r.py, line 2: No module named 'nobody_has_this'"),
         (

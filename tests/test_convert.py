@@ -174,7 +174,7 @@ def test_a_name_with_fields_is_a_model_and_a_wrong_one_says_so():
     name = name_with_fields("vmamba", {**ODD, "ssm_ratio": 1.5, "patch_embed": "v1"})
     assert name == 'vmamba.depths=[1, 2, 1, 1];dims=[8, 14, 20, 36];ssm_ratio=1.5;patch_embed="v1"'
     assert timm.create_model(name).layers[1].blocks[1].op.inner == 21
-    with pytest.raises(ValueError, match="no weights are called 'in1k'"):
+    with pytest.raises(ValueError, match=r"tag must be the name of weights.*got 'in1k'"):
         timm.create_model("vmamba.in1k")
 
 
@@ -233,7 +233,9 @@ def test_a_clip_comes_from_the_hub_once_and_then_from_disk(fake_hub, tiny_clip, 
     assert sorted(fake_hub.asked) == ["open_clip_config.json", "open_clip_model.safetensors"]
     (fake_hub.root / "someone").rename(fake_hub.root / "unreachable")
     assert torch.equal(ssmclip.load("hf-hub:someone/clip").model.text_projection, tiny_clip[0].text_projection)
-    with pytest.raises(FileNotFoundError, match=r"someone/else is neither on disk nor.*no network here"):
+    with pytest.raises(
+        FileNotFoundError, match=r"someone/else was not found locally and could not be downloaded.*no network here"
+    ):
         ssmclip.load("hf-hub:someone/else")
 
 
@@ -249,7 +251,7 @@ def test_one_file_of_several_is_named(fake_hub):
     assert fake_hub.asked == ["large.pt"]
     with pytest.raises(FileNotFoundError, match=r"has no file huge\.pt; it has .*large\.pt"):
         ssmclip.load_published("hf-hub:someone/checkpoints/huge.pt")
-    with pytest.raises(CheckpointError, match=r"broken\.pt of someone/checkpoints came with the checksum"):
+    with pytest.raises(CheckpointError, match=r"the checksum of broken\.pt of someone/checkpoints must be"):
         hub.download("someone/checkpoints/broken.pt")
     (folder / "broken.pt").unlink()
     fake_hub.asked.clear()
@@ -315,7 +317,7 @@ def test_a_language_model_comes_from_the_hub_by_its_name(fake_hub):
     (fake_hub.root / "someone" / "mamba-hf" / "pytorch_model.bin").write_bytes(b"the same again")
     assert torch.equal(load_language_model("someone/mamba-hf").embeddings.weight, model.embeddings.weight)
     assert sorted(fake_hub.asked) == ["config.json", "model.safetensors"]
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository"):
+    with pytest.raises(FileNotFoundError, match=r"is not a folder; a repository .* must be OWNER/NAME"):
         load_language_model("nowhere")
 
 
@@ -341,5 +343,5 @@ def test_push_makes_the_repository_and_sends_the_folder(tiny_clip, tiny_config, 
     assert sent["private"]
     assert set(sent["someone/clip"]) == {"open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"}
     assert json.loads(sent["someone/clip"]["open_clip_config.json"]) == tiny_config
-    with pytest.raises(CheckpointError, match=r"holds no model: neither open_clip_config\.json and"):
+    with pytest.raises(CheckpointError, match=r"contains no model: it has neither open_clip_config\.json and"):
         ssmclip.push(tmp_path, "someone/clip")

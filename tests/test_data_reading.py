@@ -199,7 +199,7 @@ def test_a_row_of_another_length_is_named_by_its_line(tmp_path):
     (tmp_path / "a.csv").write_text('image,caption\n\n1.jpg,"two\nlines"\n2.jpg,a,b\n')
     with pytest.raises(ValueError, match=r"a\.csv is not a readable table: line 5: .*Expected 2 columns, got 3"):
         pairs_of(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match=r"a\.csv, line 5: 3 fields, and the header has 2"):
+    with pytest.raises(ValueError, match=r"a\.csv, line 5: must have 2 fields as the header \(got 3\)"):
         read_table(tmp_path / "a.csv")
 
 
@@ -267,7 +267,7 @@ def test_json_that_is_nested_too_deep_is_counted(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.png": png(), "a.json": b"[" * 100_000})
     assert [sample.problem for sample in read_shard(str(tmp_path / "0.tar"))] == ["broken json"]
     (tmp_path / "sizes.json").write_bytes(b"[" * 100_000)
-    with pytest.raises(ValueError, match=r"sizes\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"sizes\.json is not JSON"):
         count_samples(str(tmp_path / "0.tar"))
 
 
@@ -432,7 +432,7 @@ def test_a_folder_of_shards_from_a_mac(tmp_path):
 
 def test_a_file_twice_in_a_test_sets_shard_is_refused(tmp_path):
     path = write_tar(tmp_path / "0.tar", [("a.png", png(1)), ("a.txt", b"x"), ("a.PNG", png(2))])
-    with pytest.raises(ValueError, match=r"0\.tar holds a\.PNG twice"):
+    with pytest.raises(ValueError, match=r"0\.tar contains a\.PNG twice"):
         index_samples(path)
 
 
@@ -625,9 +625,7 @@ def test_files_that_may_be_several_splits_are_not_taken_together(tmp_path):
 def test_tables_of_different_types_are_named(tmp_path):
     pq.write_table(pa.table({"image": ["1.jpg"], "caption": ["a"]}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"image": [b"x"], "caption": ["a"]}), tmp_path / "1.parquet")
-    with pytest.raises(
-        ValueError, match=r"1\.parquet has a column of type binary, and .*0\.parquet one of type large_str"
-    ):
+    with pytest.raises(ValueError, match=r"1\.parquet has binary, .*0\.parquet large_str"):
         pairs_of(tmp_path / "0.parquet", tmp_path / "1.parquet")
 
 

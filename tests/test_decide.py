@@ -323,7 +323,7 @@ def test_a_timm_model_is_asked_at_another_size():
     assert small.logits(inputs[None]).shape == (1, 1000)
     wide = timm_decider("vit_tiny_patch16_224", image_size=(64, 96))
     assert wide.preprocess(picture).shape == (3, 64, 96)
-    with pytest.raises(ValueError, match="no multiple of the patch"):
+    with pytest.raises(ValueError, match="must be a multiple of the patch"):
         timm_decider("vit_tiny_patch16_224", image_size=100)
 
 

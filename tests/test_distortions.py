@@ -308,13 +308,13 @@ def test_levels_in_between(tables):
     [
         ("contrast", 30, "from 0 to 1, or one of c100"),
         ("contrast", "c31", "one of c100"),
-        ("contrast", None, "level None"),
+        ("contrast", None, "got None"),
         ("high-pass", -1, "standard deviation in pixels"),
-        ("low-pass", math.nan, "level nan"),
+        ("low-pass", math.nan, "got nan"),
         ("high-pass", 1e9, "from 0 to 10000"),
         ("eidolonI", 1e300, "the reach in pixels"),
-        ("power-equalisation", 1, "needs amplitude="),
-        ("false-colour", 1, "needs gamma="),
+        ("power-equalisation", 1, "needs amplitude: pass"),
+        ("false-colour", 1, "needs gamma: pass"),
     ],
 )
 def test_levels_that_cannot_be(name, level, complaint):
@@ -331,9 +331,9 @@ def test_input_that_cannot_be(tables, tmp_path):
         ssmclip.distort(np.zeros((8, 8), np.uint8), "colour")
     with pytest.raises(ValueError, match=r"uint8 \(0, 8, 3\)"):
         ssmclip.distort(np.zeros((0, 8, 3), np.uint8), "high-pass", 3.0)
-    with pytest.raises(ValueError, match="2 pictures take 2 seeds"):
+    with pytest.raises(ValueError, match="2 pictures need 2 seeds"):
         ssmclip.distort(np.zeros((2, 8, 8, 3), np.uint8), "uniform-noise", 0.1, seed=[1])
-    with pytest.raises(ValueError, match=r"images of \(224, 224\), and these are \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"images' size \(8, 8\) \(got \(224, 224\)"):
         ssmclip.distort(np.zeros((8, 8, 3), np.uint8), "power-equalisation", amplitude=tables["amplitude"])
     np.save(tmp_path / "gamma.npy", np.ones(256))
     with pytest.raises(ValueError, match="256 rising values"):

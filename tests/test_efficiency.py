@@ -174,7 +174,7 @@ def test_a_failed_mode_is_not_tried_again(tmp_path):
 def test_a_size_one_model_cannot_take_is_a_row(tmp_path):
     rows = sweep({"vit": "vit_nano_patch16", "vmamba": "test_vmamba"}, [100], [], tmp_path / "rows", modes=[])
     assert [(row.model, row.metric) for row in rows][:2] == [("vit", "fits"), ("vmamba", "macs")]
-    assert "no multiple of the patch, 16: take 96, 112" in rows[0].extra["why"]
+    assert "must be a multiple of the patch, 16 (got 100 x 100): try 96, 112" in rows[0].extra["why"]
     models = {name: name for name in ("open_clip:RN50", "test_vit")}
     rows = sweep(models, [(64, 128)], [], tmp_path / "others", modes=[])
     assert [(row.model, row.metric) for row in rows[:2]] == [("open_clip:RN50", "fits"), ("test_vit", "macs")]

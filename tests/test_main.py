@@ -107,7 +107,7 @@ def test_open_clips_weights_that_cannot_be_loaded_are_told(monkeypatch):
         raise RuntimeError("Failed to download weights for tag 'openai'")
 
     monkeypatch.setattr("open_clip.create_model", fail)
-    with pytest.raises(CheckpointError, match="open_clip:ViT-B-32/openai can't be loaded: Failed to download"):
+    with pytest.raises(CheckpointError, match="open_clip:ViT-B-32/openai cannot be loaded: Failed to download"):
         load("open_clip:ViT-B-32/openai")
 
 

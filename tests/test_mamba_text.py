@@ -147,14 +147,14 @@ def test_a_folder_that_is_no_language_model_says_so(tmp_path):
     with pytest.raises(UnknownName, match="mamba"):
         load_language_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_act": "relu"}')
-    with pytest.raises(CheckpointError, match="'relu'; only 'silu'"):
+    with pytest.raises(CheckpointError, match=r"must be 'silu' \(got 'relu'"):
         load_language_model(tmp_path)
 
 
 def test_heads_that_do_not_come_out_even_are_named():
     with pytest.raises(ValueError, match=r"num_heads=7 times head_dim=8 must be expand=2 times hidden_size=32"):
         read_config({"model_type": "mamba2", "hidden_size": 32, "num_heads": 7, "head_dim": 8})
-    with pytest.raises(ValueError, match="64 inner channels do not make heads of 8 in 3 groups"):
+    with pytest.raises(ValueError, match=r"must divide into 3 groups of heads of 8 \(got 64"):
         Mamba2(32, head_dim=8, n_groups=3)
 
 
@@ -206,7 +206,7 @@ def test_an_empty_text_is_one_padding_token(kind):
     text = tower(kind)
     empty = text(torch.full((2, 30), PAD))
     torch.testing.assert_close(empty[:1], text(torch.full((1, 1), PAD)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="no tokens at all"):
+    with pytest.raises(ValueError, match="must have at least one token"):
         text(torch.zeros(2, 0, dtype=torch.long))
 
 

@@ -277,7 +277,7 @@ def test_a_model_that_names_its_own_tokenizer_has_it_and_takes_it_along(tmp_path
         for read in (ssmclip.load(tmp_path / name).tokenizer, load_tokenizer(tmp_path / name)):
             assert read(CAPTIONS).tolist() == IDS
         assert open_clip.get_tokenizer(f"local-dir:{tmp_path / name}")(CAPTIONS).tolist() == IDS
-    with pytest.raises(FileNotFoundError, match=r"neither on disk.*Give the path of a folder.*hf_tokenizer_name"):
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*hf_tokenizer_name to the path of a folder"):
         build_tokenizer(tiny_config)
 
 
@@ -362,7 +362,7 @@ def test_unknown_names_list_the_known():
         ssmclip.load("CLIP-VMamba-Nanno")
     with pytest.raises(UnknownName, match="ViT-B-32"):
         ssmclip.load("open_clip:ViT-B-33")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
         ssmclip.load("runs/never_made")
 
 
@@ -389,7 +389,7 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path, tiny_clip, tiny_config, nam
     torch.save(tiny_clip[0].state_dict(), tmp_path / "model.pt")
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match="cut short"):
+    with pytest.raises(CheckpointError, match="truncated"):
         load_state(tmp_path / name)
 
 
@@ -408,7 +408,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_loaded(tiny_cli
 
 
 def test_a_folder_that_is_no_model_says_what_is_missing(tmp_path):
-    with pytest.raises(CheckpointError, match="holds neither"):
+    with pytest.raises(CheckpointError, match="contains neither"):
         ssmclip.load(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no 'model_cfg'"):

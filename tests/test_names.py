@@ -100,7 +100,7 @@ def test_an_encoder_of_timm_takes_the_image_size(name, size):
 
 
 def test_a_size_that_an_encoder_cannot_take_is_refused():
-    with pytest.raises(ValueError, match="no multiple of the patch, 16"):
+    with pytest.raises(ValueError, match="must be a multiple of the patch, 16"):
         find("timm:test_vit", image_size=50)
 
 
@@ -119,7 +119,9 @@ def test_weights_of_an_encoder_come_from_a_file(tmp_path):
 
 
 def test_what_reads_text_is_asked_for_by_load(tmp_path):
-    with pytest.raises(ValueError, match="timm:test_resnet is an image encoder without a text tower"):
+    with pytest.raises(
+        ValueError, match=r"must be a CLIP \(got timm:test_resnet, an image encoder without a text tower"
+    ):
         ssmclip.load("timm:test_resnet")
     with pytest.raises(ValueError, match="image encoder without a text tower"):
         load_tokenizer("test_vmamba")
@@ -130,7 +132,7 @@ def test_a_tower_that_reads_no_images_is_no_model(tmp_path):
 
     fields = dict(vocab_size=9, hidden_size=24, num_hidden_layers=1)
     torch.save(LanguageModel(read_config(fields)).state_dict(), tmp_path / "mamba.pt")
-    with pytest.raises(CheckpointError, match="holds a language model tower alone"):
+    with pytest.raises(CheckpointError, match="contains only a language model tower"):
         find(tmp_path / "mamba.pt")
 
 
@@ -141,7 +143,7 @@ def test_a_tower_that_reads_no_images_is_no_model(tmp_path):
         ("timm:resnett50", UnknownName, "unknown timm model 'resnett50'"),
         ("open_clip:ViT-B-322", UnknownName, "unknown open_clip model 'ViT-B-322'"),
         ("open_clip:ViT-B-32/openay", UnknownName, "unknown weights of ViT-B-32 'openay'"),
-        ("runs/none", FileNotFoundError, "no folder runs/none"),
+        ("runs/none", FileNotFoundError, "no such file or folder: runs/none"),
     ],
 )
 def test_a_name_of_nothing_says_what_there_is(name, kind, says):

@@ -146,11 +146,11 @@ def test_embeddings_of_a_distortion_are_not_those_of_its_earlier_code(file, tmp_
 def test_what_cannot_be_found(file, tmp_path, monkeypatch):
     with pytest.raises(ssmclip.UnknownName, match="did you mean 'dust'"):
         find(f"{file}:dusty")
-    with pytest.raises(FileNotFoundError, match=r"no.py is not there: distortions of your own are FILE.py:NAME"):
+    with pytest.raises(FileNotFoundError, match=r"no.py not found: a custom distortion must be given as FILE.py:NAME"):
         find(f"{tmp_path}/no.py:dust")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         find("no_such_module:dust")
-    with pytest.raises(ValueError, match="distortion 'contrast' is registered twice"):
+    with pytest.raises(ValueError, match="distortion 'contrast' is already registered"):
         distortion("contrast", levels={"1": 1}, meaning="a second meaning")(np.copy)
     broken = tmp_path / "broken.py"
     broken.write_text("1 / 0")

@@ -112,7 +112,7 @@ def test_a_recipe_that_is_nowhere_tells_every_place(places, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         load_recipe("recipes/none.py")
     told = str(error.value)
-    assert told.startswith("no recipe recipes/none.py; recipes in recipes: there is no such folder; ")
+    assert told.startswith("recipe recipes/none.py not found; recipes in recipes: there is no such folder; ")
     assert f"recipes in {ROOT / 'src' / 'ssmclip' / 'recipes'}: there is no such folder" in told
     assert f"recipes in {ROOT / 'recipes'}: flickr8k.py, quickstart.py, tiny.py, yfcc15m.py" in told
 

@@ -176,7 +176,7 @@ def test_delta_starts_in_mambas_range():
 def test_fields_are_checked():
     with pytest.raises(ValueError, match="same number of stages"):
         timm.create_model("test_simba", depths=(1, 1))
-    with pytest.raises(ValueError, match="4 blocks, which does not divide 18"):
+    with pytest.raises(ValueError, match=r"multiple of its 4 blocks \(got 18"):
         timm.create_model("test_simba", channel_mixer="einfft", dims=(18, 16, 32, 32))
     with pytest.raises(ValueError, match="'token'"):
         timm.create_model("test_simba", global_pool="avg")

@@ -75,7 +75,7 @@ def test_a_kind_nobody_registered_is_refused_with_those_there_are(tiny_config):
 
 
 def test_a_kind_and_a_model_type_that_contradict_each_other_are_refused(tiny_config):
-    with pytest.raises(ValueError, match=r"kind is 'mamba' but text_cfg\.mamba\.model_type 'mamba2'"):
+    with pytest.raises(ValueError, match=r"kind must match its mamba\.model_type 'mamba2' \(got 'mamba'\)"):
         create_clip(clip_with({**CONFIGS["mamba2"], "kind": "mamba"}, tiny_config))
 
 

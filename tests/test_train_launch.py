@@ -151,7 +151,7 @@ def test_processes_that_would_each_train_alone_are_refused():
     """torchrun on a machine without a GPU, and device="auto": Accelerate makes single processes of them."""
     accelerator = build_accelerator(tiny())
     launched = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    with pytest.raises(ValueError, match="2 processes were launched, but each would train alone"):
+    with pytest.raises(ValueError, match="2 processes were launched without GPUs, so each would train alone"):
         launch.check_devices(accelerator, tiny("device=auto"), launched)
     launch.check_devices(accelerator, tiny(), {"WORLD_SIZE": "2"})  # of a batch system that launches nothing
 

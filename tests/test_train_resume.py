@@ -172,5 +172,5 @@ def test_checkpoint_cut_in_half_is_refused(tmp_path, uninterrupted):
     file = checkpoints(out)[-1] / WEIGHTS_NAME
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(models.CheckpointError, match="cut short"):
+    with pytest.raises(models.CheckpointError, match="truncated"):
         train(config(), out, resume=True)

@@ -2,7 +2,7 @@
 
 Importing it makes its encoders timm models (`timm.create_model("vmamba_small_s2l15")`) and its CLIP models open_clip's
 (`open_clip.create_model_and_transforms("CLIP-VMamba-S")`), as soon as timm and open_clip are imported. It imports
-neither, nor torch: that happens when a name that needs them is first used.
+neither of them, nor torch, until a name that needs them is first used.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PARTIAL = ".partial"  # the suffix of a file that is being written, or that a ki
 
 @contextmanager
 def whole(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; when the block ends, what was written there takes the place of `path`.
+    """Yield a temporary path next to `path` to write to; when the block ends, it replaces `path`.
 
-    A reader sees the old file or the new one, never a part; when the block raises, the old file stays and the part is
-    removed. Folders are made where they are missing. Two processes may write one path: the last to end wins.
+    A reader sees the old file or the new one, never a part; if the block raises, the old file stays and the part is
+    removed. Missing folders are created. Two processes may write one path: the last to finish wins.
     durable: ask the disk to keep it through a power cut, as far as the file system can (see `flush`).
     Raises OSError when the path cannot be written, as on a full disk.
     """
@@ -42,7 +42,7 @@ def flush(path: Path) -> None:
     """Ask the disk to keep a file, or a folder's entries, now, where the system can do so.
 
     Network and FUSE file systems may be unable to for folders, or at all; Windows cannot open a folder. That is no
-    error. Raises OSError when the disk says that what was written is lost: it is full, over a quota, or broken.
+    error. Raises OSError if the disk reports that the data is lost: it is full, over a quota, or broken.
     """
     try:
         # Windows flushes files that are open for writing, and those only.

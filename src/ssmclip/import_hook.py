@@ -36,7 +36,7 @@ def after_import(name: str, action: Action) -> None:
 
 
 class _Finder:
-    """What stands in `sys.meta_path`."""
+    """A finder for `sys.meta_path` that wraps the loader of the awaited package."""
 
     def __init__(self) -> None:
         self.actions: dict[str, Action] = {}
@@ -61,7 +61,7 @@ class _Finder:
 
 
 class _Loader:
-    """A loader, and what is done after it. Everything else asked of it, the loader answers itself."""
+    """A loader followed by an action. All other attributes are those of the original loader."""
 
     def __init__(self, loader: Any, action: Action):
         self.loader, self.action = loader, action

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used: importing the package costs nothing. Needs no torch.
+"""Import the names of a package when they are first used, so importing the package costs nothing. Needs no torch.
 
 The package lists each name twice: for people and type checkers as an import under `if TYPE_CHECKING`, for Python in the
 mapping given to `lazily`. A test compares the two.

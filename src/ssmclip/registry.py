@@ -1,4 +1,4 @@
-"""A name and what it stands for. An unknown name is an error that lists the known ones; so is a second meaning."""
+"""Registries of names. An unknown name raises an error that lists the known ones; a duplicate name raises too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class UnknownName(KeyError):
-    """A name nobody registered. The message lists the names there are and the nearest of them.
+    """An error for a name that is not registered. The message lists the known names and suggests the nearest.
 
     >>> print(UnknownName("task", "cifar", ["cifar10", "digits"]))
     unknown task 'cifar'; did you mean 'cifar10'? known: cifar10, digits
@@ -38,8 +38,8 @@ def _lines(item: object) -> set[tuple[str, int]]:
 class Registry(Generic[T]):
     """Names of one kind of thing, in the order they were registered.
 
-    kind: what messages call it; homes: modules that register names, imported in this order when a name is first asked
-    for, so that the list is whole whoever asks and nothing is imported before.
+    kind: the noun for error messages; homes: modules that register names, imported in order when a name is first looked
+    up, so that the list is always complete and nothing is imported early.
 
     >>> metrics = Registry("metric")
     >>> @metrics.register("top1")
@@ -57,14 +57,14 @@ class Registry(Generic[T]):
         self._homes = list(homes)
 
     def register(self, name: str):
-        """Decorator: give `name` to what it decorates. Raises ValueError when the name is taken.
+        """Return a decorator that registers what it decorates under `name`. Raises ValueError if the name is taken.
 
-        The same lines of the same file, read again, take the place of what they made before: a recipe loaded twice.
+        The same lines of the same file replace their earlier registration, so a recipe can be loaded twice.
         """
 
         def add(item: T) -> T:
             if name in self._items and not (_lines(item) and _lines(item) == _lines(self._items[name])):
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
+                raise ValueError(f"{self.kind} {name!r} is already registered: choose another name")
             self._items[name] = item
             return item
 

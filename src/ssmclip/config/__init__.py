@@ -1,4 +1,4 @@
-"""What a training run is: typed settings, a recipe that gives them, changes to them. Needs no torch."""
+"""The definition of a training run: typed settings, the recipe that returns them, overrides. Needs no torch."""
 
 from ssmclip.config.overrides import apply_overrides, changed_fields, from_dict, to_dict
 from ssmclip.config.recipe import load_recipe

@@ -1,4 +1,4 @@
-"""Ranges of settings: written beside a field's default, checked whenever its group is made, in one way for all.
+"""Ranges of settings: each is declared with a field's default and checked whenever the group is constructed.
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def bounded(
 
 
 class Settings:
-    """A group of settings that checks the ranges of its own fields. `group`: its name in a TrainConfig, "" for that."""
+    """A group of settings that checks its fields' ranges. `group`: its field in TrainConfig, "" for that class."""
 
     _prefix = ""
 

@@ -1,4 +1,4 @@
-"""Settings as text and as JSON: `--set KEY=VALUE`, and the config.json beside the weights."""
+"""Settings as text and as JSON: `--set KEY=VALUE`, and the config.json stored with the weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ssmclip.registry import UnknownName
 
 
 def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """The config with `KEY=VALUE` changes. KEY is a path ("optimiser.lr") or a last name that one field has ("lr").
+    """Return the config with `KEY=VALUE` changes. KEY is a path ("optimiser.lr") or a unique last name ("lr").
 
-    VALUE is read as the field's type: numbers, true/false, none, plain text, JSON for tuples and dictionaries.
-    Raises UnknownName listing the known keys; ValueError saying what was given and expected.
+    VALUE is parsed as the field's type: numbers, true/false, none, plain text, JSON for tuples and dictionaries.
+    Raises UnknownName listing the known keys; ValueError with the given value and the expected type.
     """
     tree = to_dict(config)
     known = _leaves(type(config))
@@ -36,12 +36,12 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The config as plain JSON values."""
+    """Return the config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `to_dict`. Missing fields take their defaults.
+    """Return a config from plain JSON values, the inverse of `to_dict`. Missing fields take their defaults.
 
     Raises UnknownName for unknown fields, ValueError for values of another type.
     """
@@ -49,13 +49,13 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Full names of the fields that differ, each with its old and new value."""
+    """Return the full names of the fields that differ, each with its old and new value."""
     before, after = _values(to_dict(old), _leaves(TrainConfig)), _values(to_dict(new), _leaves(TrainConfig))
     return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 def _leaves(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Full name -> type of every field that is not a group."""
+    """Return the type of every field that is not a group, by full name."""
     found = {}
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
@@ -80,14 +80,14 @@ def _resolve(key: str, known: dict[str, Any]) -> str:
         return key
     ends = [path for path in known if path.endswith("." + key)]
     if len(ends) > 1:
-        raise ValueError(f"setting {key!r} could be any of {', '.join(ends)}: write one of these")
+        raise ValueError(f"setting {key!r} is ambiguous: write one of {', '.join(ends)}")
     if not ends:
         raise UnknownName("setting", key, known)
     return ends[0]
 
 
 def _parse(text: str, kind: Any, path: str) -> Any:
-    """A command line's text as the JSON-able value of a field of type `kind`; checked later by `_convert`."""
+    """Return command-line text as the JSON value of a field of type `kind`; `_convert` checks it later."""
     options = typing.get_args(kind) if _is_union(kind) else (kind,)
     if type(None) in options and text.lower() == "none":
         return None
@@ -119,7 +119,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, path: str) -> Any:
-    """A JSON value as the field's type: lists become tuples, whole numbers floats. Raises ValueError otherwise."""
+    """Convert a JSON value to the field's type: lists to tuples, integers to floats. Raises ValueError otherwise."""
     try:
         return _as_type(value, kind)
     except TypeError:

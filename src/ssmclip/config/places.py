@@ -1,8 +1,8 @@
-"""Where recipes and training data are looked for, so that a recipe may be started from any folder. Needs no torch.
+"""The folders searched for recipes and training data, so that a recipe runs from any folder. Needs no torch.
 
-A path that is absolute, or that exists from the current folder, is used as it is written. Any other is looked for in
+A path that is absolute, or that exists relative to the current folder, is used as given. Any other is looked for in
 the folder that the variable SSMCLIP_DATA names, and then, where the package is imported from a checkout of its
-repository, in the checkout's data/ and in shared/data beside the checkout.
+repository, in the checkout's data/ and in shared/data next to the checkout.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def checkout() -> Path | None:
 
 
 def recipe_folders() -> list[Path]:
-    """Return the folders that a recipe's path is relative to: the current one, the package, the checkout."""
+    """Return the folders that a recipe's path may be relative to: the current one, the package, the checkout."""
     return [folder for folder in (Path(), _PACKAGE, checkout()) if folder is not None]
 
 
 def data_folders(environment: Mapping[str, str]) -> list[Path]:
-    """Return the folders that data are looked for in, in order; the first is the current one."""
+    """Return the folders searched for data, in order; the first is the current one."""
     named, root = environment.get(VARIABLE), checkout()
     return [
         Path(),
@@ -40,7 +40,7 @@ def data_folders(environment: Mapping[str, str]) -> list[Path]:
 
 
 def below(path: str, folders: Sequence[Path]) -> list[str]:
-    """Return a path below each of the folders; alone where it is absolute, or no path, as synthetic:NAME and URLs.
+    """Return a path joined to each folder; only itself if absolute or not a path, such as synthetic:NAME or a URL.
 
     >>> below("captions/train", [Path(), Path("/data")])
     ['captions/train', '/data/captions/train']
@@ -53,19 +53,19 @@ def below(path: str, folders: Sequence[Path]) -> list[str]:
 
 
 def find_data(source: str, folders: Sequence[Path]) -> str:
-    """Return a source of training pairs below the first of the folders that has it; as it is written if none has.
+    """Return a source of training pairs below the first folder that contains it; unchanged if none does.
 
-    Of a pattern with braces, such as DIR/{0000..0012}.tar, the folder before the first of them decides.
+    For a pattern with braces, such as DIR/{0000..0012}.tar, only the folder before the first brace must exist.
     """
     return next((place for place in below(source, folders) if _exists(place)), source)
 
 
 def not_found(source: str, folders: Sequence[Path]) -> str:
-    """Return the end of an error about a source: every place it was looked for and what to do, or "" for one place."""
+    """Return the end of an error about a missing source: the places searched and what to do; "" for a single place."""
     places = [Path(place).absolute() for place in below(source, folders)]
     if len(places) == 1:
         return ""
-    return f". Looked for {', '.join(map(str, places))}. Name another, or set {VARIABLE} to the folder it is in"
+    return f". Looked for {', '.join(map(str, places))}. Give another path, or set {VARIABLE} to the folder it is in"
 
 
 def _exists(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""A training run's settings from a Python file."""
+"""Load a training run's settings from a Python file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ssmclip.config.settings import TrainConfig
 def load_recipe(path: str | Path) -> TrainConfig:
     """Call the recipe in a Python file, the one public function defined there, and return its settings.
 
-    path: from the current folder, else among the recipes that come with the package: recipes/tiny.py is found anywhere.
-    Raises FileNotFoundError listing where it was looked for and what is there; ValueError for a file that is no Python,
-    can't be imported or has no such function.
+    path: relative to the current folder, else to the package's own recipes: recipes/tiny.py is found from anywhere.
+    Raises FileNotFoundError listing the folders searched and their recipes; ValueError for a file that is not Python,
+    cannot be imported or has no such function.
     """
     path = _find(Path(path))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None:
-        raise ValueError(f"{path} is no Python file: a recipe is one, NAME.py")
+        raise ValueError(f"a recipe must be a Python file, NAME.py (got {path})")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -35,10 +35,10 @@ def load_recipe(path: str | Path) -> TrainConfig:
     ]
     if len(made_here) != 1:
         names = ", ".join(f.__name__ for f in made_here) or "none"
-        raise ValueError(f"{path}: wanted one public function that returns a TrainConfig, found {names}")
+        raise ValueError(f"{path} must define exactly one public function that returns a TrainConfig (got {names})")
     config = made_here[0]()
     if not isinstance(config, TrainConfig):
-        raise ValueError(f"{path}: {made_here[0].__name__}() returned {type(config).__name__}, wanted a TrainConfig")
+        raise ValueError(f"{path}: {made_here[0].__name__}() must return a TrainConfig (got {type(config).__name__})")
     return config
 
 
@@ -48,7 +48,7 @@ def _find(path: Path) -> Path:
         if place.is_file():
             return place
     listed = "; ".join(f"recipes in {place.parent}: {_recipes_in(place.parent)}" for place in places)
-    raise FileNotFoundError(f"no recipe {path}; {listed}")
+    raise FileNotFoundError(f"recipe {path} not found; {listed}")
 
 
 def _recipes_in(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The settings of a training run: frozen dataclasses, each of which checks the ranges of its own fields.
+"""The settings of a training run: frozen dataclasses, each of which checks the ranges of its fields.
 
 A recipe (a Python file with one public function) returns a TrainConfig, `--set` changes it, and the run's folder keeps
 it as JSON. Needs no torch.
@@ -21,7 +21,7 @@ from ssmclip.config.bounds import Settings, bounded
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, group="model"):
-    """The network, made by `ssmclip.models.create_clip`, with random weights but for `text_weights`."""
+    """The network: built by `ssmclip.models.create_clip` with random weights, except for `text_weights`."""
 
     name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
     # Stochastic depth at the deepest block; None: the model's own.
@@ -58,7 +58,7 @@ class AugmentConfig(Settings, group="data.augment"):
 
 @dataclass(frozen=True)
 class DataConfig(Settings, group="data"):
-    """Where pairs come from and how they are batched."""
+    """The source of the training pairs, and how they are batched."""
 
     # Shards, a csv, tsv or parquet file, or synthetic:NAME, see ssmclip.data.pairs.loader; ssmclip.config.places says
     # where a relative path is looked for.
@@ -124,7 +124,7 @@ class LossConfig(Settings, group="loss"):
 
 @dataclass(frozen=True)
 class EmaConfig(Settings, group="ema"):
-    """A moving average of weights and buffers. With one, the average is what is validated and saved for use."""
+    """A moving average of weights and buffers. If enabled, the average is validated and saved for use."""
 
     decay: float | None = bounded(None, at_least=0, below=1)  # per step, such as 0.999; None: no average
     # warmup: low at first, so that the random weights are soon forgotten; cosine: from decay towards 1 at the last step
@@ -133,7 +133,7 @@ class EmaConfig(Settings, group="ema"):
 
 @dataclass(frozen=True)
 class ValidationConfig(Settings, group="validation"):
-    """What is measured while training."""
+    """The measurements made during training."""
 
     every: int = bounded(0, at_least=0)  # steps; 0: never
     tasks: tuple[str, ...] = ()  # names that `ssmclip evaluate --tasks` takes
@@ -143,7 +143,7 @@ class ValidationConfig(Settings, group="validation"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Settings, group="checkpoint"):
-    """How often the run is saved, and how many checkpoints are kept."""
+    """The interval between checkpoints, and how many are kept."""
 
     every: int = bounded(1000, at_least=1)  # steps; the last step is always saved
     keep: int = bounded(2, at_least=1)  # newest checkpoints kept (the best one is kept as well)
@@ -151,7 +151,7 @@ class CheckpointConfig(Settings, group="checkpoint"):
 
 @dataclass(frozen=True)
 class LoggingConfig(Settings, group="logging"):
-    """What is reported while training."""
+    """The progress reported during training."""
 
     every: int = bounded(10, at_least=1)  # steps between rows in rows.jsonl and TensorBoard
     tensorboard: bool = True
@@ -160,9 +160,9 @@ class LoggingConfig(Settings, group="logging"):
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
-    """A training run: its own settings and a group of settings for each part.
+    """A training run: general settings, and a group of settings for each part.
 
-    `--set` names a nested field with a dot (optimiser.lr), or by its last name where only one field has that (lr).
+    `--set` names a nested field with a dot (optimiser.lr), or by its last name if that is unique (lr).
     """
 
     steps: int = bounded(1000, at_least=1)  # optimiser steps
@@ -184,8 +184,8 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.loss.view_weight and self.data.views_per_image == 1:
             raise ValueError(
-                f"loss.view_weight must be 0 where data.views_per_image is 1 (got {self.loss.view_weight}): "
-                "it weighs the loss between two views of an image"
+                f"loss.view_weight must be 0 when data.views_per_image is 1 (got {self.loss.view_weight}): "
+                "it weights the loss between two views of an image"
             )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
@@ -193,5 +193,5 @@ class TrainConfig(Settings):
             )
 
     def image_size(self, step: int) -> int:
-        """Pixels of a training image's side at `step` (from 0)."""
+        """Return the side of a training image in pixels at `step` (from 0)."""
         return [size for start, size in self.data.image_sizes if step >= round(start * self.steps)][-1]

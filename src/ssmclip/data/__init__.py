@@ -1,1 +1,1 @@
-"""What goes in: pairs to train on (`pairs`), sets to evaluate on (`sources`), generated ones (`synthetic`)."""
+"""Data: image-text pairs to train on (`pairs`), sets to evaluate on (`testsets`), generated ones (`synthetic`)."""

@@ -1,7 +1,7 @@
-"""Text with a row on a line (csv, tsv), read as strictly as its rules are clear.
+"""Read delimited text (csv, tsv) strictly.
 
 A quote that opens a value and is never closed, or is closed by a quote further down, makes one value of all the rows
-between them. Readers take that without a word, so whoever reads such a file has it checked here first.
+between them. Parsers accept that silently, so files are checked here first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PIECE = 2**24
 
 
 def read_content(path: Path) -> bytes:
-    """Return what a UTF-8 file holds, without a byte order mark. Raises ValueError as `in_utf8` does."""
+    """Return the contents of a UTF-8 file, without a byte order mark. Raises ValueError as `in_utf8` does."""
     return in_utf8(path, unpack(path)).removeprefix(codecs.BOM_UTF8)
 
 
@@ -48,7 +48,7 @@ def in_utf8(path: Path, content: bytes, encoding: str = "utf-8", remedy: str = "
     try:
         return _transcode(content, encoding)
     except LookupError as error:
-        raise ValueError(f"{path}: {error}; wanted one that Python knows, such as utf-8, latin-1, cp1252") from error
+        raise ValueError(f"{path}: {error}; choose one that Python knows, such as utf-8, latin-1, cp1252") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         likely = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin-1"
@@ -59,7 +59,7 @@ def in_utf8(path: Path, content: bytes, encoding: str = "utf-8", remedy: str = "
 
 
 def _transcode(content: bytes, encoding: str) -> bytes:
-    """Piece by piece: as one text it may take four times the memory."""
+    """Convert piece by piece, as the whole text may take four times the memory."""
     "".encode(encoding)  # raises LookupError, also for codecs that are not about text
     decoder = codecs.getincrementaldecoder(encoding)()
     starts = range(0, len(content), _PIECE)
@@ -84,7 +84,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 class Delimited:
     """The contents of such a file. quoted: whether quotes at both ends of a value are no part of it (RFC 4180).
 
-    path: what errors are about; content: in UTF-8, without a byte order mark.
+    path: the file named in errors; content: in UTF-8, without a byte order mark.
     """
 
     path: Path
@@ -148,7 +148,7 @@ class Delimited:
                     yield dict(zip(names, row, strict=True))
                 else:
                     raise ValueError(
-                        f"{self.path}, line {reader.line_num}: {len(row)} fields, and the header has {len(names)}"
+                        f"{self.path}, line {reader.line_num}: must have {len(names)} fields as the header (got {len(row)})"
                     )
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {reader.line_num}: {error}") from error
@@ -160,7 +160,7 @@ class Delimited:
 
     @cached_property
     def _values_over_lines(self) -> list[tuple[int, bytes]]:
-        """Quoted values with a line end in them, each with its place. Raises ValueError for quotes out of place."""
+        """Yield quoted values that contain a line end, with their places. Raises ValueError for misplaced quotes."""
         if not self.quoted:
             return []
         separator = self.separator.encode()

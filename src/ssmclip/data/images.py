@@ -1,4 +1,4 @@
-"""Opening pictures nobody has checked: out comes an 8-bit RGB picture, or a BadImage that says why not.
+"""Open unchecked image files as 8-bit RGB pictures, or raise a BadImage with the reason.
 
 CMYK is converted by Pillow; greyscale is repeated over the channels; 16-bit values keep their upper 8 bits; what is
 transparent is laid over white; of an animation the first frame is taken. Orientation tags are ignored, as in open_clip.
@@ -22,7 +22,7 @@ SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "p
 
 
 class BadImage(ValueError):
-    """A file that gives no picture. `reason` is short and the same for all files of its kind, the message says more."""
+    """An image that cannot be opened. `reason` is short and shared by files of its kind, the message has details."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -30,7 +30,7 @@ class BadImage(ValueError):
 
 
 def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Image.Image:
-    """The picture in `source` (encoded bytes, or a path), decoded, in mode RGB.
+    """Return the picture in `source` (encoded bytes, or a path), decoded, in mode RGB.
 
     Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels) or
     "image too small" (a side under min_side pixels). The size is read from the header, before anything is decoded.
@@ -52,7 +52,7 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadImage("image too large", str(error)) from error
         except UnidentifiedImageError as error:  # its own message names an object in memory, another each time
-            raise BadImage("broken image", f"none of {', '.join(FORMATS)}") from error
+            raise BadImage("broken image", f"not in one of the formats {', '.join(FORMATS)}") from error
         except Exception as error:  # decoders raise half a dozen types on damaged files
             raise BadImage("broken image", f"{type(error).__name__}: {error}") from error
 
@@ -60,7 +60,7 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
 def _open_file(path: Path):
     try:
         if path.is_fifo():
-            raise BadImage("missing image file", f"{path}: a named pipe, at which reading would wait")
+            raise BadImage("missing image file", f"{path}: a named pipe, which would block the reader")
         return path.open("rb")
     except OSError as error:
         raise BadImage("missing image file", f"{path}: {error.strerror}") from error
@@ -77,7 +77,7 @@ def _decode(stream: io.BufferedIOBase, max_pixels: int, min_side: int) -> Image.
 
 
 def _without_text(png: bytes) -> bytes:
-    """A PNG without its texts and colour profile, for whose size Pillow refuses the pixels as well.
+    """Return a PNG without texts and colour profile, whose size may make Pillow refuse the pixels.
 
     After 8 bytes of signature come chunks: length (4 bytes), type (4), data of that length, checksum (4).
     """
@@ -93,18 +93,18 @@ def _without_text(png: bytes) -> bytes:
 def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImage("image too large", f"{width} x {height} pixels, at most {max_pixels:,} in all are opened")
+        raise BadImage("image too large", f"an image must have at most {max_pixels:,} pixels (got {width} x {height})")
     if min(width, height) < min_side:
-        raise BadImage("image too small", f"{width} x {height} pixels, each side must have at least {min_side}")
+        raise BadImage("image too small", f"each side must have at least {min_side} pixels (got {width} x {height})")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in mode RGB, by the rules above. Raises BadImage for floating-point pixels."""
+    """Convert a picture to mode RGB, by the rules above. Raises BadImage for floating-point pixels."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(values, 0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise BadImage("broken image", "floating-point pixels, whose range is not known; store 8 or 16 bits")
+        raise BadImage("broken image", "floating-point pixels have an unknown range: store 8 or 16 bits")
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

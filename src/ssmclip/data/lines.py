@@ -1,4 +1,4 @@
-"""The lines of a text file: a line ends with a line feed, after a carriage return or not, and with nothing else.
+"""Split text into lines, which end only with a line feed, with or without a carriage return.
 
 `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which are characters like any other inside a
 caption or a JSON string.
@@ -31,4 +31,4 @@ def read_lines(path: Path) -> list[str]:
         return split_lines(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}): convert the file to UTF-8") from error

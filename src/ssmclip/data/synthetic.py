@@ -1,4 +1,4 @@
-"""Pairs that need no file: scikit-learn's handwritten digits, and drawn scenes of coloured, textured shapes.
+"""Generated pairs that need no files: scikit-learn's handwritten digits, and scenes of coloured, textured shapes.
 
 An `Item` draws itself at any size and knows its captions and class. The same index and seed give the same picture,
 byte for byte.
@@ -31,7 +31,7 @@ PAIR_SOURCES: Registry[Callable[[], list[Item]]] = Registry("synthetic source")
 
 @dataclass(frozen=True)
 class Item:
-    """A picture that can be drawn at any size (pixels, square), what people might say of it, and its class."""
+    """A picture that can be drawn at any size (pixels, square), its captions, and its class."""
 
     key: str
     captions: tuple[str, ...]
@@ -55,7 +55,7 @@ TEST_EVERY = 5
 
 
 def digits(split: str = "train") -> list[Item]:
-    """The 1,797 digits of scikit-learn, 8 x 8 pixels scaled up; every fifth is for testing. Classes: DIGIT_NAMES."""
+    """Return scikit-learn's 1,797 digits, 8 x 8 pixels scaled up; every fifth is for testing. Classes: DIGIT_NAMES."""
     _check(split)
     _, labels = _digits_table()
     chosen = [i for i in range(len(labels)) if (i % TEST_EVERY == 0) == (split == "test")]
@@ -139,7 +139,7 @@ SCENE_WORDINGS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture. x, y, radius: fractions of the picture's side; fill, ground: RGB."""
+    """The contents of a picture. x, y, radius: fractions of the picture's side; fill, ground: RGB."""
 
     colour: str
     shape: str
@@ -155,7 +155,7 @@ class Scene:
 
 
 def scenes(split: str = "train", count: int | None = None, seed: int = 0) -> list[Item]:
-    """Captioned scenes: "train" of SEEN pairs, "test" of HELD_OUT ones, each equally often. label: place in it."""
+    """Return captioned scenes: "train" of SEEN pairs, "test" of HELD_OUT ones, equally often. label: place in it."""
     _check(split)
     pairs, default = (SEEN, TRAIN_SCENES) if split == "train" else (HELD_OUT, TEST_SCENES)
     items = []
@@ -168,7 +168,7 @@ def scenes(split: str = "train", count: int | None = None, seed: int = 0) -> lis
 
 
 def make_scene(colour: str, shape: str, draws: random.Random) -> Scene:
-    """Everything but colour and shape drawn by `draws`."""
+    """Return a scene, with everything but colour and shape drawn by `draws`."""
     size = draws.choice(list(RADII))
     radius = draws.uniform(*RADII[size])
     place = draws.choice(list(PLACES))
@@ -194,7 +194,7 @@ def make_scene(colour: str, shape: str, draws: random.Random) -> Scene:
 
 
 def describe(scene: Scene, draws: random.Random) -> tuple[str, ...]:
-    """Captions in different wordings; each names the shape, at least half of them the colour."""
+    """Return captions in different wordings; each names the shape, at least half of them the colour."""
     what = f"{scene.colour} {scene.shape}"
     return tuple(
         " ".join(
@@ -213,7 +213,7 @@ def describe(scene: Scene, draws: random.Random) -> tuple[str, ...]:
 
 
 def render(scene: Scene, size: int = NATIVE_SIZE) -> Image.Image:
-    """The scene as an RGB picture of size x size pixels.
+    """Draw the scene as an RGB picture of size x size pixels.
 
     Drawn four times as large, in integers, and averaged: edges are smooth, and the bytes are the same on any machine.
     """
@@ -244,7 +244,7 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, scene: Scene, side: int) -> None:
 
 
 def _textured(scene: Scene, side: int) -> Image.Image:
-    """The shape's colour with its pattern, in a shade that leaves the colour's name in no doubt."""
+    """Return the shape's colour with its pattern, in a shade that keeps the colour recognisable."""
     shade = tuple(v * 6 // 10 if sum(scene.fill) > 150 else v + 75 for v in scene.fill)
     paint = Image.new("RGB", (side, side), scene.fill)
     if scene.texture == "plain":
@@ -316,4 +316,4 @@ def _quickstart_pairs() -> list[Item]:
 
 def _check(split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"split {split!r}: there are {SPLITS}")
+        raise ValueError(f"split must be one of {SPLITS} (got {split!r})")

@@ -1,4 +1,4 @@
-"""Which files of a tar are one sample: one rule for training, evaluation and counting, and it is webdataset's."""
+"""Group the files of a tar into samples, by webdataset's rule, for training, evaluation and counting."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def split_name(member: str) -> tuple[str, str] | tuple[None, None]:
 
 @dataclass(frozen=True)
 class Member:
-    """Where in which tar a file lies: its bytes are those of the tar from `offset` on."""
+    """The place of a file in a tar: its bytes start at `offset`."""
 
     shard: Path
     offset: int
@@ -61,7 +61,7 @@ def index_samples(shard: Path) -> dict[str, dict[str, Member]]:
                     continue
                 files = samples.setdefault(key, {})
                 if suffix in files:
-                    raise ValueError(f"the shard {shard} holds {member.name} twice: pack it again")
+                    raise ValueError(f"the shard {shard} contains {member.name} twice: pack it again")
                 files[suffix] = Member(shard, member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the shard {shard} is damaged after {len(samples)} samples: {error}") from error
@@ -86,7 +86,7 @@ def read_keys(shard: str | BufferedIOBase) -> Iterator[str]:
 
 
 def repeats(keys_of_shards: Iterable[Iterable[str]]) -> list[bool]:
-    """Return of each shard whether it has a key that a shard before it has: then its keys alone name no sample.
+    """Return for each shard whether it repeats a key of an earlier one, so that its keys alone are ambiguous.
 
     >>> repeats([["0000", "0001"], ["0000", "0001"], ["0002"]])
     [False, True, False]

@@ -1,4 +1,4 @@
-"""Encoders, all made by timm.create_model, and the CLIP models built from them. Each is imported when first used."""
+"""Image encoders, all timm models, and the CLIP models built from them. Each is imported when first used."""
 
 from typing import TYPE_CHECKING
 

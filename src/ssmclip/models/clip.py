@@ -1,4 +1,4 @@
-"""CLIP models by name or from a folder. All of them are open_clip models; ours are the files in `configs/`.
+"""Build CLIP models by name or from a folder. All are open_clip models; ours are the files in `configs/`.
 
 A file there is an open_clip model configuration, which open_clip then knows by its name, with `preprocess_cfg` where
 its own differs. One whose text tower open_clip cannot build carries the key NOT_FOR_OPEN_CLIP.
@@ -40,16 +40,16 @@ PREPROCESS = dict(
 
 
 def list_clips() -> list[str]:
-    """Names of this package's CLIP models; any of open_clip's goes too, as `open_clip:NAME`."""
+    """Return the names of this package's CLIP models; any of open_clip's works too, as `open_clip:NAME`."""
     return sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def clip_config(
     name: str, *, image_size: int | tuple[int, int] | None = None, drop_path_rate: float | None = None
 ) -> dict[str, Any]:
-    """The configuration of a named CLIP: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
+    """Return the configuration of a named CLIP: {"model_cfg": ..., "preprocess_cfg": ...} in open_clip's form.
 
-    name: one of `list_clips()`, or `open_clip:NAME`; image_size: pixels, or (height, width), in place of the configured
+    name: one of `list_clips()`, or `open_clip:NAME`; image_size: pixels, or (height, width), instead of the configured
     ones; drop_path_rate: of the image tower, where timm makes it. Raises UnknownName.
     """
     if name.startswith(OPEN_CLIP):
@@ -64,23 +64,23 @@ def clip_config(
         model_cfg["vision_cfg"]["image_size"] = image_size
     if drop_path_rate is not None:
         if "timm_model_name" not in model_cfg["vision_cfg"]:
-            raise ValueError(f"drop_path_rate is a setting of timm image towers; {name} has none")
+            raise ValueError(f"drop_path_rate must be left out for {name}, which has no timm image tower")
         model_cfg["vision_cfg"]["timm_drop_path"] = drop_path_rate
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:
-    """open_clip's own configuration of a model. Raises UnknownName, ValueError for one that only ssmclip builds."""
+    """Return open_clip's configuration of a model. Raises UnknownName, ValueError for one only ssmclip builds."""
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
         raise UnknownName("open_clip model", name, open_clip.list_models())
     if NOT_FOR_OPEN_CLIP in model_cfg:
-        raise ValueError(f"open_clip has no text tower like that of {name}; ask for {name}, without {OPEN_CLIP}")
+        raise ValueError(f"open_clip cannot build the text tower of {name}: pass {name}, without {OPEN_CLIP}")
     return model_cfg
 
 
 def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:
-    """A CLIP with fresh weights. config: a name, or what `clip_config` returned.
+    """Return a CLIP with random weights. config: a name, or what `clip_config` returned.
 
     The model's forward returns {"image_features": (B, E), "text_features": (B, E), "logit_scale": (), ...}.
     Raises UnknownName for a key that no configuration has, ValueError for open_clip's models that also write captions.
@@ -106,8 +106,8 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
 def _check_keys(model_cfg: dict[str, Any]) -> None:
     if "multimodal_cfg" in model_cfg:
         raise ValueError(
-            "a model with multimodal_cfg writes captions as well, which is made by open_clip.create_model alone: "
-            "leave multimodal_cfg out for its two encoders, or ask for another model"
+            "a model with multimodal_cfg also writes captions, and only open_clip.create_model builds it: "
+            "remove multimodal_cfg to get its two encoders, or choose another model"
         )
     known = {
         "": {*inspect.signature(open_clip.CustomTextCLIP).parameters, "custom_text", NOT_FOR_OPEN_CLIP}
@@ -147,7 +147,7 @@ def save_model(model: nn.Module, config: dict[str, Any], folder: str | Path) -> 
 
 
 def _for_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that open_clip builds, or else refuses by the key that says why."""
+    """Return a configuration that open_clip builds, or else refuses with a key that says why."""
     text_cfg = model_cfg.get("text_cfg", {})
     if text_tower_of(text_cfg).build is not None:
         return {NOT_FOR_OPEN_CLIP: True, **model_cfg}
@@ -157,7 +157,7 @@ def _for_open_clip(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_preprocess(config: dict[str, Any], image_size: int | tuple[int, int] | None = None):
-    """Evaluation preprocessing, PIL image -> float (3, H, W).
+    """Return the evaluation preprocessing, PIL image -> float (3, H, W).
 
     image_size: pixels, or (height, width), in place of the configured one. The rule is the model's at every size:
     "squash" both sides; "shortest", where both sides at least reach the size and the centre is cut out; "longest",
@@ -168,14 +168,14 @@ def build_preprocess(config: dict[str, Any], image_size: int | tuple[int, int] |
 
 
 def image_transform(size: int | Sequence[int], interpolation: str | None = None, mode: str = "RGB", **how: Any):
-    """open_clip's evaluation preprocessing, with the interpolation asked for at every size.
+    """Return open_clip's evaluation preprocessing, with the given interpolation at every size.
 
     size: pixels, or (height, width); interpolation: "bicubic" (also None) | "bilinear"; mode: "RGB" alone; how: mean,
     std, resize_mode and fill_color of `open_clip.image_transform`. Raises ValueError for a size that is none.
     """
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"image size {size!r}: wanted pixels, or (height, width)")
+        raise ValueError(f"the image size must be pixels, or (height, width) (got {size!r})")
     one = sides[0] if sides[0] == sides[1] else sides
     transform = open_clip.image_transform(one, is_train=False, interpolation=interpolation, **how)
     resize = transform.transforms[0]
@@ -185,7 +185,7 @@ def image_transform(size: int | Sequence[int], interpolation: str | None = None,
 
 
 def build_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Callable[..., Any]:
-    """The tokenizer of a model's text tower, at its context length: n strings -> tokens (n, L).
+    """Return the tokenizer of a model's text tower, at its context length: n strings -> tokens (n, L).
 
     folder: where the model's files are; tokenizer files there are used instead of downloading those that
     `text_cfg.hf_tokenizer_name` names. Raises FileNotFoundError when a tokenizer is not on disk and cannot be
@@ -196,7 +196,7 @@ def build_tokenizer(config: dict[str, Any], folder: Path | None = None) -> Calla
 
 
 def save_tokenizer(config: dict[str, Any], folder: str | Path) -> None:
-    """Put the files of the tokenizer that a configuration names beside the weights, where `load` looks first.
+    """Save the files of a configuration's tokenizer next to the weights, where `load` looks first.
 
     CLIP's own byte pairs come with open_clip and need no files. Raises FileNotFoundError as `build_tokenizer`.
     """

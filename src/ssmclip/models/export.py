@@ -1,4 +1,4 @@
-"""Image encoders as ONNX files, which run where there is no PyTorch."""
+"""Export image encoders as ONNX files, which run without PyTorch."""
 
 from __future__ import annotations
 
@@ -72,12 +72,14 @@ def export_onnx(
             module.training = was
     difference = float(np.abs(run_onnx(path, image[:1].cpu().numpy()) - truth).max() / np.abs(truth).max())
     if not difference <= tolerance:
-        raise ValueError(f"{path}: onnxruntime's features differ from PyTorch's by {difference:.1e}, over {tolerance}")
+        raise ValueError(
+            f"{path}: onnxruntime's features differ from PyTorch's by {difference:.1e}, more than {tolerance}"
+        )
     return difference
 
 
 def run_onnx(path: str | Path, images: Float[np.ndarray, "b c h w"]) -> Float[np.ndarray, "b ..."]:
-    """The features that onnxruntime computes on the CPU with a file of `export_onnx`, images of the file's size."""
+    """Return the features that onnxruntime computes on the CPU with a file of `export_onnx`, at its image size."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

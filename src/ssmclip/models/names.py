@@ -1,4 +1,4 @@
-"""A model by its name: one grammar for every command and every function that takes a model.
+"""Find a model by its name: one grammar for every command and every function that takes a model.
 
     a CLIP of this package        CLIP-VMamba-S                      random weights
     a folder                      runs/first, checkpoints/step_10    a training run (its best checkpoint, else its
@@ -8,7 +8,7 @@
     timm's                        timm:resnet50.a1_in1k              NAME, NAME.TAG or NAME/FILE, also without timm:
     the hub's                     hf-hub:OWNER/NAME                  OWNER/NAME or OWNER/NAME/FILE, downloaded once
 
-`find` gives the model itself, `source` what is known of it before weights are read.
+`find` returns the model itself, `source` what is known about it before weights are read.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ POINTERS = ("best", "last")  # files of a run that name one of its checkpoints
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model that can be used: with what turns pictures and texts into its inputs.
+    """A model that is ready to use, with the functions that turn images and texts into its inputs.
 
     network: a CLIP of open_clip's interface, or an image encoder; preprocess: PIL image -> (3, H, W);
-    tokenizer: list of n strings -> (n, context_length), None where the network reads no text or none was asked for;
-    label: what its rows are called; origin: where its weights come from, RANDOM for nowhere.
+    tokenizer: list of n strings -> (n, context_length), None if the network reads no text or none was requested;
+    label: its name in rows; origin: the source of its weights, or RANDOM.
 
     It unpacks as network, preprocess, tokenizer.
     """
@@ -91,7 +91,7 @@ class Model:
 
     @property
     def model(self) -> nn.Module:
-        """The network, by the name that open_clip's users give it."""
+        """Return the network, under the name that open_clip's users expect."""
         return self.network
 
     @property
@@ -104,7 +104,7 @@ class Model:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters: of the image tower, and of all."""
+        """Return the number of parameters in the image tower, and in total."""
         visual = getattr(self.network, "visual", self.network)
         modules = (("image", visual), ("all", self.network))
         return {name: sum(p.numel() for p in module.parameters()) for name, module in modules}
@@ -112,9 +112,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Source:
-    """What a name stands for, known before its weights are in a network.
+    """A resolved name, before its weights are loaded into a network.
 
-    name: as it was given;
+    name: the given name;
     config: a CLIP's in open_clip's form, {"model_cfg": ..., "preprocess_cfg": ...}, None for an image encoder;
     create: () -> the network with fresh weights; load: image size or None -> the network with its own weights;
     preprocess: (network, image size or None) -> its preprocessing; own_size: the (height, width) it is made for;
@@ -149,7 +149,7 @@ def find(
     resampled to it as timm does; text: whether a tokenizer is needed; hints: what the shapes of a checkpoint without a
     configuration cannot tell.
 
-    Random weights are logged as a warning that says what to pass for trained ones.
+    For random weights, a warning in the log says what to pass for trained ones.
     Raises UnknownName, CheckpointError, FileNotFoundError, and ValueError for a size the model cannot take.
     """
     return _built(source(name, hints), label or str(name), device, image_size, text)
@@ -173,12 +173,12 @@ def load(name: str | Path, *, device: str = "cpu", image_size: int | Size | None
 
 def _clip(known: Source) -> Source:
     if known.config is None:
-        raise ValueError(f"{known.name} is an image encoder without a text tower: pass a CLIP")
+        raise ValueError(f"the model must be a CLIP (got {known.name}, an image encoder without a text tower)")
     return known
 
 
 def source(name: str | Path, hints: Hints | None = None) -> Source:
-    """Return what a name stands for. hints: as for `find`. Raises UnknownName, CheckpointError, FileNotFoundError."""
+    """Return the source of a name. hints: as for `find`. Raises UnknownName, CheckpointError, FileNotFoundError."""
     name = str(name)
     if name.startswith(OPEN_CLIP):
         return _of_open_clip(name)
@@ -195,7 +195,7 @@ def source(name: str | Path, hints: Hints | None = None) -> Source:
         return _of_timm(name)
     if "/" in name:
         raise FileNotFoundError(
-            f"no folder {name}, and no file; a model is one of those, or one of: {', '.join(list_clips())}"
+            f"no such file or folder: {name}; pass a file, a folder, or one of: {', '.join(list_clips())}"
         )
     near = difflib.get_close_matches(name, timm.list_models(), n=5)
     raise UnknownName("model", name, [*list_clips(), *near])
@@ -228,7 +228,7 @@ def _of_folder(name: str, folder: Path, hints: Hints | None) -> Source:
 
 
 def _of_published(name: str, path: Path, hints: Hints | None) -> Source:
-    """A checkpoint whose architecture is read off it, or the folder that holds one. Raises CheckpointError."""
+    """Return the source of a checkpoint, or of a folder with one, from its weights alone. Raises CheckpointError."""
     architecture = read_published(path, hints=hints)
     weighted = partial(build, architecture, str(path))
     if architecture.kind == "clip":
@@ -238,7 +238,9 @@ def _of_published(name: str, path: Path, hints: Hints | None) -> Source:
         config = architecture.config
         create = partial(timm.create_model, config["architecture"], **config["model_args"])
         return _of_encoder(name, create, weighted, str(path))
-    raise CheckpointError(f"{path} holds a {architecture.kind.replace('_', ' ')} tower alone, which reads no images")
+    raise CheckpointError(
+        f"{path} contains only a {architecture.kind.replace('_', ' ')} tower, which cannot embed images: pass a CLIP"
+    )
 
 
 def _of_config(
@@ -250,7 +252,7 @@ def _of_config(
     trained: str = "",
     folder: Path | None = None,
 ) -> Source:
-    """A CLIP of a configuration. weighted: () -> the network with its weights."""
+    """Return the source of a configured CLIP. weighted: () -> the network with its weights."""
 
     def load(image_size: int | Size | None) -> nn.Module:
         model = weighted()
@@ -286,7 +288,7 @@ def _of_open_clip(name: str) -> Source:
         try:
             return open_clip.create_model(architecture, **how)
         except RuntimeError as error:  # a download that failed, or a file of another model
-            raise CheckpointError(f"{name} can't be loaded: {error}") from error
+            raise CheckpointError(f"{name} cannot be loaded: {error}") from error
 
     known = _of_config(name, config, lambda: create_clip(config), name if pretrained else RANDOM)
     return replace(
@@ -318,7 +320,7 @@ def _of_timm(name: str) -> Source:
 
 
 def _bare(name: str) -> str:
-    """A timm model without its tag and file."""
+    """Return the name of a timm model without its tag and file."""
     return name.partition("/")[0].partition(".")[0]
 
 
@@ -339,7 +341,7 @@ def _of_encoder(
 
 
 def _encoder_preprocess(network: nn.Module, image_size: int | Size | None) -> Callable[[Any], torch.Tensor]:
-    """Pictures of the network's size are taken as they are; others are resized to it, shorter side first."""
+    """Return preprocessing that keeps images of the network's size and resizes others, shorter side first."""
     config = timm.data.resolve_data_config(model=network) | {"crop_pct": 1.0}
     if image_size is not None:
         config |= {"input_size": (config["input_size"][0], *as_size(image_size))}
@@ -357,7 +359,7 @@ def find_checkpoint(folder: Path) -> Path:
         file = folder / "checkpoints" / pointer
         if file.is_file():
             return folder / "checkpoints" / file.read_text(encoding="utf-8").strip()
-    raise CheckpointError(f"{folder} holds neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
+    raise CheckpointError(f"{folder} contains neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
 
 
 def _is_model(folder: Path) -> bool:
@@ -375,7 +377,7 @@ def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
     """Return the tokenizer of a CLIP, without loading its weights into a network.
 
     file: where its text tower is a language model, the `tokenizer.json` of that, or the folder that holds one, in
-    place of the one its configuration names.
+    place of the one that its configuration names.
     Raises UnknownName, CheckpointError, FileNotFoundError, and ValueError for an image encoder.
     """
     known = _clip(source(name))
@@ -397,7 +399,7 @@ def own_size(name: str | Path) -> Size:
 
 
 def build_model(name: str, image_size: int | Size | None = None, text_length: int | None = None) -> nn.Module:
-    """Return a model with fresh weights, for what does not depend on them.
+    """Return a model with random weights, for uses that do not depend on them.
 
     name: see the head of this module; an image encoder has its classification head; image_size: pixels, or (height,
     width); text_length: tokens its text tower has positions for; None for the model's own.

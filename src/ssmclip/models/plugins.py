@@ -1,4 +1,4 @@
-"""What timm and open_clip are told of this package once they have been imported: its encoders, its CLIPs.
+"""Register this package's encoders with timm and its CLIPs with open_clip, once these have been imported.
 
 Neither has entry points, so both learn of models by a call only; `ssmclip.import_hook` makes it. Importing this module
 imports neither of them.

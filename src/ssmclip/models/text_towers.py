@@ -1,4 +1,4 @@
-"""Text towers by kind: which keys its part of a configuration has, what builds it, and which tokenizer feeds it.
+"""Text towers by kind: the keys of their configuration, the function that builds them, and their tokenizer.
 
 A kind from outside this package is one entry: `TEXT_TOWERS.register("gru")(TextTower(keys=..., build=...))`, and
 `text_cfg: {"kind": "gru", ...}` in a model's configuration.
@@ -119,7 +119,7 @@ TOKENIZER_NAME = "hf_tokenizer_name"
 
 
 def language_model_tokenizer(text_cfg: TextConfig, folder: Path | None) -> Callable[..., Any]:
-    """Return the language model's tokenizer, as it is: `tokenizer.json` in `folder`, else the named one, else CLIP's.
+    """Return the language model's tokenizer unchanged: `tokenizer.json` in `folder`, else the named one, else CLIP's.
 
     Raises FileNotFoundError.
     """
@@ -139,7 +139,7 @@ def _register_language_model(kind: str, matches: Callable[[TextConfig], bool]) -
     def build(embed_dim: int, text_cfg: TextConfig) -> MambaText:
         fields = {"model_type": kind, **text_cfg.get("mamba", {})}
         if fields["model_type"] in LANGUAGE_MODELS and fields["model_type"] != kind:
-            raise ValueError(f"text_cfg.kind is {kind!r} but text_cfg.mamba.model_type {fields['model_type']!r}")
+            raise ValueError(f"text_cfg.kind must match its mamba.model_type {fields['model_type']!r} (got {kind!r})")
         arguments = {key: value for key, value in text_cfg.items() if key != TOKENIZER_NAME}
         return MambaText(embed_dim, **{**arguments, "mamba": fields})
 

@@ -1,4 +1,4 @@
-"""Tokenizers that come as files: of language models, and of the open_clip models that name one of their own."""
+"""Tokenizers from files: those of language models, and of open_clip models that name one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = (FILE_NAME, "tokenizer_config.json", "special_tokens_map.json")
 
 
 class LanguageModelTokenizer:
-    """Texts to tokens as the language model was trained on, padded on the right.
+    """A language model's tokenizer, with padding on the right.
 
     file: a `tokenizer.json`; context_length: a text is cut after so many tokens, and all are padded to it (None: never
     cut, padded to the longest); pad_id: what fills up.
@@ -34,7 +34,7 @@ class LanguageModelTokenizer:
         self.context_length, self.pad_id = context_length, pad_id
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Int[Tensor, "n L"]:
-        """texts: n strings, or one; context_length: in place of the tokenizer's own."""
+        """Return tokens. texts: n strings, or one; context_length: instead of the tokenizer's."""
         context_length = context_length or self.context_length
         texts = [texts] if isinstance(texts, str) else texts
         # One by one: batches start threads of their own, which a worker process would inherit half alive.
@@ -47,30 +47,30 @@ class LanguageModelTokenizer:
 
 
 def find_tokenizer(name: str) -> Path:
-    """The tokenizer.json of a name: a file, a folder that holds one, or a repository of the Hugging Face hub.
+    """Return the tokenizer.json of a name: a file, a folder that has one, or a repository of the Hugging Face hub.
 
-    A repository's file is downloaded once, with a progress bar; where it is on disk the network is not asked.
-    Raises FileNotFoundError saying where it was looked for.
+    A repository's file is downloaded once, with a progress bar; if it is on disk, the network is not used.
+    Raises FileNotFoundError naming the place that was searched.
     """
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
         if not (path / FILE_NAME).is_file():
-            raise FileNotFoundError(f"no {FILE_NAME} in the folder {path}")
+            raise FileNotFoundError(f"{path} contains no {FILE_NAME}: pass a folder that does, or the file")
         return path / FILE_NAME
     try:
         cached = huggingface_hub.try_to_load_from_cache(name, FILE_NAME)
         return Path(cached if isinstance(cached, str) else huggingface_hub.hf_hub_download(name, FILE_NAME))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({first_line(error)}). "
-            f"Give the path of its {FILE_NAME}, or of the folder that holds it, as text_cfg.hf_tokenizer_name"
+            f"the tokenizer of {name} was not found locally and could not be downloaded ({first_line(error)}). "
+            f"Set text_cfg.hf_tokenizer_name to the path of its {FILE_NAME}, or of the folder with it"
         ) from error
 
 
 def named_tokenizer(name: str, **how: Any) -> open_clip.tokenizer.HFTokenizer:
-    """open_clip's tokenizer of a folder or a repository of the Hugging Face hub; how: its other arguments.
+    """Return open_clip's tokenizer of a folder or a repository of the Hugging Face hub; how: its other arguments.
 
     Raises FileNotFoundError when it is not on disk and cannot be downloaded, ImportError without transformers.
     """
@@ -78,8 +78,8 @@ def named_tokenizer(name: str, **how: Any) -> open_clip.tokenizer.HFTokenizer:
         return open_clip.tokenizer.HFTokenizer(name, **how)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"the tokenizer of {name} is neither on disk nor to be had from the hub ({first_line(error)}). "
-            f"Give the path of a folder with its {' and '.join(FILES[:2])} as text_cfg.hf_tokenizer_name"
+            f"the tokenizer of {name} was not found locally and could not be downloaded ({first_line(error)}). "
+            f"Set text_cfg.hf_tokenizer_name to the path of a folder with its {' and '.join(FILES[:2])}"
         ) from error
     except ImportError as error:
         raise ImportError(f"the tokenizer of {name} needs transformers: pip install transformers") from error

@@ -1,4 +1,4 @@
-"""The towers of a model: which they are, at which image sizes they work, and what goes into them."""
+"""The towers of a model: how to find them, set their image size, and make inputs for them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 def as_size(image_size: int | Size) -> Size:
-    """(height, width). Raises ValueError for a side that is not a positive whole number of pixels."""
+    """Return (height, width). Raises ValueError for a side that is not a positive whole number of pixels."""
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"image_size {image_size!r}: pixels, or (height, width), all above 0")
+        raise ValueError(f"image_size must be pixels, or (height, width), all above 0 (got {image_size!r})")
     return sides
 
 
 def set_image_size(model: nn.Module, size: Size) -> None:
-    """Make a model take images of this size, where it has anything that depends on it (positions, windows).
+    """Make a model accept images of this size, if any part of it depends on the size (positions, windows).
 
     Raises ValueError for a size that its patches do not divide.
     """
@@ -40,7 +40,9 @@ def set_image_size(model: nn.Module, size: Size) -> None:
         if wrong:
             near = [step * (side // step + more) for side, step in zip(size, patch, strict=True) for more in (0, 1)]
             near = ", ".join(map(str, sorted({side for side in near if side})))
-            raise ValueError(f"image size {size[0]} x {size[1]} is no multiple of the patch, {patch[0]}: take {near}")
+            raise ValueError(
+                f"the image size must be a multiple of the patch, {patch[0]} (got {size[0]} x {size[1]}): try {near}"
+            )
     target = tower if hasattr(tower, "set_input_size") else getattr(model, "visual", model)
     if hasattr(target, "set_input_size"):
         try:
@@ -50,13 +52,13 @@ def set_image_size(model: nn.Module, size: Size) -> None:
 
 
 def image_tower(model: nn.Module) -> nn.Module:
-    """The image encoder of a CLIP (timm's own where it is one), any other model itself."""
+    """Return the image encoder of a CLIP (timm's model if it is one), or any other model itself."""
     visual = getattr(model, "visual", model)
     return getattr(visual, "trunk", visual)
 
 
 def patch_size(tower: nn.Module) -> Size | None:
-    """(height, width) of the patches of a transformer over patches, None for an encoder of another kind."""
+    """Return the (height, width) of a vision transformer's patches, None for another kind of encoder."""
     if not has_attention(tower):
         return None
     patch = getattr(getattr(tower, "patch_embed", None), "patch_size", getattr(tower, "patch_size", None))
@@ -64,17 +66,17 @@ def patch_size(tower: nn.Module) -> Size | None:
 
 
 def has_attention(module: nn.Module) -> bool:
-    """Whether some layer of it attends: known by the names that timm, open_clip and PyTorch give such layers."""
+    """Return whether the model has attention layers, by the names that timm, open_clip and PyTorch give them."""
     return any("attention" in type(child).__name__.lower() for child in module.modules())
 
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
-    """A CLIP's image features, any other model's output."""
+    """Return a CLIP's image features, or any other model's output."""
     return model.encode_image(images) if hasattr(model, "encode_image") else model(images)
 
 
 def tower_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
-    """Of the image tower ("image") or of all the rest but the logits' scale and bias ("text"); of no CLIP, all."""
+    """Return the parameters of the image tower ("image"), or all others but the logits' scale and bias ("text")."""
     if not is_clip(model):
         return list(model.parameters())
     image = {id(p) for p in model.visual.parameters()}
@@ -87,16 +89,16 @@ def is_clip(model: nn.Module) -> bool:
 
 
 def tokens_of(model: nn.Module, batch: int, length: int, device: torch.device | str) -> Tensor:
-    """Texts of `length` tokens, (batch, length), the last of each the highest: where CLIP's text towers look.
+    """Return texts of `length` tokens, (batch, length), each ending with the highest, where CLIP's text towers pool.
 
     Raises ValueError for a length the text tower has no positions for, for 0, and for a model that does not say how
     many tokens it knows, such as CoCa.
     """
     if length < 1:
-        raise ValueError(f"texts of {length} tokens: a text has at least 1")
+        raise ValueError(f"the text length must be at least 1 (got {length})")
     if (vocabulary := getattr(model, "vocab_size", None)) is None:
         raise ValueError(
-            f"{type(model).__name__} has no vocab_size, texts for it cannot be made; leave text_length out"
+            f"{type(model).__name__} has no vocab_size, so texts for it cannot be generated: leave text_length out"
         )
     tokens = torch.arange(length, device=device) % (vocabulary - 2) + 1
     tokens[-1] = vocabulary - 1

@@ -34,9 +34,9 @@ BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD
 
 
 def available(device: str | None = None) -> list[tuple[str, str, bool, str]]:
-    """What exists here: (operator, back end, exists, why not), best back end first. `why not` is "" where it exists.
+    """Return the back ends as (operator, back end, available, why not), best first. `why not` is "" if available.
 
-    device: the type of device it is to run on, None for any that this machine has.
+    device: the type of device to run on, None for any that this machine has.
     """
     return [
         (op, name, not (reason := backend.why_not_here() if device is None else backend.why_not(device)), reason)

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: one table per operator, one place that chooses."""
+"""Choose the implementation of an operator from its table of back ends."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Backend:
     needs: str = ""
 
     def why_not(self, device: str) -> str:
-        """Why it cannot run on this type of device, "" when it can."""
+        """Return why it cannot run on this type of device, "" when it can."""
         # Tensors of shapes alone go through the same registered operators as those on the CPU.
         if self.devices and (device if device != "meta" else "cpu") not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {device}"
-        # PyTorch would take the missing forward-mode derivative of a registered operator for zero, without a word.
+        # PyTorch would take the missing forward-mode derivative of a registered operator for zero, silently.
         if self.devices and _differentiating():
             return "has no derivative for torch.func or forward mode"
         if self.needs and importlib.util.find_spec(self.needs) is None:
@@ -43,7 +43,7 @@ class Backend:
         return ""
 
     def why_not_here(self) -> str:
-        """Why it can run on nothing this machine has, "" when it can."""
+        """Return why it can run on no device of this machine, "" when it can."""
         gpu = torch.cuda.is_available()
         if self.devices == ("cuda",) and not gpu:
             return "no GPU"
@@ -52,7 +52,7 @@ class Backend:
 
 
 def _differentiating() -> bool:
-    """Whether a transform of torch.func that differentiates, or forward mode, is at work."""
+    """Return whether a differentiating transform of torch.func, or forward mode, is active."""
     if forward_ad._current_level >= 0:
         return True
     if torch.compiler.is_compiling():  # which cannot look at the layers of transforms
@@ -63,7 +63,7 @@ def _differentiating() -> bool:
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """Inside, every operator called with backend="auto" takes this back end ("auto" gives the choice back).
+    """Make every operator inside that is called with backend="auto" use this back end ("auto" restores the choice).
 
     >>> import torch
     >>> from ssmclip.ops import selective_scan, using
@@ -72,7 +72,7 @@ def using(backend: str) -> Iterator[None]:
     ...     selective_scan(u, u, A, B, B)
     tensor([[[1., 2., 3.]]])
 
-    Raises UnknownName for a name that no back end has.
+    Raises UnknownName if there is no such back end.
     """
     if backend not in (*KNOWN, "auto"):
         raise UnknownName("back end", backend, (*KNOWN, "auto"))
@@ -84,7 +84,7 @@ def using(backend: str) -> Iterator[None]:
 
 
 def choose(backends: Mapping[str, Backend], asked: str, device: str) -> Callable:
-    """The function to run: the one asked for, else the one `using` forces, else the first in the table that can run.
+    """Return the function to run: the requested one, else the one `using` forces, else the first that can run.
 
     Raises UnknownName for an unknown back end, RuntimeError for one that cannot run here.
     """

@@ -1,7 +1,7 @@
-"""New memory for results: in large pages where Linux grants them, and not given back in between where glibc rules it.
+"""Allocate memory for results: in large pages if Linux grants them, and kept between calls if the system uses glibc.
 
 A page is cleared when it is first touched, which costs more than writing it. glibc keeps freed memory for the next
-tensor, but from 32 MiB on it gives it back and asks anew each time: there pages of 2 MiB instead of 4 KiB take a third
+tensor, but from 32 MiB on it returns it and asks again each time: there pages of 2 MiB instead of 4 KiB take a third
 off a scan's time. PyTorch asks for large pages only where the environment says so, at its start.
 """
 
@@ -20,7 +20,7 @@ _KEPT_UP_TO = 2**30  # bytes of one tensor
 
 
 def _system_call(name: str, *arguments: type):
-    """The C library's function, or None where it has none of that name."""
+    """Return the C library's function, or None if it has none of that name."""
     function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
     if function is not None:
         function.argtypes = arguments
@@ -32,7 +32,7 @@ _mallopt = _system_call("mallopt", ctypes.c_int, ctypes.c_int)
 
 
 def want_large_pages(x: Tensor) -> None:
-    """Advice only: it changes no value, and a system that has no large pages ignores it."""
+    """Advise the system to use large pages; values do not change, and a system without them ignores it."""
     storage = x.untyped_storage()
     if _madvise is None or storage.nbytes() < NEVER_KEPT:
         return
@@ -41,7 +41,7 @@ def want_large_pages(x: Tensor) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps what it frees, for the next tensor; False where the C library has no such choice.
+    """Make this process keep freed memory for the next tensor; return False if the C library cannot do so.
 
     For commands that take the same step again and again, never for a library in someone else's process: resident memory
     stays at its highest. Tensors above 1 GiB are still given back, and once an allocation has failed glibc takes memory

@@ -34,7 +34,9 @@ def entry_point(function):
     try:
         return compiled(nogil=True, cache=True)(function)
     except RuntimeError as error:  # neither the package nor the user's cache folder can be written to
-        log.warning("CPU kernels are compiled again in every process: %s (NUMBA_CACHE_DIR names another folder)", error)
+        log.warning(
+            "CPU kernels are compiled again in every process: %s (set NUMBA_CACHE_DIR to another folder)", error
+        )
         return compiled(nogil=True)(function)
 
 

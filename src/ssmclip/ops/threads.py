@@ -1,4 +1,4 @@
-"""Numbered tasks on as many threads as PyTorch uses. The work must release the GIL.
+"""Run numbered tasks on as many threads as PyTorch uses. The work must release the GIL.
 
 On Linux they are PyTorch's own threads, those of its OpenMP library: they wait for the next task awake, for some
 milliseconds, so that a thread of ours would share a core with one that does nothing. Elsewhere, and in a forked child,
@@ -55,7 +55,7 @@ def run_tasks(work: Callable[[int, int], None], count: int, parallel: bool) -> N
 
 
 def _in_a_team(shares: Callable[[], None], threads: int) -> None:
-    """OpenMP's threads, the calling one among them, each call shares()."""
+    """Let OpenMP's threads, including the calling one, each call shares()."""
     errors: list[BaseException] = []
 
     def called(_) -> None:
@@ -70,7 +70,7 @@ def _in_a_team(shares: Callable[[], None], threads: int) -> None:
 
 
 def _in_a_pool(shares: Callable[[], None], threads: int) -> None:
-    """The calling thread and Python's each call shares()."""
+    """Let the calling thread and Python's each call shares()."""
     if threads not in _pools:
         _pools[threads] = ThreadPoolExecutor(threads - 1, thread_name_prefix="ssmclip-ops")
     others = [_pools[threads].submit(shares) for _ in range(threads - 1)]

@@ -1,4 +1,4 @@
-"""What is measured: rows, the files they are kept in, and published numbers to set beside them. Needs no torch."""
+"""Measurements: rows, the files that store them, and published numbers to compare with. Needs no torch."""
 
 from ssmclip.rows.result import Result, append_rows, describe_run, read_rows, write_rows
 

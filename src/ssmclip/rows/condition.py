@@ -1,4 +1,4 @@
-"""Under what a row was measured: a mapping of typed keys, with one printer and one parser.
+"""The condition a row was measured under: a mapping of typed keys, with one printer and one parser.
 
     {"step": 200, "tower": "image"}    is printed    step=200, tower=image
 
@@ -66,7 +66,7 @@ def checked(where: Where) -> dict[str, Value]:
 
 
 def text(where: Where, against: str = "") -> str:
-    """Print a mapping, and the model that is subtracted, for people.
+    """Return a mapping, and the model that is subtracted, as readable text.
 
     >>> text({"tokens": 77}), text({"image": "224x448", "attention": "plain"}), text({}, "B")
     ('77 tokens', 'image=224x448, attention=plain', 'minus B')
@@ -76,7 +76,7 @@ def text(where: Where, against: str = "") -> str:
 
 
 def parse(condition: str) -> tuple[dict[str, Value], str]:
-    """Read what `text` prints, and what rows files of earlier versions hold in its place: (where, against).
+    """Parse what `text` returns, and the conditions in rows files of earlier versions: (where, against).
 
     >>> parse("step=4,batch=0,tower=image"), parse("step=200 77 tokens")
     (({'step': 4, 'batch': 0, 'tower': 'image'}, ''), ({'step': 200, 'tokens': 77}, ''))

@@ -1,4 +1,4 @@
-"""What metrics are called, and how their values are written: whoever measures another one adds it. Needs no torch."""
+"""The display names of metrics and the format of their values; code with a new metric registers it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ssmclip.registry import Registry
 
 
 class Shown(NamedTuple):
-    """A metric's name for people, and whether its values are fractions, written as percentages."""
+    """A metric's display name, and whether its values are fractions that are written as percentages."""
 
     title: str
     fraction: bool = False

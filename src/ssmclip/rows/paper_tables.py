@@ -1,4 +1,4 @@
-"""Numbers others have published, for comparison with measured ones. Percent; parameters of image towers in millions."""
+"""Published numbers, for comparison with measured ones. Values are percentages; parameters are in millions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MANY = 10  # columns: a table of more is summed up by their mean
 class Row:
     """A model's line in a published table.
 
-    model: as the table calls it; values: its numbers in the table's columns; parameters: in millions, of the image
-    tower, where the table says it; name: what this package calls the model; weights: where its published weights are,
-    "" for nowhere.
+    model: its name in the table; values: its numbers in the table's columns; parameters: millions in the image
+    tower, where the table gives it; name: the model's name in this package; weights: address of its published weights,
+    "" if there are none.
     """
 
     model: str
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A published table. title: whose it is, and of what; columns: names of data sets' cards, or of metrics; titles:
+    """A published table. title: its source and subject; columns: names of data sets' cards, or of metrics; titles:
     column headings, short enough for 26."""
 
     source: str
@@ -40,7 +40,7 @@ class Table:
     rows: tuple[Row, ...]
 
     def summary(self, row: Row) -> str:
-        """Return a row in a few words: each of its numbers, or their mean where they are many."""
+        """Return a row in a few words: each of its numbers, or their mean if there are many."""
         if len(self.columns) > MANY:
             return f"{self.title}: mean of {len(self.columns)} data sets {fmean(row.values):.2f}"
         numbers = (f"{title} {value}" for title, value in zip(self.titles, row.values, strict=True))

@@ -1,11 +1,11 @@
-"""The one contract of everything measured: a row. Everything drawn reads rows. Needs no torch.
+"""The format of every measurement: a row. All figures and tables are drawn from rows. Needs no torch.
 
-A rows file is JSON lines. Its first line says what made it, every further line is one Result:
+A rows file is JSON lines. Its first line describes the run that made it, every further line is one Result:
 
     {"run": {"commit": "...", "versions": {...}, "seed": 0, "device": "cpu", "created": "..."}}
     {"model": "CLIP-VMamba-Nano", "task": "digits", "metric": "top1", "value": 0.97, "where": {"step": 200}, ...}
 
-Files of earlier versions have a text, `condition`, in place of `where` and `against`; they are read as well.
+Files of earlier versions have a text, `condition`, instead of `where` and `against`; they can be read as well.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PACKAGES = ("ssmclip", "torch", "timm", "open_clip_torch", "numba", "numpy")
 class Result:
     """One measured number.
 
-    model, task, metric: names; value: the number, in the unit the metric's name says (fractions for accuracies and
-    recalls); ci_low, ci_high: its 95 % interval, None where there is none; n: how many observations stand behind it;
-    where: what was varied, a mapping of the keys in `condition.KEYS`, such as {"step": 200} or {"level": "0.3"};
-    against: the model whose value was subtracted, "" where the value is no difference;
+    model, task, metric: names; value: the number, in the metric's unit (fractions for accuracies and
+    recalls); ci_low, ci_high: its 95 % interval, None if there is none; n: the number of observations;
+    where: the condition, a mapping of the keys in `condition.KEYS`, such as {"step": 200} or {"level": "0.3"};
+    against: the model whose value was subtracted, "" if the value is not a difference;
     extra: anything else a figure needs, JSON-able (per-class values, names, settings; see `payloads`).
-    Raises UnknownName and TypeError for a `where` that is not such a mapping.
+    Raises UnknownName or TypeError if `where` is not such a mapping.
     """
 
     model: str
@@ -57,22 +57,22 @@ class Result:
 
     @property
     def condition(self) -> str:
-        """`where` and `against` for people: "step=200", "minus B", "" where nothing was varied."""
+        """Return `where` and `against` as readable text: "step=200", "minus B", "" if both are empty."""
         return condition.text(self.where, self.against)
 
     @property
     def plain(self) -> bool:
-        """Whether nothing was varied and nothing subtracted."""
+        """Return whether `where` and `against` are both empty."""
         return not self.where and not self.against
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What it is the number of: a later row of the same key takes its place."""
+        """Return the row's identity: a later row with the same key replaces it."""
         return self.model, self.task, self.place, self.metric
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """`where` and `against`, in no order, as one hashable value."""
+        """Return `where` and `against` as one hashable value that ignores order."""
         return (*sorted(self.where.items()), self.against)
 
 
@@ -88,7 +88,7 @@ _TYPES = {name: str for name in ("model", "task", "metric", "against")} | {
 
 
 def describe_run(seed: int | None = None, device: str = "cpu", **more: Any) -> dict[str, Any]:
-    """The first line of a rows file: commit, versions, seed, device, and `more` (JSON-able)."""
+    """Return the first line of a rows file: commit, versions, seed, device, and `more` (JSON-able)."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -108,7 +108,7 @@ def describe_run(seed: int | None = None, device: str = "cpu", **more: Any) -> d
 
 
 def write_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | None = None) -> None:
-    """Write a rows file, whole or not at all."""
+    """Write a rows file atomically."""
     lines = [json.dumps({"run": run or describe_run()}), *(_dumps(row) for row in rows)]
     with whole(path) as part:
         part.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
@@ -125,7 +125,7 @@ def append_rows(path: str | Path, rows: Iterable[Result], run: dict[str, Any] | 
 
 
 def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
-    """A rows file as (run, rows). Raises ValueError naming the line that is no row."""
+    """Read a rows file as (run, rows). Raises ValueError naming the first line that is not a row."""
     run: dict[str, Any] = {}
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -136,7 +136,7 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
             if isinstance(record, dict) and "run" in record:
                 run = record["run"]
                 if not isinstance(run, dict):
-                    raise TypeError(f"run is {str(run)[:40]!r}")
+                    raise TypeError(f"run must be an object (got {str(run)[:40]!r})")
             else:
                 rows.append(_row(record))
         except (ValueError, TypeError) as error:
@@ -146,11 +146,11 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
 
 def _row(record: Any) -> Result:
     if not isinstance(record, dict):
-        raise TypeError(f"{str(record)[:40]!r} is no object")
+        raise TypeError(f"a row must be an object (got {str(record)[:40]!r})")
     if isinstance(was := record.pop("condition", ""), str):  # of an earlier version
         record = dict(zip(("where", "against"), condition.parse(was), strict=True)) | record
     else:
-        raise TypeError(f"condition is {str(was)[:40]!r}")
+        raise TypeError(f"condition must be text (got {str(was)[:40]!r})")
     if extra := set(record) - set(_TYPES):
         raise ValueError(f"unknown fields {sorted(extra)}")
     if "value" in record and record["value"] is None:

@@ -1,4 +1,4 @@
-"""A rows file that goes on: what it holds is kept, and what is measured again takes the place of what was there."""
+"""Add to a rows file: existing rows are kept, and re-measured rows replace the earlier ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssmclip.rows.result import Result, read_rows, write_rows
 
 
 def latest(rows: Iterable[Result]) -> tuple[list[Result], int]:
-    """Return each key's last row, in the order of the keys' first; and how many earlier rows had another value.
+    """Return each key's last row, in order of first appearance, and how many earlier rows had another value.
 
     A resumed run repeats the steps since its checkpoint, with equal values: those do not count.
     """
@@ -26,13 +26,13 @@ def latest(rows: Iterable[Result]) -> tuple[list[Result], int]:
 
 
 class RowsFile:
-    """A rows file that measurements are added to, by this process and by others at the same time.
+    """A rows file that several processes may add measurements to at the same time.
 
-    Every change is made whole under a lock (a hidden file beside it), starting from what the file holds at that moment:
-    a kill loses nothing that was added, and two processes do not lose each other's rows.
+    Every change is atomic and made under a lock (a hidden file next to it), starting from the file's current rows:
+    killing the process loses nothing that was added, and two processes do not lose each other's rows.
 
     path: the file, which need not exist; run: its first line; same: the names in `run` that all rows of a file share.
-    Raises ValueError for a file that is no rows file, or whose rows were measured under other settings.
+    Raises ValueError if the file is not a rows file, or contains rows from different settings.
     """
 
     def __init__(self, path: str | Path, run: dict[str, Any], same: Sequence[str] = ()):
@@ -47,23 +47,23 @@ class RowsFile:
                 _require_same(self.path, before, run, same)
 
     def rows(self) -> list[Result]:
-        """Read what the file holds now."""
+        """Read the file's current rows."""
         return read_rows(self.path)[1] if self.path.exists() else []
 
     def add(self, rows: Iterable[Result]) -> None:
-        """Put rows into the file, each in the place of an earlier one of its key."""
+        """Add rows to the file; each replaces an earlier row with the same key."""
         made = list(rows)
         self.change(lambda held: latest([*held, *made])[0])
 
     def change(self, made: Callable[[list[Result]], list[Result]]) -> None:
-        """Write what `made` makes of the rows that the file holds now."""
+        """Replace the file's current rows with what `made` returns for them."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             write_rows(self.path, made(self.rows()), self.run)
 
 
 def drop_half_a_line(path: Path) -> None:
-    """Cut off what a kill left of the last line of a rows file. Leaves any other file as it is."""
+    """Remove an incomplete last line, left by a killed process, from a rows file. Any other file is left unchanged."""
     first, newline, rest = path.read_bytes().partition(b"\n")
     if newline and first.startswith(b'{"run"') and not rest.endswith(b"\n"):
         with path.open("r+b") as file:
@@ -71,7 +71,7 @@ def drop_half_a_line(path: Path) -> None:
 
 
 def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any], same: Sequence[str]) -> None:
-    """Raise ValueError that names the settings in which the run of a file differs from this one."""
+    """Raise ValueError naming the settings that differ between the run of a file and this one."""
     differing = [
         f"{name} was {was!r}, is {wanted!r}"
         for name, was, wanted in _pairs(before, json.loads(json.dumps(now)), same)
@@ -85,7 +85,7 @@ def _require_same(path: Path, before: dict[str, Any], now: dict[str, Any], same:
 
 
 def _pairs(before: dict[str, Any], now: dict[str, Any], same: Sequence[str]) -> Iterable[tuple[str, Any, Any]]:
-    """Yield (name, value before, value now); a group of settings gives one for each of its own."""
+    """Yield (name, value before, value now); a group of settings yields one for each of its fields."""
     for name in same:
         wanted = now.get(name)
         if name not in before:  # an earlier version did not say

@@ -1,4 +1,4 @@
-"""Names of tasks that several packages know: who measures writes them, who draws looks for them."""
+"""Names of tasks that several packages share: evaluation writes them, and reports look them up."""
 
 TRAIN = "train"
 HESSIAN = "hessian"
@@ -31,7 +31,7 @@ def is_distorted(task: str) -> bool:
 
 
 def family_of(task: str) -> str:
-    """Return what a task is one of: of a distortion the distorted data set, of others all before the last slash.
+    """Return a task's family: the distorted data set of a distortion; for others everything before the last slash.
 
     >>> family_of("distorted/cifar10/imagenet-c/fog"), family_of("ood/edge"), family_of("digits")
     ('distorted/cifar10', 'ood', '')

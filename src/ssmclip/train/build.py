@@ -1,4 +1,4 @@
-"""From a TrainConfig to the things a run needs: the accelerator, the model, the stream of pairs."""
+"""Build what a run needs from its TrainConfig: the accelerator, the model, the stream of pairs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """Return Accelerate's view of this process: alone, or one of several that a launcher started.
+    """Return an Accelerator for this process, which runs alone or as one of several that a launcher started.
 
-    What launchers ask for by environment variables is decided in train/launch.py; what is ignored is logged.
-    Raises ValueError for fp16 without a GPU, for a batch that doesn't divide over the processes, and for ways of
+    train/launch.py decides which environment variables of launchers count; ignored ones are logged.
+    Raises ValueError for fp16 without a GPU, for a batch that does not divide over the processes, and for modes of
     training that are not supported.
     """
     messages = launch.ignored(config, os.environ)
@@ -51,9 +51,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
             _LOG.warning(message)
     world = accelerator.num_processes
     if config.batch_size % world:
-        raise ValueError(f"batch_size={config.batch_size} doesn't divide over {world} processes")
+        raise ValueError(f"batch_size must be a multiple of the {world} processes (got {config.batch_size})")
     if is_sharded(accelerator) and (config.ema.decay is not None or config.validation.every):
-        raise ValueError("with FSDP no process holds the whole model: set ema.decay=none and validation.every=0")
+        raise ValueError("FSDP supports no moving average and no validation: set ema.decay=none and validation.every=0")
     return accelerator
 
 
@@ -62,7 +62,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def model_config(config: TrainConfig) -> dict[str, Any]:
-    """The model's configuration in open_clip's form, at the image size that training ends with."""
+    """Return the model's configuration in open_clip's format, at the final image size of the training."""
     made = models.clip_config(
         config.model.name, image_size=config.data.image_sizes[-1][1], drop_path_rate=config.model.drop_path_rate
     )
@@ -73,7 +73,7 @@ def model_config(config: TrainConfig) -> dict[str, Any]:
 def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Objective:
     """Return the objective that `loss.kind` names, for this process.
 
-    Raises UnknownName for a name that is not registered, ValueError for an objective with parameters of its own.
+    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
     """
     made = OBJECTIVES[config.loss.kind](
         config.loss,
@@ -84,14 +84,14 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> 
     )
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
-            f"the objective {config.loss.kind!r} must have no parameters of its own (got {', '.join(names)}): "
-            "the model's are trained and saved, so put them there with `start`"
+            f"the objective {config.loss.kind!r} must not have parameters (got {', '.join(names)}): "
+            "only the model's are trained and saved, so add them to the model with `start`"
         )
     return made
 
 
 def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
-    """The model in training mode, after a look that it takes every image size of the schedule. Raises ValueError."""
+    """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
     model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
     if config.model.freeze_text:
         freeze_text_tower(model)
@@ -105,15 +105,15 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
                 probe.encode_image(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} can't take images of {size} pixels among data.image_sizes="
+                f"{config.model.name} cannot take images of {size} pixels, one of data.image_sizes="
                 f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
-                "one with batch norm, larger images or more than one in a batch and in each micro-batch"
+                "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
     return model.train()
 
 
 def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -> None:
-    """The weights a run goes on with, or begins with: the checkpoint's, else `model.text_weights` in the text tower.
+    """Load the initial weights: the checkpoint's, else those of `model.text_weights` into the text tower.
 
     Raises ValueError, CheckpointError, FileNotFoundError.
     """
@@ -129,7 +129,7 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
             ) from error
     elif source:
         if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
-            raise ValueError(f"model.text_weights is for Mamba text towers; {config.model.name} has none")
+            raise ValueError(f"model.text_weights must be none for {config.model.name}, which has no Mamba text tower")
         state = load_language_model(source).state_dict()
         weights.load_into(model.text.transformer, state, source)
 
@@ -137,9 +137,9 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
 def open_stream(
     config: TrainConfig, architecture: dict[str, Any], size: int, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
-    """Return this process's stream of batches at an image size, from `cursor` on (None: from the start).
+    """Return this process's stream of batches at an image size, starting at `cursor` (None: at the beginning).
 
-    Raises FileNotFoundError naming every folder a relative `data.source` was looked for in; what `open_pairs` raises.
+    Raises FileNotFoundError naming every folder searched for a relative `data.source`; what `open_pairs` raises.
     """
     preprocess = architecture["preprocess_cfg"]
     transform = train_transform(

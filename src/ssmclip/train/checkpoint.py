@@ -1,14 +1,14 @@
-"""Checkpoints as folders that are whole or not there, and the run folder they live in.
+"""Checkpoint folders that are written atomically, and the run folder that contains them.
 
     RUN/config.json                       the TrainConfig
     RUN/.lock                             held by the process that trains
     RUN/open_clip_config.json             the model
-    RUN/rows.jsonl, RUN/tensorboard/      what was measured
+    RUN/rows.jsonl, RUN/tensorboard/      measurements
     RUN/checkpoints/step_00000100/        open_clip_config.json, open_clip_model.safetensors, state.pt
     RUN/checkpoints/last, best            text files that name a folder
 
-A checkpoint is written beside its final name, flushed to the disk where the file system can do that, then renamed: a
-kill or a full disk at any moment leaves the checkpoints that were there.
+A checkpoint is written next to its final name, flushed to the disk if the file system can do that, then renamed: a
+killed process or a full disk never damages earlier checkpoints.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influen
 
 @contextmanager
 def run_folder(out: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
-    """Make the run folder, or check that it is this run's, before any work; other processes are kept out until the end.
+    """Create the run folder, or check that it belongs to this run, and lock it against other processes until the end.
 
-    Raises PermissionError when it can't be written to; FileExistsError when it holds a run and `resume` is false, or
-    when another process trains in it; FileNotFoundError when it holds no run and `resume` is true; ValueError when it
-    holds a run of another config, naming the fields that differ (those of logging, validation and checkpoint may).
+    Raises PermissionError when it cannot be written to; FileExistsError when it has a run and `resume` is false, or
+    when another process trains in it; FileNotFoundError when it has no run and `resume` is true; ValueError when it
+    has a run of another config, naming the fields that differ (those of logging, validation and checkpoint may).
     """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise PermissionError(f"{out}: can't write there ({error.strerror}); choose another --out") from error
+        raise PermissionError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
     with (out / ".lock").open("w") as file:
         if not _lock(file):
-            raise FileExistsError(f"another process trains in {out}: wait for it, or choose another --out")
+            raise FileExistsError(f"another process is training in {out}: wait for it, or choose another --out")
         _prepare(out, config, resume)
         yield
 
 
 def _lock(file: IO) -> bool:
-    """Lock an open file until it is closed or this process ends in any way; false when another process holds it.
+    """Lock an open file until it is closed or this process ends; return false when another process holds the lock.
 
     A POSIX lock, which processes that read data don't inherit: they outlive a killed run by seconds.
     """
@@ -78,14 +78,14 @@ def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
     settings, rows = out / "config.json", out / "rows.jsonl"
     if resume:
         if not settings.exists():
-            raise FileNotFoundError(f"{out} holds no run to resume: start one without --resume")
+            raise FileNotFoundError(f"{out} contains no run to resume: start one without --resume")
         refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
         for leftover in (out / "checkpoints").glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for part in (*out.glob(f"*{PARTIAL}"), *(out / "checkpoints").glob(f"*{PARTIAL}")):
             part.unlink(missing_ok=True)
     elif checkpoints(out) or (rows.exists() and read_rows(rows)[1]):
-        raise FileExistsError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        raise FileExistsError(f"{out} already contains a run: continue it with --resume, or choose another --out")
     else:  # new, or left by a start that failed
         rows.unlink(missing_ok=True)
     write_text(settings, json.dumps(to_dict(config), indent=2) + "\n")
@@ -97,17 +97,17 @@ def refuse_changes(old: TrainConfig, new: TrainConfig, out: Path) -> None:
     if changed:
         told = "; ".join(f"{name} was {was!r}, now {now!r}" for name, (was, now) in changed.items())
         raise ValueError(
-            f"{out}: the run to resume had other settings ({told}). Give the same, or choose another --out"
+            f"{out}: the run to resume has different settings ({told}). Pass the same settings, or choose another --out"
         )
 
 
 def save_checkpoint(
     run: Path, step: int, save_model: Callable[[Path], None], state: dict[str, Any], keep: int, best_step: int | None
 ) -> Path:
-    """Write a checkpoint, name it as last (and best), drop old ones.
+    """Write a checkpoint, point `last` (and `best`) at it, and remove old ones.
 
     save_model(folder) writes the model's files; `state` becomes state.pt; the newest `keep` and the best one are kept.
-    Raises CheckpointError when it can't be written, as on a full disk; what was there is still there then.
+    Raises CheckpointError when it cannot be written, as on a full disk; earlier checkpoints are then unchanged.
     """
     folder = run / "checkpoints"
     final = folder / f"step_{step:08d}"
@@ -131,9 +131,9 @@ def save_checkpoint(
         raise CheckpointError(
             f"could not save {final}: {error}. "
             + (
-                f"The checkpoint before it is whole: {left}; free some space and --resume"
+                f"The previous checkpoint is complete: {left}; free some space and pass --resume"
                 if left
-                else "There is none yet"
+                else "There is no earlier checkpoint"
             )
         ) from error
     best = folder / "best"  # which may be of a metric that is no longer asked for
@@ -145,7 +145,7 @@ def save_checkpoint(
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove an old checkpoint, or leave it where a file of it is in use: it is no reason to stop a run."""
+    """Remove an old checkpoint; if one of its files is in use, leave it rather than stop the run."""
     doomed = checkpoint.with_name(f".old-{checkpoint.name}")  # so that a half-deleted one never looks like one
     with suppress(OSError):
         shutil.rmtree(doomed, ignore_errors=True)  # left by an attempt before
@@ -160,7 +160,7 @@ def name_checkpoints(run: Path, step: int, best_step: int | None) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
+    """Return the run's checkpoint folders, oldest first."""
     found = [p for p in (run / "checkpoints").glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
@@ -170,7 +170,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def config_of_run(folder: str | Path) -> TrainConfig | None:
-    """Return the settings of the run that a folder is, or that a checkpoint's folder belongs to; None for any other.
+    """Return the settings of a run folder, or of the run a checkpoint folder belongs to; None for any other folder.
 
     Raises UnknownName or ValueError for a config.json that no version of this package wrote.
     """
@@ -182,17 +182,18 @@ def config_of_run(folder: str | Path) -> TrainConfig | None:
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
-    """state.pt of a checkpoint: tensors and plain containers only, so nothing in it runs. Raises CheckpointError."""
+    """Load a checkpoint's state.pt: tensors and plain containers only, no code. Raises CheckpointError."""
     path = checkpoint / "state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every way a file can be broken
         raise CheckpointError(
-            f"{path}: no training state ({first_line(error)}); remove its folder to resume from the one before"
+            f"cannot read the training state {path} ({first_line(error)}): "
+            "remove its folder to resume from the previous checkpoint"
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
+    """Write a small file atomically."""
     with whole(path, durable=True) as part:
         part.write_text(text, encoding="utf-8")

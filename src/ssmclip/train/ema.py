@@ -10,9 +10,9 @@ from torch import nn
 
 
 class Ema:
-    """`model`: a copy whose every floating-point weight and buffer is the average; others (counters) are copied.
+    """A moving average. `model`: a copy with averaged floating-point weights and buffers; the others are copied.
 
-    Buffers matter: an average that leaves them out keeps batch norm's first statistics for ever.
+    Buffers matter: an average without them would keep batch norm's initial statistics for ever.
     """
 
     def __init__(self, model: nn.Module):
@@ -20,7 +20,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
-        """average = decay * average + (1 - decay) * model."""
+        """Set average = decay * average + (1 - decay) * model."""
         averaged, online = [], []
         new = model.state_dict()
         for name, old in self.model.state_dict().items():
@@ -33,10 +33,10 @@ class Ema:
 
 
 def ema_decay(step: int, steps: int, start: float, schedule: str) -> float:
-    """The decay at `step` (from 0) of a run of `steps`, on one of EmaConfig's schedules.
+    """Return the decay at `step` (from 0) of a run of `steps`, on one of EmaConfig's schedules.
 
-    constant: `start`. warmup: 1 - (1 + step)^(-2/3) until that reaches `start`, as timm's ModelEmaV3; the first step's
-    weights are taken whole. cosine: from `start` to 1 along half a cosine, as mamba-clip's.
+    constant: `start`. warmup: 1 - (1 + step)^(-2/3) until it reaches `start`, as timm's ModelEmaV3; the first step's
+    weights are copied. cosine: from `start` to 1 along half a cosine, as in mamba-clip.
     """
     if schedule == "constant":
         return start

@@ -1,4 +1,4 @@
-"""The gradient of a batch's loss, whole or through cached features."""
+"""Compute the gradient of a batch's loss, at once or in micro-batches through cached features."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def backward(
 def _backward_cached(
     accelerator: Accelerator, model: nn.Module, objective: Objective, images: Tensor, targets: Tensor, micro_batch: int
 ) -> Tensor:
-    """GradCache (Gao et al. 2021, arXiv:2101.06983): the large batch's gradient from micro-batches, to rounding.
+    """Compute the large batch's gradient from micro-batches, up to rounding (GradCache, Gao et al., arXiv:2101.06983).
 
     Embed every micro-batch without a graph; take the loss of the whole batch and its gradient at the features; embed
-    again with a graph, random state put back so that drop-path repeats, and send the features' gradient through.
-    One more forward pass is the price. Batch norm, if a model has it, sees micro-batches (twice).
+    again with a graph, the random state restored so that drop-path repeats, and backpropagate through the features.
+    This costs one more forward pass. Batch norm, if a model has it, sees micro-batches (twice).
     """
     chunks = list(
         zip(images.split(micro_batch * objective.views), targets.split(micro_batch * objective.captions), strict=True)

@@ -1,12 +1,12 @@
-"""What `accelerate launch`, `accelerate config` and torchrun ask for by environment variables, and what comes of it.
+"""Decide which environment variables of `accelerate launch`, `accelerate config` and torchrun affect a run.
 
-Accelerate reads many of its settings from the environment. A run's numbers depend on its own settings alone, so
+Accelerate reads many of its settings from the environment. A run's numbers depend on its settings alone, so
 
-- variables that a setting of ours decides have no effect, and a message says which setting to change (`OURS`);
-- ways of training that this loop does not do are refused (`REFUSED`);
-- how many processes there are, on which devices, and FSDP, are the launcher's to decide, as is ACCELERATE_USE_CPU.
+- variables that correspond to a setting of ours have no effect, and a message names the setting to change (`OURS`);
+- modes of training that this loop does not support are refused (`REFUSED`);
+- the launcher decides the number of processes, their devices, FSDP and ACCELERATE_USE_CPU.
 
-More variables of DeepSpeed, Megatron-LM and 8-bit layers matter only together with one that is named here. The others
+Other variables of DeepSpeed, Megatron-LM and 8-bit layers matter only together with one that is named here. The rest
 (debugging, CPU affinity, logging) change no number.
 """
 
@@ -23,7 +23,7 @@ from ssmclip.config import TrainConfig
 
 @dataclass(frozen=True)
 class Decided:
-    """A variable whose matter a setting decides. idle: its value that asks for nothing."""
+    """An environment variable that a setting overrides. idle: its value that requests nothing."""
 
     variable: str
     idle: str
@@ -32,7 +32,7 @@ class Decided:
     advice: str
 
     def message(self, config: TrainConfig, environment: Mapping[str, str]) -> str:
-        """Return what is ignored and what to do, or "" where the variable and the setting agree."""
+        """Return a message about the ignored variable and what to do, or "" if the variable and the setting agree."""
         asked = environment.get(self.variable, self.idle)
         if asked.lower() in (self.idle, self.ours(config)):
             return ""
@@ -73,9 +73,9 @@ _OFF = ("", "no", "none", "false", "0", "off")
 
 
 def ignored(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
-    """Return a message for each variable that asks for something else than the config does.
+    """Return a message for each variable that contradicts the config.
 
-    Raises ValueError for a way of training that is not supported.
+    Raises ValueError for a mode of training that is not supported.
     """
     for variable, name in REFUSED.items():
         if environment.get(variable, "").lower() not in _OFF:
@@ -87,7 +87,7 @@ def ignored(config: TrainConfig, environment: Mapping[str, str]) -> list[str]:
 
 
 def decided() -> dict[str, object]:
-    """Return the arguments of an Accelerator that keep it from reading the variables of `OURS`, precision's apart."""
+    """Return the arguments that keep an Accelerator from reading the variables of `OURS`, except precision."""
     return {
         "dynamo_plugin": TorchDynamoPlugin(backend="no"),
         "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1),
@@ -95,10 +95,10 @@ def decided() -> dict[str, object]:
 
 
 def check_devices(accelerator: Accelerator, config: TrainConfig, environment: Mapping[str, str]) -> None:
-    """Raise ValueError where the devices or processes there are would make another run of it than was asked for."""
+    """Raise ValueError if the available devices or processes cannot do the run that the config describes."""
     device = accelerator.device
     if config.precision == "fp16" and device.type == "cpu":
-        raise ValueError('precision="fp16" needs a GPU (got the CPU); here "no" (float32) or "bf16" would do')
+        raise ValueError('precision="fp16" needs a GPU (got the CPU); use "no" (float32) or "bf16" here')
     if config.device == "cpu" and device.type != "cpu":
         variable = "ACCELERATE_TORCH_DEVICE"
         cause = f"{variable}={environment[variable]}" if variable in environment else "the process already uses it"
@@ -106,6 +106,6 @@ def check_devices(accelerator: Accelerator, config: TrainConfig, environment: Ma
     launched = int(environment.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in environment else accelerator.num_processes
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, but each would train alone: they have no GPUs to share. "
+            f"{launched} processes were launched without GPUs, so each would train alone. "
             'Launch one, or set device="cpu"'
         )

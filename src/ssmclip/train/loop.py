@@ -1,4 +1,4 @@
-"""The training loop. One step: a batch, its gradient, AdamW; between steps: look, log, validate, save.
+"""The training loop. One step: a batch, its gradient, AdamW; between steps: check, log, validate, save.
 
 A step is counted when it is finished: rows, checkpoints and `state["step"]` say how many steps the weights have seen.
 """
@@ -61,15 +61,15 @@ _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the r
 def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validate: Validate | None = None) -> Path:
     """Run a training run to its end and return its folder (layout: train/checkpoint.py).
 
-    resume: continue the run in `out` from its last checkpoint, exactly: data order, random state, optimiser. On a CPU
-    every later loss has the same bits as without the interruption.
+    resume: continue the run in `out` exactly from its last checkpoint: data order, random state, optimiser. On a CPU
+    every later loss is bit-identical to that of an uninterrupted run.
     Raises FileExistsError, FileNotFoundError, PermissionError and ValueError about `out` before any work
-    (`run_folder`); NonFinite; CheckpointError when a checkpoint can't be written or read.
+    (`run_folder`); NonFinite; CheckpointError when a checkpoint cannot be written or read.
     """
     out, asked = Path(out), config.validation
     build_objective(config)  # refuses before there is a folder
     if asked.best and not (asked.every and asked.tasks):
-        raise ValueError(f"validation.best={asked.best!r}: wanted validation.every and validation.tasks to be set too")
+        raise ValueError(f"validation.best={asked.best!r} needs validation.every and validation.tasks: set both")
     accelerator = build_accelerator(config)
     with run_folder(out, config, resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
@@ -87,7 +87,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
 
 @dataclass
 class _Run:
-    """A run in the making: what changes from step to step."""
+    """A run in progress: the state that changes from step to step."""
 
     config: TrainConfig
     out: Path
@@ -108,13 +108,13 @@ class _Run:
 
     @classmethod
     def start(cls, config: TrainConfig, out: Path, accelerator: Accelerator) -> _Run:
-        """Build everything, and put back the state of the last checkpoint if there is one."""
+        """Build everything, and restore the state of the last checkpoint if there is one."""
         checkpoint = last_checkpoint(out)
         state = load_training_state(checkpoint) if checkpoint else None
         if state and len(state["ranks"]) != accelerator.num_processes:
             raise CheckpointError(
-                f"{checkpoint} was written by {len(state['ranks'])} processes; this is {accelerator.num_processes}. "
-                "To continue exactly, launch as many"
+                f"{checkpoint} was written by {len(state['ranks'])} processes (got {accelerator.num_processes}): "
+                "launch the same number to continue exactly"
             )
         objective = build_objective(config, accelerator.process_index, accelerator.num_processes)
         seed_everything(config.seed)
@@ -219,7 +219,7 @@ class _Run:
         return Measured(self.step, loss, norm, batch.keys, skipped)
 
     def _update(self) -> bool:
-        """AdamW's step; true when the gradient scaler left it out."""
+        """Make AdamW's step; return true when the gradient scaler skipped it."""
         scaler = self.accelerator.scaler
         before = scaler.get_scale() if scaler is not None else 0.0
         self.optimiser.step()
@@ -227,7 +227,7 @@ class _Run:
         return scaler is not None and scaler.get_scale() < before
 
     def _grad_norm(self) -> torch.Tensor:
-        """The gradient's norm over all parameters, before it is clipped if it is."""
+        """Return the gradient's norm over all parameters, before any clipping."""
         limit = self.config.optimiser.clip_norm
         if limit is None and not is_sharded(self.accelerator):
             self.accelerator.unscale_gradients()
@@ -288,11 +288,11 @@ class _Run:
             self.log.say(f"skipped {count} samples: {reason}, such as {examples.get(reason)}")
 
     def _of_all(self, own: list) -> list:
-        """The lists of all processes, one after another."""
+        """Return the concatenated lists of all processes."""
         return gather_object(own) if self.accelerator.num_processes > 1 else own
 
     def _validate(self, validate: Validate, size: int) -> bool:
-        """Measure, write the rows, and say whether the named metric is better than ever."""
+        """Measure, write the rows, and return whether the named metric is the best so far."""
         improved = False
         if self.accelerator.is_main_process:
             model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
@@ -307,7 +307,9 @@ class _Run:
             values = {f"{row.task}/{row.metric}": row.value for row in rows}
             named = self.config.validation.best
             if named and named not in values:
-                raise ValueError(f"validation.best={named!r} isn't measured; what is: {', '.join(sorted(values))}")
+                raise ValueError(
+                    f"validation.best must be one of the metrics measured, {', '.join(sorted(values))} (got {named!r})"
+                )
             value = float(values[named]) if named else math.nan
             if value > (self.best["value"] if self.best else -math.inf):  # a NaN is never the best
                 self.best, improved = {"metric": named, "step": self.step, "value": value}, True

@@ -1,6 +1,6 @@
-"""What a model is trained for: a registry of objectives, each a loss of what the model returns for a batch.
+"""A registry of training objectives, each a loss of the model's outputs for a batch.
 
-One of your own is a class in the recipe, or in a module that the recipe imports; `loss.kind=distance` names it:
+To add one, define a class in the recipe, or in a module that the recipe imports; `loss.kind=distance` selects it:
 
     @objective("distance")
     class Distance(Objective):
@@ -8,7 +8,7 @@ One of your own is a class in the recipe, or in a module that the recipe imports
             return (image_features - text_features).square().sum(1).mean()
 
 Across processes the loss is that of the whole batch: features are gathered with gradient, each process has the rows of
-its own pairs, and the mean over processes that data-parallel training takes gives the single-process gradient.
+its pairs, and the mean over processes that data-parallel training takes gives the single-process gradient.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ssmclip.train.checkpoint import config_of_run
 
 
 class Objective(nn.Module):
-    """A loss, built for one process of a run. A subclass defines `forward`, and overrides what else differs.
+    """A loss, built for one process of a run. A subclass defines `forward`, and overrides anything else that differs.
 
-    What is learnt belongs to the model: the objective says in `start` which parameters it needs there, such as SigLIP's
-    logit bias, and has none of its own.
+    Learnt parameters belong to the model: the objective names in `start` those it needs there, such as SigLIP's
+    logit bias, and has none itself.
 
     name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
     starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
@@ -61,7 +61,7 @@ class Objective(nn.Module):
         self.rank, self.world_size, self.views, self.captions = rank, world_size, views, captions
 
     def outputs(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return what the loss takes by name: here, what a CLIP gives for images and texts.
+        """Return the arguments of the loss by name: here, a CLIP's outputs for images and texts.
 
         images (batch * views, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
         """
@@ -72,14 +72,14 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of a batch: what training and the Hessian analysis differentiate."""
+        """Return the loss of a batch, which training and the Hessian analysis differentiate."""
         return self(**self.outputs(model, images, targets))
 
     def constrain(self, model: nn.Module) -> None:
-        """Put the model's parameters back where the objective allows them, after each step. Here: do nothing."""
+        """Restrict the model's parameters to the range the objective allows, after each step. Here: do nothing."""
 
     def numbers(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's scalars to log beside the loss, by name. Here: none."""
+        """Return the model's scalars to log together with the loss, by name. Here: none."""
         return {}
 
 
@@ -100,8 +100,8 @@ class Contrastive(Objective):
     """The mean loss over every view of the images with every one of their captions, each embedded once.
 
     The model has a `logit_scale`, the logarithm of the factor that similarities are multiplied by. With `view_weight`,
-    the mean loss between two views is added, as SLIP does (Mu et al. 2021, arXiv:2112.12750), here in the space the
-    texts share and at their logit scale.
+    the mean loss between two views is added, as in SLIP (Mu et al. 2021, arXiv:2112.12750), here in the space the
+    texts share and with their logit scale.
     """
 
     contrastive = True
@@ -158,9 +158,9 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
 
 
 def objective_of(model: nn.Module, folder: str | Path | None = None) -> Objective:
-    """Return the objective a model was trained for, for one process and one view and caption of each image.
+    """Return the objective a model was trained with, for one process and one view and caption of each image.
 
-    folder: where the model comes from. The config.json of a run, or of a checkpoint's run, names its objective; without
+    folder: the model's folder. The config.json of a run, or of a checkpoint's run, names its objective; without
     one, the objective is SigLIP's for a model with a logit bias, and CLIP's for any other.
     Raises UnknownName for a run whose objective is not registered in this process: import its module first.
     """

@@ -1,4 +1,4 @@
-"""AdamW: which parameters decay, and the learning rate at every step."""
+"""AdamW: which parameters have weight decay, and the learning rate at every step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
 
 
 def decays(rule: str, name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies to a parameter, by its full name and number of dimensions.
+    """Return whether weight decay applies to a parameter, by its full name and number of dimensions.
 
     "original", as mamba-clip's training script: not to anything of fewer than two dimensions, nor where the full name
     contains "bias", "ln" or "bn". That decays A_log(s), which is two-dimensional.
@@ -37,19 +37,19 @@ def decays(rule: str, name: str, parameter: Tensor) -> bool:
 
 
 def in_text_tower(name: str) -> bool:
-    """Whether a parameter of a CLIP, by its full name, belongs to the text tower; its projection does not."""
+    """Return whether a parameter of a CLIP, by full name, belongs to the text tower, excluding its projection."""
     return not _NOT_TEXT.match(name)
 
 
 def freeze_text_tower(model: nn.Module) -> None:
-    """The text tower learns no more; its projection still does."""
+    """Freeze the text tower, except its projection."""
     for name, parameter in model.named_parameters():
         if in_text_tower(name):
             parameter.requires_grad_(False)
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig) -> list[dict[str, Any]]:
-    """Groups for an optimiser, each of one learning rate, with or without decay; frozen parameters are in none.
+    """Return an optimiser's groups, each with one learning rate and decay; frozen parameters are in none.
 
     A group's `lr_scale`, which `set_lr` reads, is its learning rate over the others'.
     """
@@ -65,23 +65,23 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: Opt
 
 
 def lr_scale(name: str, config: OptimiserConfig) -> float:
-    """A parameter's learning rate over `config.lr`, by its full name in a CLIP."""
+    """Return a parameter's learning rate relative to `config.lr`, by its full name in a CLIP."""
     if in_text_tower(name):
         return config.text_lr_scale
     return config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; fused (one pass over memory a step) where the device has that."""
+    """Return AdamW over the trainable parameters; fused (one pass over memory per step) if the device supports it."""
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     groups = parameter_groups(model.named_parameters(), config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
-    """The learning rate at every step: float64 (steps,). Linear from start_lr to peak, then half a cosine to end_lr.
+    """Return the learning rates, float64 (steps,): linear from start_lr to peak, then half a cosine to end_lr.
 
-    mamba-clip's, to the bit: the warm-up's last step already has the peak, and so has the first step after it; the
+    Bit-identical to mamba-clip's: the warm-up's last step already has the peak, and so has the first step after it; the
     cosine's last step is one short of end_lr.
     """
     warmup = np.linspace(config.start_lr, peak, config.warmup_steps)

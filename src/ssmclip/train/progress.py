@@ -1,4 +1,4 @@
-"""What a run says while it runs: rows, TensorBoard, a bar; and the watch for numbers that aren't finite."""
+"""Report the progress of a run: rows, TensorBoard, a progress bar; and watch for non-finite numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ssmclip.rows.resume import drop_half_a_line
 
 
 class NonFinite(ValueError):
-    """A loss or gradient that isn't a number. The message has the step, the batch's keys, and what can be resumed."""
+    """A non-finite loss or gradient. The message has the step, the batch's keys and the last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Measured:
 
 
 class Watch:
-    """Holds each step's loss and gradient norm until looked at, all at once: so a GPU is rarely waited for."""
+    """A buffer of each step's loss and gradient norm, read all at once so that the CPU rarely waits for the GPU."""
 
     def __init__(self):
         self._pending: list[Measured] = []
@@ -44,9 +44,9 @@ class Watch:
         self._pending.append(measured)
 
     def look(self, average=lambda values: values) -> tuple[float, float] | None:
-        """(loss, gradient norm) of the newest step, averaged over processes by `average`; None when there is none.
+        """Return (loss, gradient norm) of the newest step, averaged over processes by `average`; None without a step.
 
-        Raises NonFinite at the first step whose numbers aren't finite. A step that the gradient scaler skipped for its
+        Raises NonFinite at the first step with non-finite numbers. A step that the gradient scaler skipped for its
         gradients passes.
         """
         if not self._pending:
@@ -92,9 +92,9 @@ def _finite(value: float) -> bool:
 
 
 class Log:
-    """The main process's rows.jsonl, TensorBoard and bar; in any other process it says nothing.
+    """The main process's rows.jsonl, TensorBoard and progress bar; silent in any other process.
 
-    Rows carry the name of the run's folder, as those of `ssmclip evaluate` do: two runs of one model are two curves.
+    Rows have the name of the run's folder, like those of `ssmclip evaluate`: two runs of one model are two curves.
     """
 
     def __init__(self, out: Path, config: TrainConfig, start: int, device: str, speaks: bool):
@@ -129,7 +129,7 @@ class Log:
             self._bar.update(1)
 
     def numbers(self, step: int, numbers: dict[str, float], device: torch.device) -> None:
-        """Write a training step's numbers, with speed since the last time and memory."""
+        """Write a training step's numbers, with memory and the speed since the last call."""
         if not self._speaks:
             return
         seconds = time.perf_counter() - self._since
@@ -148,7 +148,7 @@ class Log:
         self._restart_clock()
 
     def rows(self, step: int, rows: Iterable[Result]) -> None:
-        """Write rows that carry their step in `where`, under the run's name."""
+        """Write rows that have their step in `where`, under the run's name."""
         rows = [replace(row, model=self._name) for row in rows]
         append_rows(self._out / "rows.jsonl", rows)
         if self._writer:
@@ -156,7 +156,7 @@ class Log:
                 self._writer.add_scalar(f"{row.task}/{row.metric}", row.value, step)
 
     def pause(self) -> _Pause:
-        """`with log.pause():` around what isn't training, so that speed doesn't count it."""
+        """Exclude what runs inside from the training speed."""
         return _Pause(self)
 
     def say(self, text: str) -> None:
@@ -183,7 +183,7 @@ class _Pause:
 
 
 def truncate_rows(path: Path, step: int) -> None:
-    """Drop rows of steps after `step`, and a last line that a kill cut short; nothing when there is no file."""
+    """Remove rows of steps after `step`, and an incomplete last line; do nothing without a file."""
     if not path.exists():
         return
     drop_half_a_line(path)
@@ -192,14 +192,14 @@ def truncate_rows(path: Path, step: int) -> None:
 
 
 def _rename_rows(path: Path, name: str) -> None:
-    """Of a run begun when rows carried the model's name, or in a folder of another name."""
+    """Rename the rows of a run started when rows had the model's name, or in a folder of another name."""
     head, rows = read_rows(path) if path.exists() else ({}, [])
     if any(row.model != name for row in rows):
         write_rows(path, [replace(row, model=name) for row in rows], head)
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far: of the GPU, or of this process (0 where the system doesn't tell)."""
+    """Return the peak memory used so far, of the GPU or of this process (0 if the system does not report it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

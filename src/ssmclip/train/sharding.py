@@ -1,4 +1,4 @@
-"""Whole states of a model and optimiser, also where FSDP has spread them over processes."""
+"""Gather the full states of a model and optimiser, also if FSDP has sharded them over processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCALARS = ("logit_scale", "logit_bias")
 
 
 def prepare_scalars(model: nn.Module) -> nn.Module:
-    """FSDP shards no zero-dimensional parameter: give the logit scale and bias one dimension of 1."""
+    """Give the logit scale and bias one dimension of 1, as FSDP cannot shard zero-dimensional parameters."""
     for name in _SCALARS:
         value = getattr(model, name, None)
         if value is not None:
@@ -27,12 +27,12 @@ def prepare_scalars(model: nn.Module) -> nn.Module:
 
 
 def gathered(value: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be spread over processes (collective then)."""
+    """Return the full tensor of one that may be sharded over processes (collective in that case)."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state_dict as if it had never been wrapped (under FSDP: in the main process; collective)."""
+    """Return the state_dict of the unwrapped model (under FSDP: in the main process; collective)."""
     if not is_sharded(accelerator):
         return accelerator.unwrap_model(model).state_dict()
     state = whole.get_model_state_dict(model, options=_WHOLE)
@@ -40,7 +40,7 @@ def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.T
 
 
 def plain_model(architecture: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
-    """An unwrapped model that holds `state` itself, not a copy; draws no random numbers."""
+    """Return an unwrapped model that holds `state` itself, not a copy, without drawing random numbers."""
     with torch.device("meta"):
         model = models.create_clip(architecture)
     model.load_state_dict(state, assign=True)
@@ -48,14 +48,14 @@ def plain_model(architecture: dict[str, Any], state: dict[str, torch.Tensor]) ->
 
 
 def optimiser_state(accelerator: Accelerator, model: nn.Module, optimiser: Any) -> dict[str, Any]:
-    """The optimiser's state (under FSDP: by parameter name, in the main process; collective)."""
+    """Return the optimiser's state (under FSDP: by parameter name, in the main process; collective)."""
     if not is_sharded(accelerator):
         return optimiser.state_dict()
     return whole.get_optimizer_state_dict(model, optimiser.optimizer, options=_WHOLE)
 
 
 def load_optimiser(accelerator: Accelerator, model: nn.Module, optimiser: Any, state: dict[str, Any]) -> None:
-    """The inverse of `optimiser_state`."""
+    """Load what `optimiser_state` returned."""
     if not is_sharded(accelerator):
         optimiser.load_state_dict(state)
     else:

@@ -1,4 +1,4 @@
-"""Everything random about a process, captured and put back, as tensors and plain containers that load safely."""
+"""Capture and restore a process's random state, as tensors and plain containers that load safely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Python's, NumPy's and torch's global generators, and the device's."""
+    """Return the state of Python's, NumPy's and torch's global generators, and the device's."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -36,7 +36,7 @@ def set_rng_state(device: torch.device, state: dict[str, Any]) -> None:
 
 
 def device_rng(device: torch.device) -> list[torch.Tensor]:
-    """torch's generators that a model on `device` draws from: the CPU's, then the accelerator's if that is another."""
+    """Return the states of torch's generators for a model on `device`: the CPU's, then the accelerator's if any."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -51,7 +51,7 @@ def set_device_rng(device: torch.device, states: list[torch.Tensor]) -> None:
 
 @contextmanager
 def same_rng_after(device: torch.device) -> Iterator[None]:
-    """What runs inside leaves no trace in the generators."""
+    """Restore the generators' state after what runs inside."""
     state = rng_state(device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Pictures distorted, from arrays to arrays and from files to files: a list that anyone can add to.
+"""Distort pictures, in arrays or files; the list of distortions can be extended.
 
 @distortion("darkness", levels={"half": 0.5, "most": 0.9}, meaning="the share of light removed", allowed=(0, 1))
 def darkness(images, level, seeds):

@@ -1,4 +1,4 @@
-"""Any distortion of the list, applied to arrays of pictures."""
+"""Apply any registered distortion to arrays of pictures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def distort(
 
 
 def fingerprint(name: str, level: Number | str, tables: Mapping[str, Table]) -> str:
-    """Return a hash of what the distortion makes of a fixed picture of noise: another one when its code is changed."""
+    """Return a hash of the distortion's output for a fixed noise picture; it changes when the code changes."""
     probe = np.random.RandomState(0).randint(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     return hashlib.blake2b(distort(probe, name, level, **tables).tobytes(), digest_size=16).hexdigest()
 
@@ -55,7 +55,7 @@ def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
         raise ValueError(
-            f"pictures are uint8 (height, width, 3) or (n, height, width, 3), and this is {images.dtype} {images.shape}"
+            f"pictures must be uint8 (height, width, 3) or (n, height, width, 3) (got {images.dtype} {images.shape})"
         )
     return (images[None] if images.ndim == 3 else images), images.ndim == 3
 
@@ -63,5 +63,5 @@ def _as_batch(images: np.ndarray) -> tuple[np.ndarray, bool]:
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     seeds = [int(seed) + i for i in range(count)] if np.ndim(seed) == 0 else [int(s) for s in seed]
     if len(seeds) != count or not all(0 <= s < 2**32 for s in seeds):
-        raise ValueError(f"{count} pictures take {count} seeds in 0 ... 2**32 - 1, or one, and got {seed!r}")
+        raise ValueError(f"{count} pictures need {count} seeds in 0 ... 2**32 - 1, or one (got {seed!r})")
     return seeds

@@ -35,7 +35,7 @@ COARSE_SIGMA = 4.0
 def disarray(
     image: UInt8[np.ndarray, "h w 3"], reach: float, coherence: float, seed: int, grain: float = GRAIN
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture, grey and disarrayed. reach: pixels of displacement per unit of the fields; coherence in [0, 1]."""
+    """Return the picture, grey and disarrayed. reach: pixels of displacement per field unit; coherence in [0, 1]."""
     height, width = image.shape[:2]
     scale = SIDE / max(height, width)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
@@ -48,12 +48,12 @@ def disarray(
 
 
 def margin(side: int) -> int:
-    """How far beyond the picture its mirror image goes: up to the next power of two of 1.5 sides."""
+    """Return the width of the mirrored margin: up to the next power of two of 1.5 sides."""
     return (2 ** math.ceil(math.log2(1.5 * side)) - side) // 2
 
 
 def split(grey: UInt8[np.ndarray, "h w"]) -> Float32[np.ndarray, "bands h w"]:
-    """The picture's bands, fine to coarse. They add up to the picture blurred by 0.71 pixels."""
+    """Return the picture's bands, fine to coarse. They add up to the picture blurred by 0.71 pixels."""
     border = len(_half_kernel(SIGMAS[-1]))
     padded = np.pad(grey.astype(np.float32), border, mode="symmetric")
     padded = np.pad(padded, ((0, 0), (0, SLACK)))
@@ -73,7 +73,7 @@ def _gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
 def displacements(
     shape: tuple[int, int], coherence: float, grain: float, rng: np.random.Generator
 ) -> Float32[np.ndarray, "2 bands h w"]:
-    """Displacements of each band along rows and along columns, for a reach of 1 pixel."""
+    """Return displacements of each band along rows and along columns, for a reach of 1 pixel."""
     fields = np.zeros((2, len(SIGMAS), *shape), np.float32)
     if coherence > 0:
         for k, sigma in enumerate(SIGMAS):
@@ -90,7 +90,7 @@ def displacements(
 def noise(
     count: int, shape: tuple[int, int], sigma: float, rng: np.random.Generator
 ) -> Float32[np.ndarray, "count h w"]:
-    """Independent fields of white noise of the published amplitude, blurred.
+    """Return independent fields of white noise of the published amplitude, blurred.
 
     The published noise is N(0, 1) over the mirrored picture times 127.5 / its largest absolute value. Its mean over its
     standard deviation, both after the blur, is subtracted; so it says, and it hardly matters.
@@ -119,14 +119,14 @@ def noise(
 
 @lru_cache(maxsize=64)
 def _spread(side: int, sigma: float) -> Float32[np.ndarray, "side places"]:
-    """Gaussian from white noise at places that are sigma apart to pixels."""
+    """Return the Gaussian from white noise at places that are sigma apart to pixels."""
     places = sigma * np.arange(-4, math.ceil((side - 1) / sigma) + 5)
     return (_gaussian(np.arange(side)[:, None] - places, sigma) * math.sqrt(sigma)).astype(np.float32)
 
 
 @entry_point
 def gather(bands, rows, columns, reach, row_margin, column_margin):
-    """Sum of the bands, each fetched from displaced places, as uint8 (truncated). Around a picture is its mirror image.
+    """Return the sum of the bands, each fetched from displaced places, as uint8 (truncated). Margins mirror it.
 
     bands, rows, columns: float32 (K, H, W). Places are clipped to the margins and rounded down.
     """

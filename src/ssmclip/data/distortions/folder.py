@@ -1,7 +1,7 @@
-"""Many pictures distorted, from files to files.
+"""Distort many picture files.
 
-Written are PNGs, whole or not at all, so that a run that was stopped goes on with what is missing. A picture's seed
-comes from its name: it gets the same noise whatever else the folder holds, and other noise than its neighbours.
+PNGs are written atomically, so an interrupted run continues with the missing ones. A picture's seed
+comes from its name: its noise differs from its neighbours' and does not depend on the folder's other files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ssmclip.data.images import SUFFIXES, BadImage, open_image
 
 @dataclass(frozen=True)
 class Job:
-    """One file to write: the picture at `source`, distorted."""
+    """A file to write: the picture at `source`, distorted."""
 
     source: Path
     target: Path
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of the jobs. written, present: counts of files; unreadable: a picture's path -> why it gave none."""
+    """The result of the jobs. written, present: counts of files; unreadable: a picture's path -> the reason."""
 
     written: int = 0
     present: int = 0
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def run_jobs(jobs: Sequence[Job], *, side: int | None = SIDE, amplitude: Table = None, gamma: Table = None) -> Outcome:
-    """Write what is missing. Pictures that don't open are kept in the outcome and the rest goes on.
+    """Write the missing files. Pictures that cannot be opened are listed in the outcome; the others are still written.
 
     side: pictures are resized and cropped to side x side first, unless they have that size; None leaves them as they
     are. Raises ValueError for two jobs with one target, and for levels and tables that don't fit.
@@ -54,7 +54,7 @@ def run_jobs(jobs: Sequence[Job], *, side: int | None = SIDE, amplitude: Table =
     targets = [job.target for job in jobs]
     if len(set(targets)) < len(targets):
         twice = next(target for target in targets if targets.count(target) > 1)
-        raise ValueError(f"two pictures would be written to {twice}")
+        raise ValueError(f"two pictures would be written to {twice}: rename one")
     given = {"amplitude": amplitude, "gamma": gamma}
     tables = {name: prepare(name, given) for name in dict.fromkeys(job.distortion for job in jobs)}
     outcome = Outcome()
@@ -93,7 +93,7 @@ def _write(pixels: np.ndarray, target: Path) -> None:
 def folder_jobs(
     folder: Path, out: Path, distortions: Iterable[str], levels: Sequence[str] | None = None, seed: int = 0
 ) -> list[Job]:
-    """Every picture under `folder` at every level, as OUT/DISTORTION/LEVEL/its/own/folders/NAME.png.
+    """Return jobs for every picture under `folder` at every level, as OUT/DISTORTION/LEVEL/SUBFOLDERS/NAME.png.
 
     levels: numbers or labels, the same for all distortions; None: the levels of each.
     Two files that differ in their suffixes alone keep them (NAME.jpg.png). Raises ValueError for levels that don't fit,
@@ -101,14 +101,14 @@ def folder_jobs(
     """
     folder, out = Path(folder), Path(out)
     if out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{out} lies in {folder}: its pictures would be distorted again by the next run")
+        raise ValueError(f"{out} must not be inside {folder}: its pictures would be distorted again by the next run")
     pictures = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower().lstrip(".") in SUFFIXES and not path.name.startswith(".")
     )
     if not pictures:
-        raise FileNotFoundError(f"no picture ({', '.join(SUFFIXES)}) in {folder}")
+        raise FileNotFoundError(f"{folder} contains no pictures ({', '.join(SUFFIXES)})")
     stems = [path.with_suffix("") for path in pictures]
     shared = {stem for stem, next_stem in pairwise(stems) if stem == next_stem}
     chosen = [(name, label) for name in distortions for label in _labels(name, levels)]

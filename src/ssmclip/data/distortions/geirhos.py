@@ -199,7 +199,7 @@ def power_equalisation(images: Pictures, level: float, seeds: list[int], amplitu
     if level == 0:
         return kernels.to_pictures(grey)
     if amplitude.shape != grey.shape[1:]:
-        raise ValueError(f"amplitude is a table for images of {amplitude.shape}, and these are {grey.shape[1:]}")
+        raise ValueError(f"amplitude must have the images' size {grey.shape[1:]} (got {amplitude.shape})")
     table = np.fft.ifftshift(amplitude)
     table = (table + np.roll(np.flip(table), 1, axis=(0, 1))) / 2  # of a pair's two, the real part has the mean
     table = table[:, : grey.shape[2] // 2 + 1]

@@ -38,7 +38,7 @@ def imported() -> ModuleType:
 def _add(corruption: str, name: str) -> None:
     def corrupt(images: Pictures, level: float, seeds: list[int]) -> Pictures:
         if min(images.shape[1:3]) < SMALLEST:
-            raise ValueError(f"{name} takes pictures of {SMALLEST} x {SMALLEST} or more, not {images.shape[1:3]}")
+            raise ValueError(f"{name} needs pictures of at least {SMALLEST} x {SMALLEST} (got {images.shape[1:3]})")
         package = imported()
         takes_seed = "seed" in inspect.signature(package.corruption_dict[corruption]).parameters
         before = np.random.get_state()

@@ -1,4 +1,4 @@
-"""Loops over pixels. Each sum is in the order of the published NumPy and SciPy code, so that it rounds to the same bit.
+"""Loops over pixels. Sums are in the order of the published NumPy and SciPy code, so that it rounds to the same bit.
 
 Greys are float64 (N, H, W) in [0, 1]; pictures uint8 (N, H, W, 3).
 """

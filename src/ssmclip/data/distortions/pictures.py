@@ -1,4 +1,4 @@
-"""What a picture is cut to before it is distorted, and the seed it gets."""
+"""Crop pictures before they are distorted, and derive their seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESIZE = 256 / 224  # of the short side over the crop's
 
 
 def crop(image: Image.Image, side: int) -> Image.Image:
-    """The middle square after the short side is resized to 256 / 224 of `side`, as torchvision's Resize, CenterCrop."""
+    """Resize the short side to 256 / 224 of `side` and cut out the middle, as torchvision's Resize and CenterCrop."""
     scale = RESIZE * side / min(image.size)
     width, height = (max(int(s * scale), side) for s in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -22,5 +22,5 @@ def crop(image: Image.Image, side: int) -> Image.Image:
 
 
 def picture_seed(seed: int, *names: str) -> int:
-    """A picture's own seed, by its name: the same whatever else there is, and at every level."""
+    """Return a picture's seed, which depends only on its name and is the same at every level."""
     return zlib.crc32("/".join([str(seed), *names]).encode())

@@ -17,13 +17,13 @@ from scipy.ndimage import gaussian_filter
 
 
 def grey(image):
-    """rgb2gray as scikit-image had it in 2018. Its matrix product of today rounds some exact halves the other way."""
+    """Convert to grey as scikit-image did in 2018. Its matrix product now rounds some exact halves the other way."""
     x = image / 255.0
     return 0.2125 * x[..., 0] + 0.7154 * x[..., 1] + 0.0721 * x[..., 2]
 
 
 def picture(x):
-    """8 bits of a grey (H, W) or colour (H, W, 3) in [0, 1]."""
+    """Return 8 bits of a grey (H, W) or colour (H, W, 3) in [0, 1]."""
     if x.ndim == 2:
         x = np.dstack([x, x, x])
     return np.floor(255 * np.clip(x, 0, 1) + 0.5).astype(np.uint8)

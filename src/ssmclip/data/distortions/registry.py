@@ -1,4 +1,4 @@
-"""The list of distortions: what each is called, its levels, and what it needs."""
+"""The registry of distortions: their names, levels and requirements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNDISTORTED = "undistorted"  # the level of the pictures as they are, for a dist
 
 @dataclass(frozen=True)
 class Distortion:
-    """One of DISTORTIONS.
+    """An entry of DISTORTIONS.
 
     function: (pictures uint8 (n, h, w, 3), level, n seeds, **tables) -> pictures.
     levels: label -> level, in the order of a curve.
@@ -62,7 +62,7 @@ class Distortion:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels of a whole curve, the undistorted level first."""
+        """Return the labels of a whole curve, the undistorted level first."""
         return (UNDISTORTED, *self.levels) if self.undistorted is None else tuple(self.levels)
 
 
@@ -82,7 +82,7 @@ def distortion(
     tables: tuple[str, ...] = (),
     check: Callable[[], object] | None = None,
 ):
-    """Return a decorator that enters a function in DISTORTIONS; the arguments are the fields of `Distortion`.
+    """Return a decorator that registers a function in DISTORTIONS; the arguments are the fields of `Distortion`.
 
     counted: default: all levels but the undistorted one.
     Raises ValueError for a name that is taken and as `Distortion` does.
@@ -99,7 +99,7 @@ def distortion(
 
 
 def find(word: str) -> str:
-    """Return the name of a distortion as people give it to a command: NAME, or FILE.py:NAME or MODULE:NAME.
+    """Return the name of a distortion given on a command line as NAME, FILE.py:NAME or MODULE:NAME.
 
     The file or the module is imported first and registers NAME with the decorator `distortion`.
     Raises UnknownName, FileNotFoundError for a file that is not there, and what the import raises.
@@ -121,7 +121,7 @@ def _import_file(path: Path) -> None:
     if module in sys.modules:
         return
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: distortions of your own are FILE.py:NAME")
+        raise FileNotFoundError(f"{path} not found: a custom distortion must be given as FILE.py:NAME")
     spec = importlib.util.spec_from_file_location(module, path)
     sys.modules[module] = importlib.util.module_from_spec(spec)
     try:
@@ -140,7 +140,7 @@ def kept(name: str) -> list[int]:
 def parse_level(name: str, level: Number | str | None = None) -> float | None:
     """Return the level as a number, or None for the pictures as they are (UNDISTORTED).
 
-    Raises ValueError for what is neither a label nor in the distortion's range.
+    Raises ValueError if it is neither a label nor in the distortion's range.
 
     >>> parse_level("contrast", "c30"), parse_level("high-pass", "inf"), parse_level("power-equalisation")
     (0.3, inf, 1.0)
@@ -162,12 +162,14 @@ def parse_level(name: str, level: Number | str | None = None) -> float | None:
     lowest, highest = chosen.allowed or (math.nan, math.nan)
     if not (lowest <= number <= highest or number in labels.values()):
         between = f", from {lowest:g} to {highest:g}, or" if chosen.allowed else ","
-        raise ValueError(f"{name} at level {level!r}: it takes {chosen.meaning}{between} one of {', '.join(labels)}")
+        raise ValueError(
+            f"the level of {name} must be {chosen.meaning}{between} one of {', '.join(labels)} (got {level!r})"
+        )
     return number
 
 
 def prepare(name: str, given: Mapping[str, Table]) -> dict[str, np.ndarray]:
-    """Return the tables that the distortion takes, read and checked, before there is a picture.
+    """Return the tables that the distortion takes, read and checked before any picture is opened.
 
     given: "amplitude" and "gamma" -> path of a .npy file, array or None.
     Raises UnknownName, ValueError for tables that are missing or don't fit, and ImportError for a missing package.
@@ -181,14 +183,12 @@ def prepare(name: str, given: Mapping[str, Table]) -> dict[str, np.ndarray]:
 def load_table(kind: str, table: Table, name: str) -> np.ndarray:
     """Return the table "amplitude" or "gamma", read and checked. Raises ValueError for none and for a wrong one."""
     if table is None:
-        raise ValueError(f"{name} needs {kind}=, the path of a .npy file or an array; see distort's docstring")
+        raise ValueError(f"{name} needs {kind}: pass the path of a .npy file or an array")
     array = table if isinstance(table, np.ndarray) else np.load(table, allow_pickle=False)
     if kind == "gamma":
         array = np.ravel(array).astype(np.float64)
         if array.shape != (256,) or not (np.diff(array) > 0).all() or array[0] < 0 or array[-1] > 1:
-            raise ValueError(f"gamma holds 256 rising values in [0, 1], and this is {array.shape}, {array.min():g} ...")
+            raise ValueError(f"gamma must be 256 rising values in [0, 1] (got {array.shape}, {array.min():g} ...)")
     elif array.ndim != 2 or not (np.isrealobj(array) and (array >= 0).all()):
-        raise ValueError(
-            f"amplitude is a table (height, width) of values >= 0, and this is {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"amplitude must be (height, width) of values of at least 0 (got {array.dtype} {array.shape})")
     return array

@@ -1,4 +1,4 @@
-"""The training transform: a random crop, resized, normalised. Every draw comes from the generator it is given."""
+"""The training transform: a random crop, resized and normalised. All random numbers come from the given generator."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainTransform:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
 
     def pixels(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """The random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
+        """Apply the random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
 
         Only the crop is touched, by torch's resize for 8-bit pixels: three times as fast as Pillow's, and equal to
         within 1.
@@ -68,7 +68,7 @@ class TrainTransform:
 
     @property
     def _shares(self) -> bool:
-        """Whether some pictures are treated otherwise than others, or hue is jittered."""
+        """Return whether some pictures are treated differently, or hue is jittered."""
         shares = self.gray_scale_prob + self.gaussian_blur_prob + self.solarize_prob
         return bool(shares or self.color_jitter_prob < 1 or isinstance(self.color_jitter, tuple))
 
@@ -80,7 +80,7 @@ class TrainTransform:
         return tv.solarize(out, 128) if solarize < self.solarize_prob else out
 
     def normalise(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 pictures (3, H, W) as one float batch (B, 3, H, W): once per batch is cheaper than once per picture."""
+        """Turn uint8 pictures (3, H, W) into one float batch (B, 3, H, W), cheaper than one by one."""
         mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
         return torch.stack(list(pixels)).float().contiguous().sub_(mean).div_(std)
 
@@ -93,12 +93,12 @@ def train_transform(
     scale: tuple[float, float] = (0.5, 1.0),
     **augment: Any,
 ) -> TrainTransform:
-    """The transform for `open_pairs`. mean, std: per channel, of values in [0, 1]; augment: TrainTransform's fields."""
+    """Return the transform for `open_pairs`. mean, std: per channel, in [0, 1]; augment: TrainTransform's fields."""
     return TrainTransform(image_size, tuple(mean), tuple(std), scale=tuple(scale), **augment)
 
 
 def jitter_colors(image: torch.Tensor, strength: float | Sequence[float], draws: Sequence[float]) -> torch.Tensor:
-    """uint8 (3, H, W) with brightness, contrast, saturation (and hue, where its strength is given) changed at random.
+    """Change brightness, contrast, saturation (and hue, if its strength is given) of uint8 (3, H, W) at random.
 
     draws: uniform in [0, 1), one for each.
     """
@@ -110,7 +110,7 @@ def jitter_colors(image: torch.Tensor, strength: float | Sequence[float], draws:
 
 
 def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
-    """uint8 (3, H, W) blurred with a Gaussian of `sigma` pixels, cut off at three of them or where the image ends."""
+    """Blur uint8 (3, H, W) with a Gaussian of `sigma` pixels, truncated at three sigma or the image's border."""
     radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
     return tv.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
 
@@ -118,7 +118,7 @@ def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
 def crop_box(
     width: int, height: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a random crop, as torchvision's RandomResizedCrop chooses it.
+    """Return left, top, right, bottom of a random crop, chosen as in torchvision's RandomResizedCrop.
 
     draws: uniform in [0, 1), at least 2 per attempt and 2 for the place. When no attempt fits, the largest central crop
     with a ratio in range.

@@ -1,6 +1,6 @@
 """Endless batches of image-caption pairs that can be stopped anywhere and continued with exactly the next one.
 
-What a batch holds, and how a stream's place is written down, is decided in `stream.py`; where samples come from, in
+The contents of a batch and the format of a cursor are defined in `stream.py`; the sources of samples in
 `shards.py` and `tables.py`.
 """
 
@@ -53,7 +53,7 @@ def open_pairs(
     table_format: TableFormat | None = None,
     distinct: bool = False,
 ) -> PairLoader:
-    """An endless, reshuffled stream of batches from `source`.
+    """Open an endless, reshuffled stream of batches from `source`.
 
     source: webdataset shards ("dir/{0000..0012}.tar", a folder of tars, a tar, a glob, a URL),
         a csv, tsv or parquet table of (image, caption) or several ("dir/train-*.parquet"), or "synthetic:NAME".
@@ -78,7 +78,7 @@ def open_pairs(
     reader has fewer samples than a batch of distinct ones.
     """
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of world_size {world_size}: ranks are 0 .. world_size - 1")
+        raise ValueError(f"rank must be from 0 to world_size - 1 (got {rank} of {world_size})")
     readers = max(workers, 1)
     cache_bytes = cache_mib * 2**20 // readers
     opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
@@ -103,7 +103,7 @@ def _open_source(
         return table_source(files, table_format, seed=seed, resident_bytes=resident_bytes)
     if unknown := [file for file in files if is_local(file) and not file.lower().endswith(TAR_SUFFIXES)]:
         raise ValueError(
-            f"{unknown[0]} is of no known kind: wanted shards ({', '.join(TAR_SUFFIXES)}), a table "
+            f"{unknown[0]} is of unknown type: pass shards ({', '.join(TAR_SUFFIXES)}), a table "
             f"({', '.join(TABLE_SUFFIXES)}) or {SYNTHETIC}NAME"
         )
     return ShardSource(files, seed=seed, window=window, resident_bytes=resident_bytes)
@@ -112,7 +112,7 @@ def _open_source(
 class PairLoader:
     """Iterate it for Batches; it never ends. Made by `open_pairs`.
 
-    skipped: how often each reason for not using a sample occurred, anew in every pass.
+    skipped: how often each reason for not using a sample occurred, counted again in every pass.
     skipped_examples: a few names for each reason.
     cursor: where it stands after the batch last yielded, as JSON-able values.
     """
@@ -151,7 +151,7 @@ class PairLoader:
 
     @property
     def num_samples(self) -> int | None:
-        """Samples in the source, all ranks together; None where it is not on this machine.
+        """Return the number of samples in the source over all ranks; None if it is not on this machine.
 
         Asked for the first time it may read every shard's headers. Raises ValueError for a broken sizes.json.
         """
@@ -184,7 +184,7 @@ class PairLoader:
         return made.batch
 
     def close(self) -> None:
-        """Ends the worker processes. Iterating again continues after the batch last yielded."""
+        """End the worker processes. Iterating again continues after the batch last yielded."""
         self._stream = None
 
     def _start(self) -> Iterator[Made]:

@@ -1,4 +1,4 @@
-"""One raw sample on its way to a batch, before anything is decoded, and the random numbers that belong to it."""
+"""Raw samples, before decoding, and their random numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from PIL import Image
 
 @dataclass
 class Sample:
-    """key names it in reports. image: encoded bytes, a file, a function that makes the picture, or the picture.
+    """A raw sample. key names it in reports. image: encoded bytes, a file, the picture, or a function that makes it.
 
-    captions: one is drawn each time the sample is seen. problem: why it can't be used; "": nothing known against it.
+    captions: one is drawn each time the sample is seen. problem: why it cannot be used, "" if it can.
     Not frozen: a source that stays in memory keeps its pictures decoded.
     """
 
@@ -28,17 +28,17 @@ class Sample:
 
 
 def draw_seed(*parts: object) -> int:
-    """63 bits from anything printable, the same in every process and on every machine."""
+    """Return 63 bits from anything printable, the same in every process and on every machine."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator_for(*parts: object) -> torch.Generator:
-    """A generator of its own for these parts, such as (seed, pass, key)."""
+    """Return a separate generator for these parts, such as (seed, pass, key)."""
     return torch.Generator().manual_seed(draw_seed(*parts))
 
 
 def permutation(length: int, *parts: object) -> np.ndarray:
-    """0 .. length - 1 in an order that depends on `parts` only."""
+    """Return 0 .. length - 1 in an order that depends only on `parts`."""
     low, high = draw_seed(*parts) & 0xFFFFFFFF, draw_seed(*parts) >> 32
     return np.random.RandomState([low, high]).permutation(length)  # the one generator whose draws NumPy keeps for ever

@@ -31,17 +31,17 @@ UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.ope
 
 
 def find_shards(source: str | Path) -> list[str]:
-    """The shards meant by a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar") or a URL.
+    """Return the shards of a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar") or a URL.
 
     In a glob ** stands for any number of folders. A file that is there is taken as it is named, brackets and all.
-    Raises FileNotFoundError naming what is missing and what is there instead. URLs are not looked up.
+    Raises FileNotFoundError naming what is missing and what exists instead. URLs are not checked.
     """
     source = str(source)
     if Path(source).is_dir():
         visible = (path for path in Path(source).iterdir() if not path.name.startswith("."))
         found = sorted(str(path) for path in visible if path.name.lower().endswith(TAR_SUFFIXES))
         if not found:
-            raise FileNotFoundError(f"{source} has no .tar; it holds {_listing(Path(source))}")
+            raise FileNotFoundError(f"{source} contains no .tar, only {_listing(Path(source))}")
         return found
     shards = list(braceexpand(source))
     if not is_local(source):
@@ -100,7 +100,7 @@ class ShardSource:
 
     @cached_property
     def num_samples(self) -> int | None:
-        """Counted when first asked for, as it may mean reading every shard. Raises what `count_samples` does."""
+        """Return the number of samples, counted on first use, which may read every shard. Raises as `count_samples`."""
         return sum(count_samples(shard) for shard in self.shards) if self.local else None
 
     @property
@@ -159,7 +159,7 @@ def read_shard(shard: str, prefix: str = "") -> Iterator[Sample]:
     """Yield the samples of one shard, in order, nothing decoded. prefix: what is put before their keys.
 
     A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem. The sample
-    that was being read when it ended is not whole and is left out.
+    that was being read when it ended is incomplete and left out.
     """
     failures: list[Exception] = []
     repeated: list[Exception] = []
@@ -190,7 +190,7 @@ def read_shard(shard: str, prefix: str = "") -> Iterator[Sample]:
 
 @contextmanager
 def _closing(stream, failures: list[Exception]) -> Iterator[None]:
-    """Closes the stream at the end; that the command of a pipe failed may be known only then."""
+    """Close the stream at the end; only then can a failed pipe command be detected."""
     try:
         yield
     finally:
@@ -201,7 +201,7 @@ def _closing(stream, failures: list[Exception]) -> Iterator[None]:
 
 
 class _Watched:
-    """A stream that remembers how it ended: tarfile takes a tar that was cut between two files for a whole one.
+    """A stream that records how it ended, as tarfile accepts a tar that was cut between two files.
 
     Unpacked here and not by tarfile, as the end is that of the tar. By its first bytes: a name may say anything.
     """
@@ -220,7 +220,7 @@ class _Watched:
 
 
 class _Begun:
-    """A stream whose first bytes were read already."""
+    """A stream whose first bytes have already been read."""
 
     def __init__(self, begin: bytes, stream):
         self.begin = begin
@@ -240,12 +240,12 @@ def _unpacked(stream):
 
 
 def _first_words(error: Exception) -> str:
-    """Without the stream's address, which webdataset adds: the same shard is to give the same words everywhere."""
+    """Return an error's message without the stream's address, which webdataset adds, so it is reproducible."""
     return str(error.args[0] if error.args else error).split(" @ ")[0]
 
 
 def _noting(errors: list[Exception]) -> Callable[[Exception], bool]:
-    """A webdataset handler that keeps the error and goes on."""
+    """Return a webdataset handler that records the error and continues."""
 
     def note(error: Exception) -> bool:
         errors.append(error)
@@ -270,9 +270,9 @@ def make_sample(fields: dict, prefix: str = "") -> Sample:
 
 
 def _captions(fields: dict) -> list[str]:
-    """The json's list of captions, else the text file, else the json's one caption; a null is none.
+    """Return the json's list of captions, else the text file, else the json's one caption; null means none.
 
-    Raises TypeError for captions that are no text.
+    Raises TypeError for captions that are not text.
     """
     described = json.loads(fields["json"].decode("utf-8-sig")) if "json" in fields else {}
     captions = described.get("captions")
@@ -284,14 +284,14 @@ def _captions(fields: dict) -> list[str]:
         return []
     captions = captions if isinstance(captions, list) else [captions]
     if other := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
-        raise TypeError(f"a caption is of type {other[0]}, wanted text")
+        raise TypeError(f"a caption must be text (got {other[0]})")
     return [caption for caption in captions if caption is not None]
 
 
 def count_samples(shard: str) -> int:
-    """How many samples a local shard holds, by a `sizes.json` beside it ({shard: samples}) or else by its headers.
+    """Return a local shard's number of samples, from a `sizes.json` next to it ({shard: samples}) or its headers.
 
-    Raises ValueError for a sizes.json that says something else.
+    Raises ValueError for a sizes.json of another form.
     """
     sizes = Path(shard).with_name("sizes.json")
     if sizes.is_file():
@@ -300,7 +300,7 @@ def count_samples(shard: str) -> int:
             count = counted[Path(shard).name]
             if type(count) is not int:  # True is an int too
                 raise ValueError(
-                    f"{sizes}: {Path(shard).name} has {count!r}, wanted its number of samples: mend it or remove it"
+                    f"{sizes}: {Path(shard).name} must have a number of samples (got {count!r}): fix or remove the file"
                 )
             return count
     return sum(1 for _ in read_keys(shard))
@@ -310,9 +310,9 @@ def _read_sizes(path: Path) -> dict[str, Any]:
     try:
         counted = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # no JSON, or no text, or nested too deep
-        raise ValueError(f"{path} is no JSON ({error}): mend it or remove it") from error
+        raise ValueError(f"{path} is not JSON ({error}): fix or remove it") from error
     if not isinstance(counted, dict):
-        raise ValueError(f"{path} is of type {type(counted).__name__}, wanted {{shard: samples}}: mend it or remove it")
+        raise ValueError(f"{path} must be {{shard: samples}} (got {type(counted).__name__}): fix or remove it")
     return counted
 
 

@@ -1,4 +1,4 @@
-"""From raw samples to batches, in one reader: in a worker process, or in the training process when there is none.
+"""Turn raw samples into batches in one reader: a worker process, or the training process if there are none.
 
 Every random draw is a function of (seed, pass, what it is for), never of a generator that lives on. So three things say
 where a reader stands: the pass, where its shuffle window starts, and how many samples of the window were taken, whether
@@ -35,7 +35,7 @@ Place = list[int]  # of a sample: the pass, where its window starts (two numbers
 
 
 class NoUsableSamples(ValueError):
-    """A whole pass over the source, or pass after pass of one reader's share, gave nothing to train on."""
+    """A whole pass over the source, or many passes over one reader's share, without a usable sample."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Made:
-    """A batch from a reader, what the reader skipped for it as (reason, example), and where it stands now."""
+    """A batch from a reader, the samples skipped for it as (reason, example), and the reader's state after it."""
 
     batch: Batch
     reader: int
@@ -82,7 +82,7 @@ class Preparation:
 
 @runtime_checkable
 class Source(Protocol):
-    """Where samples come from."""
+    """A source of samples."""
 
     identity: str
     resident: bool
@@ -183,7 +183,7 @@ class ReaderBatches(IterableDataset):
                 skips.clear()
 
     def _usable(self, reader: int, skips: list[tuple[str, str]]) -> Iterator[tuple[Row, State]]:
-        """Prepared samples, pass after pass, each with the state after it. Adds to `skips` what can't be used.
+        """Yield prepared samples, pass after pass, each with the state after it. Adds unusable ones to `skips`.
 
         Raises NoUsableSamples.
         """
@@ -233,7 +233,7 @@ class ReaderBatches(IterableDataset):
         return window[int(order[taken])]
 
     def _prepare(self, sample: Sample, number: int) -> Row:
-        """One sample's part of a batch. Raises _Unusable."""
+        """Return one sample's part of a batch. Raises _Unusable."""
         if sample.problem:
             raise _Unusable(sample.problem, sample, sample.detail)
         captions = [caption for caption in sample.captions if caption.strip()]
@@ -248,7 +248,7 @@ class ReaderBatches(IterableDataset):
         return sample.key, views, drawn
 
     def _decode(self, sample: Sample) -> Image.Image | np.ndarray:
-        """The picture in the form the transform takes: our own takes pixels, anyone else's gets a PIL picture."""
+        """Decode the picture for the transform: pixels for TrainTransform, a PIL picture for any other."""
         if isinstance(sample.image, Image.Image | np.ndarray):
             return sample.image
         try:
@@ -291,7 +291,7 @@ class ReaderBatches(IterableDataset):
 
 
 def _draw_captions(captions: list[str], count: int, generator: torch.Generator) -> list[str]:
-    """`count` of them at random; where there are fewer, all of them as often as it takes, then some."""
+    """Draw `count` of them at random; if there are fewer, repeat all of them as often as needed, then draw some."""
     if count == 1:
         return [captions[int(torch.randint(len(captions), (), generator=generator))]]
     order = torch.randperm(len(captions), generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Image-caption pairs in a csv, tsv or parquet file, and drawn ones: sources any row of which can be had at once."""
+"""Image-caption pairs in a csv, tsv or parquet file, and generated ones: sources with random access to rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT = pa.large_string()  # the one kind of text that may be longer than 2 GiB i
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How to read a table when its header does not say. Empty names: the first known column name is taken.
+    """The format of a table. Empty names: the first known column name is used.
 
     Names are found in any case, with or without spaces around them. encoding, separator: of a csv or tsv file; the
     separator is one character or a name in SEPARATORS, "": the first of , tab ; | that separates the two columns.
@@ -56,7 +56,7 @@ class TableFormat:
 
 
 class RowSource:
-    """Samples any of which can be had at once: each pass is a new order of all of them, dealt out to the readers."""
+    """A source with random access: each pass is a new order of all samples, dealt out to the readers."""
 
     def __init__(self, samples: Sequence[Sample], *, seed: int, identity: str):
         self.samples = samples
@@ -107,7 +107,7 @@ def tables_in(folder: Path) -> list[str]:
 
 
 def synthetic_source(name: str, *, seed: int) -> RowSource:
-    """One of synthetic.PAIR_SOURCES. The pictures do not depend on `seed`, only their order."""
+    """Return one of synthetic.PAIR_SOURCES. The pictures do not depend on `seed`, only their order."""
     items = synthetic.PAIR_SOURCES[name]()
     samples = [Sample(item.key, partial(item.draw, synthetic.NATIVE_SIZE), list(item.captions)) for item in items]
     return RowSource(samples, seed=seed, identity=f"synthetic:{name} {len(samples)}")
@@ -126,7 +126,7 @@ def table_source(
     """
     paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"there is no table {', '.join(missing)}")
+        raise FileNotFoundError(f"no such table: {', '.join(missing)}")
     tables = [_read_table(path, table_format) for path in paths]
     folder = _common_folder(paths)
     images = [_below(folder, path, table["image"]) for path, table in zip(paths, tables, strict=True)]
@@ -148,7 +148,7 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _below(folder: Path, path: Path, images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Paths as seen from the folder that all tables have in common, in which equal ones are one picture."""
+    """Return paths relative to the tables' common folder, so that equal paths are one picture."""
     between = os.path.relpath(path.parent.absolute(), folder.absolute())
     if between == os.curdir:
         return images
@@ -165,12 +165,14 @@ def _below(folder: Path, path: Path, images: pa.ChunkedArray) -> pa.ChunkedArray
 def _joined(paths: Sequence[Path], columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
     for path, column in zip(paths, columns, strict=True):
         if column.type != columns[0].type:
-            raise ValueError(f"{path} has a column of type {column.type}, and {paths[0]} one of type {columns[0].type}")
+            raise ValueError(
+                f"all tables must have the same column types: {path} has {column.type}, {paths[0]} {columns[0].type}"
+            )
     return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
 
 
 class _Rows(Sequence):
-    """Rows of a table as Samples, made when asked for; of each picture's rows one Sample."""
+    """Rows of a table as Samples, made on access; the rows of one picture are one Sample."""
 
     def __init__(self, images: pa.ChunkedArray, captions: pa.ChunkedArray, folder: Path):
         # In the chunks they were read in: one array of texts or bytes holds at most 2 GiB.
@@ -200,9 +202,9 @@ class _Rows(Sequence):
 
 
 def _grouped(paths: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The rows of each path; rows without one stand alone.
+    """Return the rows of each path; rows without a path are separate.
 
-    In an order that runs go on from: Arrow's own for short text, else that in which paths first occur.
+    The order must not change, as runs resume from it: Arrow's for short text, else that of first occurrence.
     """
     rows = pa.array(np.arange(len(paths)))
     missing = pc.equal(pc.fill_null(paths, ""), "")
@@ -219,19 +221,19 @@ _IS_LIST = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_lis
 
 
 def _as_images(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Paths as TEXT, whatever Arrow type says text; bytes and {"bytes", "path"} as they are."""
+    """Return paths as TEXT from any Arrow text type; bytes and {"bytes", "path"} unchanged."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if any(is_text(kind) for is_text in _IS_TEXT):
         return column.cast(kind).cast(TEXT)
     if pa.types.is_binary_view(kind):
         return column.cast(pa.large_binary())
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
-        raise ValueError(f'{path}: its images are of type {kind}, wanted paths, encoded bytes or {{"bytes", "path"}}')
+        raise ValueError(f'{path}: images must be paths, encoded bytes or {{"bytes", "path"}} (got {kind})')
     return column.cast(kind)
 
 
 def _as_captions(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Captions as TEXT or lists of TEXT."""
+    """Return captions as TEXT or lists of TEXT."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
         kind = pa.large_list(kind.value_type)  # whose values Arrow's own cast mixes up
@@ -240,9 +242,7 @@ def _as_captions(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return column.cast(kind).cast(pa.large_list(TEXT) if several else TEXT)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{path}: its captions are of type {kind}, wanted texts or lists of texts ({error})"
-        ) from error
+        raise ValueError(f"{path}: captions must be texts or lists of texts (got {kind}; {error})") from error
 
 
 def _read_table(path: Path, table_format: TableFormat) -> pa.Table:
@@ -288,7 +288,7 @@ def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
 
 
 def _content(path: Path, encoding: str) -> bytes:
-    """The file in UTF-8. Where it is in UTF-8 already, that is not checked: other columns may hold anything."""
+    """Return the file in UTF-8. A UTF-8 file is not validated, as other columns may contain anything."""
     content = unpack(path)
     if encoding != "utf-8" or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = in_utf8(path, content, encoding, REMEDY)
@@ -297,9 +297,9 @@ def _content(path: Path, encoding: str) -> bytes:
 
 
 def _separated(path: Path, content: bytes, table_format: TableFormat) -> Delimited:
-    """The file with the separator that is given, or else the first that has both columns in the header.
+    """Return the file with the given separator, or else the first that yields both columns in the header.
 
-    Where no separator has, it is the one of the file's name. Between tabs in a file named tsv, quotes are characters
+    If none does, the file's name decides. Between tabs in a file named tsv, quotes are characters
     of the values.
     """
     tsv = path.name.lower().endswith((".tsv", ".tsv.gz"))

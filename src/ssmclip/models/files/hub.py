@@ -1,4 +1,4 @@
-"""Model folders from and to the Hugging Face hub."""
+"""Download model folders from the Hugging Face hub, and upload them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_SENT = ["state.pt", ".*"]
 
 
 def download(name: str) -> Path:
-    """The files of a repository of the hub, in a folder on this machine; or one file of it.
+    """Download a repository of the hub to a folder on this machine, or one of its files; return the path.
 
     name: OWNER/NAME, or OWNER/NAME/FILE, with or without "hf-hub:" before it. Of a whole repository its configurations
     and weights, whole or in shards. Files come with a progress bar, are compared with the hub's SHA-256 and kept in its
@@ -35,7 +35,7 @@ def download(name: str) -> Path:
     repository, _, file = rest.partition("/")
     repo = f"{owner}/{repository}"
     if not owner or not repository:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a repository of the Hugging Face hub, OWNER/NAME")
+        raise FileNotFoundError(f"{name!r} is not a folder; a repository of the Hugging Face hub must be OWNER/NAME")
     try:
         info = huggingface_hub.HfApi().model_info(repo, files_metadata=True)
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -51,7 +51,7 @@ def download(name: str) -> Path:
     weights = file or choose_weights(top, repo)
     wanted = [file] if file else [*fnmatch.filter(top, "*.json"), *([weights] if weights else [])]
     if not wanted:
-        raise FileNotFoundError(f"{repo} has neither configurations nor weights; it has {', '.join(checksums)}")
+        raise FileNotFoundError(f"{repo} contains no configurations and no weights, only {', '.join(checksums)}")
     paths = [fetch(name) for name in wanted]
     if file and (config := str(PurePosixPath(file).parent / CONFIGS.get(PurePosixPath(file).name, "."))) in checksums:
         fetch(config)  # which says what shapes cannot
@@ -62,7 +62,7 @@ def download(name: str) -> Path:
 
 
 def choose_weights(names: Sequence[str], source: str | Path) -> str | None:
-    """The checkpoint among the files of a folder or repository: the one whose configuration is there too, else the only
+    """Return the checkpoint among the files of a folder or repository: the one with its configuration, else the only
     one of the first kind there is; of one in shards, its index. None where there is none.
 
     Raises CheckpointError where there are several.
@@ -75,7 +75,7 @@ def choose_weights(names: Sequence[str], source: str | Path) -> str | None:
         if not {index.removesuffix(INDEX) for index in indices} & set(files):  # no whole one beside its shards
             files = indices or files
         if len(files) > 1:
-            raise CheckpointError(f"{source} holds several checkpoints, {', '.join(files)}: name one")
+            raise CheckpointError(f"{source} contains several checkpoints, {', '.join(files)}: name one")
         if files:
             return files[0]
     return None
@@ -89,7 +89,7 @@ def _fetch(repo: str, name: str, revision: str | None, sha256: str | None) -> Pa
     if sha256 and (found := _sha256(path)) != sha256:
         path.resolve().unlink()
         raise CheckpointError(
-            f"{name} of {repo} came with the checksum {found} where the hub has {sha256}; it is deleted, try again"
+            f"the checksum of {name} of {repo} must be {sha256} (got {found}); it was deleted, try again"
         )
     return path
 
@@ -108,10 +108,10 @@ def _from_cache(repo: str, file: str, reason: Exception) -> Path:
         folder = Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{repo} is neither on disk nor to be had from the hub ({first_line(reason)})"
+            f"{repo} was not found locally and could not be downloaded ({first_line(reason)})"
         ) from error
     if file and not (folder / file).is_file():
-        raise FileNotFoundError(f"the hub cannot be reached, and {file} of {repo} is not among what is on disk")
+        raise FileNotFoundError(f"{file} of {repo} was not found locally, and the hub cannot be reached")
     return folder / file if file else folder
 
 
@@ -125,8 +125,8 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     forms = [(CONFIG_NAME, WEIGHTS_NAME), ("config.json", "model.safetensors")]
     if not any(all((folder / name).is_file() for name in form) for form in forms):
         raise CheckpointError(
-            f"{folder} holds no model: neither {' and '.join(forms[0])} nor {' and '.join(forms[1])}; "
-            "`ssmclip convert` writes them"
+            f"{folder} contains no model: it has neither {' and '.join(forms[0])} nor {' and '.join(forms[1])}; "
+            "write them with `ssmclip convert`"
         )
     api = huggingface_hub.HfApi()
     url = api.create_repo(repo, private=private, exist_ok=True)

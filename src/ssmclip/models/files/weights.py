@@ -1,4 +1,4 @@
-"""Weights in and out of files: safetensors or a pickle that may hold only tensors and plain containers."""
+"""Read and write weights: safetensors, or a pickle with only tensors and plain containers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint, is cut short, belongs to another model, or would run code."""
+    """A file that is not a checkpoint, is truncated, belongs to another model, or would run code."""
 
 
 PATHLIB = ("pathlib", "pathlib._local")
@@ -52,16 +52,16 @@ HARMLESS = [
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type where it says nothing."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint file holds: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else); of
-    the index of one in shards (.index.json), what all of them hold.
+    """Read a checkpoint file: a flat dict of tensors (.safetensors), or what torch.save wrote (anything else); of
+    an index of shards (.index.json), the contents of all of them.
 
-    Pickles are read with `weights_only=True`: one that would run code is refused. Besides tensors and plain containers
-    they may hold what training scripts put beside the weights: an argparse.Namespace, NumPy scalars, paths, a yacs
+    Pickles are read with `weights_only=True`: one that would run code is refused. In addition to tensors and containers
+    they may have what training scripts save with the weights: an argparse.Namespace, NumPy scalars, paths, a yacs
     config.
     Raises FileNotFoundError, CheckpointError.
     """
@@ -74,35 +74,35 @@ def load_state(path: str | Path) -> dict[str, Any]:
         try:
             return safetensors.torch.load_file(path)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is cut short or is no safetensors file ({error}); copy it again") from error
+            raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from error
     try:
         with torch.serialization.safe_globals(HARMLESS):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is refused: it is no torch checkpoint, or unpickling it would run code "
-            f"({first_line(error)}). Only tensors and plain containers are read; have its author save the "
+            f"{path} is refused: it is not a torch checkpoint, or unpickling it would run code "
+            f"({first_line(error)}). Only tensors and plain containers are read; ask its author to save the "
             "state_dict, or a .safetensors file"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:  # torch's zip reader on a cut or foreign file
-        raise CheckpointError(f"{path} is cut short or is no torch checkpoint ({first_line(error)})") from error
+        raise CheckpointError(f"{path} is truncated or not a torch checkpoint ({first_line(error)})") from error
     if not isinstance(held, dict):
-        raise CheckpointError(f"{path} holds a {type(held).__name__}; read are a state dict, and a dict around one")
+        raise CheckpointError(f"{path} must contain a state dict, or a dict around one (got {type(held).__name__})")
     return held
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index names. Raises CheckpointError."""
+    """Return the files that an index names. Raises CheckpointError."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict):
-        raise CheckpointError(f"{index} has no 'weight_map': it is no index of weights in shards")
+        raise CheckpointError(f"{index} has no 'weight_map': it is not an index of sharded weights")
     return sorted(set(named.values()))
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, told: int | None = 4) -> None:
     """Copy `state` into `model`, all of it or none.
 
-    Raises CheckpointError naming every kind of misfit, with the first `told` keys of each, or all where it is None.
+    Raises CheckpointError naming every kind of mismatch, with the first `told` keys of each, or all if it is None.
     """
     own = model.state_dict()
     misfits = {
@@ -125,8 +125,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path, to
 
 
 def config_beside(path: Path) -> dict[str, Any]:
-    """The configuration of weights that have the name their library gives them; {} of any others, where there is none,
-    and where it is another library's that cannot be read, with a warning. Raises CheckpointError for open_clip's.
+    """Return the configuration of weights with a library's standard file name; {} for other names, if there is none,
+    or if another library's cannot be read, with a warning. Raises CheckpointError for an unreadable one of open_clip.
     """
     name = CONFIGS.get(path.name)
     if not name or not path.with_name(name).is_file():
@@ -136,30 +136,30 @@ def config_beside(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         if name == CONFIG_NAME:
             raise
-        log.warning("%s; the shapes of the weights are read alone", error)
+        log.warning("%s; using only the shapes of the weights", error)
         return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration. Raises CheckpointError when it is missing, or no JSON object."""
+    """Read a configuration. Raises CheckpointError when it is missing or not a JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_infinity)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.parent} is no model folder: {path.name} cannot be read ({error})") from error
+        raise CheckpointError(f"{path.parent} is not a model folder: {path.name} cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no configuration but a {type(config).__name__}")
+        raise CheckpointError(f"{path} must contain a JSON object (got {type(config).__name__})")
     return config
 
 
 def _infinity(value: dict[str, Any]) -> Any:
-    """JSON has no infinity: transformers writes {"__float__": "Infinity"}."""
+    """Decode an infinity, which JSON lacks: transformers writes {"__float__": "Infinity"}."""
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
-    """The configuration `save_model` wrote. Raises CheckpointError when it is missing or has no model in it."""
+    """Read the configuration `save_model` wrote. Raises CheckpointError when it is missing or has no model."""
     path = Path(folder) / CONFIG_NAME
     config = read_json(path)
     if "model_cfg" not in config:
-        raise CheckpointError(f"{path} has no 'model_cfg'; it is not an open_clip configuration")
+        raise CheckpointError(f"{path} is not an open_clip configuration: it has no 'model_cfg'")
     return config

@@ -1,4 +1,4 @@
-"""The control for a text tower: no order, no layers, the mean of the words' embeddings."""
+"""A control for text towers: the mean of the words' embeddings, without order or layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class BagOfWords(nn.Module):
-    """What an open_clip text tower with `layers: 0` is here; open_clip's own would read the end token alone.
+    """The text tower for `layers: 0`; open_clip's would read only the end token.
 
     embed_dim: E; vocab_size: of CLIP's byte pairs, whose last two mark start and end; width: of an embedding,
     projected to E where they differ. Start, end and padding (0) don't count; a text of nothing else is all zeros.

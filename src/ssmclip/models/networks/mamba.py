@@ -1,4 +1,4 @@
-"""Mamba's blocks: the first reads images in SiMBA and texts in Mamba language models, the second texts."""
+"""The blocks of Mamba (used in SiMBA and in language models) and Mamba-2 (used in language models)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """Section 3.6 of the paper: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
+        """Initialise as in section 3.6: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         _set_steps(self.dt_proj.bias, dt_min, dt_max)
         self.A_log.copy_(torch.arange(1, self.d_state + 1).log().expand_as(self.A_log))
@@ -102,7 +102,9 @@ class Mamba2(nn.Module):
         inner = expand * dim
         heads = inner // head_dim
         if heads * head_dim != inner or heads % n_groups:
-            raise ValueError(f"{inner} inner channels do not make heads of {head_dim} in {n_groups} groups of as many")
+            raise ValueError(
+                f"the inner channels must divide into {n_groups} groups of heads of {head_dim} (got {inner})"
+            )
         self.inner, self.heads, self.d_state, self.n_groups, self.dt_limit = inner, heads, d_state, n_groups, dt_limit
         self.d_conv = d_conv
         self.mixed = mixed = inner + 2 * n_groups * d_state  # channels of x, B and C
@@ -117,7 +119,7 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """As the authors do: A uniform in [-16, -1], D = 1, steps log-uniform in [dt_min, dt_max] at zero input."""
+        """Initialise as published: A uniform in [-16, -1], D = 1, steps log-uniform in [dt_min, dt_max] at 0."""
         _set_steps(self.dt_bias, dt_min, dt_max)
         self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
         self.D.fill_(1.0)
@@ -156,7 +158,7 @@ class GatedRMSNorm(nn.Module):
 
 
 def _set_steps(bias: Tensor, dt_min: float, dt_max: float) -> None:
-    """softplus(bias) log-uniform in [dt_min, dt_max]."""
+    """Set the bias so that softplus(bias) is log-uniform in [dt_min, dt_max]."""
     dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 

@@ -130,14 +130,14 @@ class LanguageModel(nn.Module):
                 layer.mixer.out_proj.weight /= math.sqrt(config.num_hidden_layers)
 
     def forward_blocks(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
-        """Hidden states before the last norm. What stands after a token has no part in its state."""
+        """Return the hidden states before the last norm. Later tokens do not affect a token's state."""
         x = self.embeddings(tokens)
         for layer in self.layers:
             x = checkpoint(layer, x) if self.grad_checkpointing and torch.is_grad_enabled() else layer(x)
         return x
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L C"]:
-        """Hidden states at every position: what Hugging Face calls `last_hidden_state`."""
+        """Return the hidden states at every position: what Hugging Face calls `last_hidden_state`."""
         x = self.forward_blocks(tokens)
         return self.norm_f(x.to(dtype_of(self.norm_f, x.dtype)))
 
@@ -202,13 +202,13 @@ class MambaText(nn.Module):
 
 
 def left_align(text: Int[Tensor, "B L"], pad_id: int) -> tuple[Int[Tensor, "B K"], Int[Tensor, " B"]]:
-    """Every text moved to position 0 and the batch cut after its longest; with where each text ends.
+    """Move every text to position 0 and cut the batch after the longest; return it with the end of each text.
 
     A text reaches from the first token that is not padding to the last; one of padding alone is a single token.
     Raises ValueError when L is 0.
     """
     if text.shape[1] == 0:
-        raise ValueError("texts of no tokens at all; an empty text is one padding token")
+        raise ValueError("texts must have at least one token: encode an empty text as one padding token")
     real = (text != pad_id).int()
     last_place = text.shape[1] - 1
     first = real.argmax(1)
@@ -221,7 +221,7 @@ def left_align(text: Int[Tensor, "B L"], pad_id: int) -> tuple[Int[Tensor, "B K"
 
 
 def read_config(fields: dict[str, Any]) -> MambaConfig | Mamba2Config:
-    """The config of a language model from its fields and its `model_type`.
+    """Return the config of a language model from its fields and its `model_type`.
 
     Raises UnknownName, TypeError, ValueError.
     """

@@ -50,7 +50,7 @@ def _register(size: str) -> None:
 
 
 def _with_linear_head(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights of this model as they are; of timm's, the model's own last layer in place of a head of two."""
+    """Return this model's weights unchanged; timm's with the model's last layer instead of the two-layer head."""
     state = name_as_timm(state, model)
     if "head.pre_logits.fc.weight" not in state:
         return state

@@ -1,4 +1,4 @@
-"""How this package's encoders become timm models: `timm.create_model("vmamba_small_s2l15", num_classes=10)`."""
+"""Register this package's encoders as timm models: `timm.create_model("vmamba_small_s2l15", num_classes=10)`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 
 def default_cfg(**cfg: Any) -> dict[str, Any]:
-    """What timm wants to know of a model: ImageNet's statistics and sizes, with no weights to download.
+    """Return timm's metadata for a model: ImageNet's statistics and sizes, with no weights to download.
 
-    cfg: what else there is to say, at least `first_conv` and `classifier`, names of parameters.
+    cfg: further entries, at least `first_conv` and `classifier`, names of parameters.
     """
     return (
         dict(
@@ -32,7 +32,7 @@ def default_cfg(**cfg: Any) -> dict[str, Any]:
 
 
 def name_with_fields(name: str, fields: dict[str, Any]) -> str:
-    """A model's name that says how it differs: `name.depths=[1, 1];gated=true`, which timm.create_model builds.
+    """Return a model's name with its changed fields, `name.depths=[1, 1];gated=true`, for timm.create_model.
 
     open_clip's configurations hold of an image tower one string, a name; so a tower that has no name of its own is
     written with its fields where timm has the tag. fields: JSON values, strings without ";".
@@ -42,14 +42,14 @@ def name_with_fields(name: str, fields: dict[str, Any]) -> str:
 
 
 def take_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """An entrypoint's arguments, with the fields from the tag of the name it was called by. Raises ValueError."""
+    """Return an entrypoint's arguments, with the fields from the tag in the model's name. Raises ValueError."""
     tag = kwargs.get("pretrained_cfg")
     if not isinstance(tag, str):
         return kwargs
     try:
         fields = {key: json.loads(value) for key, value in (field.split("=", 1) for field in tag.split(";"))}
     except ValueError as error:
-        raise ValueError(f"no weights are called {tag!r}, and it is no list of fields, field=JSON;...") from error
+        raise ValueError(f"the tag must be the name of weights, or field=JSON;... (got {tag!r})") from error
     return {**fields, **{key: value for key, value in kwargs.items() if key != "pretrained_cfg"}}
 
 

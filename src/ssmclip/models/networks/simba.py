@@ -80,7 +80,7 @@ class EinFFT(nn.Module):
     def __init__(self, dim: int, blocks: int = 4, shrink: float = 0.01):
         super().__init__()
         if dim % blocks:
-            raise ValueError(f"EinFFT cuts its channels into {blocks} blocks, which does not divide {dim}")
+            raise ValueError(f"EinFFT's channels must be a multiple of its {blocks} blocks (got {dim})")
         size = dim // blocks
         self.blocks, self.shrink = blocks, shrink
         # The first axis is real and imaginary part: optimisers and checkpoints see real numbers.
@@ -101,7 +101,7 @@ class EinFFT(nn.Module):
 
     @staticmethod
     def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """On real beside imaginary parts: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
+        """Multiply [real, imaginary]: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
         real, imag = weight.to(x.dtype)
         matrix = torch.cat([torch.cat([real, imag], -1), torch.cat([-imag, real], -1)], -2)
         return torch.einsum("bnkd,kde->bnke", x, matrix) + torch.cat([*bias.to(x.dtype)], -1)
@@ -180,7 +180,7 @@ class SiMBA(nn.Module):
                 f"depths {depths}, dims {dims} and mlp_ratios {mlp_ratios} must name the same number of stages"
             )
         if channel_mixer not in ("mlp", "einfft"):
-            raise ValueError(f"channel_mixer {channel_mixer!r}: 'mlp' or 'einfft'")
+            raise ValueError(f"channel_mixer must be 'mlp' or 'einfft' (got {channel_mixer!r})")
         self.num_features = self.head_hidden_size = dims[-1]
         self.num_stages = len(dims)
         self.drop_rate = drop_rate
@@ -208,7 +208,7 @@ class SiMBA(nn.Module):
         self.apply(_init_weights)
 
     def _forward_stage(self, i: int, x: Float[Tensor, "b ..."]) -> Float[Tensor, "b h w d"]:
-        """Stage i, counted from 1, on the image or on the map of the stage before."""
+        """Apply stage i, counted from 1, to the image or to the previous stage's map."""
         if i > 1:
             x = rearrange(getattr(self, f"norm{i - 1}")(x), "b h w c -> b c h w")
         x = getattr(self, f"patch_embed{i}")(x)
@@ -217,13 +217,13 @@ class SiMBA(nn.Module):
         return x
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
-        """The last map, channels last, not normalised: the class block begins with a norm of its own."""
+        """Return the last map, channels last, not normalised: the class block begins with a norm."""
         for i in range(1, self.num_stages + 1):
             x = self._forward_stage(i, x)
         return x
 
     def forward_head(self, x: Float[Tensor, "b h w d"], pre_logits: bool = False) -> Tensor:
-        """The class block on a map of one position, the mean of all, and its norm; then the head, or both heads."""
+        """Apply the class block and its norm to the mean of all positions, then the head, or both heads."""
         positions = x
         if self.global_pool == "token":
             x = x.mean(dim=(1, 2), keepdim=True)
@@ -249,9 +249,9 @@ class SiMBA(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """timm's: the maps after each chosen stage's blocks (and, with norm, its norm), and the final one."""
+        """Return the maps after each chosen stage's blocks (and, with norm, its norm) and the final one, as in timm."""
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC' (got {output_fmt!r})")
         take, last = feature_take_indices(self.num_stages, indices)
         maps = []
         for i in range(last + 1 if stop_early else self.num_stages):
@@ -264,7 +264,7 @@ class SiMBA(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drop what the chosen stages do not need."""
+        """Remove what the chosen stages do not need, as in timm."""
         take, last = feature_take_indices(self.num_stages, indices)
         for i in range(last + 2, self.num_stages + 1):
             for name in ("patch_embed", "block", "norm"):
@@ -282,7 +282,9 @@ class SiMBA(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool not in (None, "", "token"):
-            raise ValueError(f"global_pool {global_pool!r}: SiMBA pools by its class block, 'token', or '' for the map")
+            raise ValueError(
+                f"SiMBA's global_pool must be 'token' (its class block) or '' (the map) (got {global_pool!r})"
+            )
         if global_pool is not None:
             self.global_pool = global_pool
         self.num_classes = num_classes

@@ -1,4 +1,4 @@
-"""The attention control for small budgets: a plain ViT as large as VMamba-Nano, at any image size.
+"""An attention control for small budgets: a plain ViT as large as VMamba-Nano, at any image size.
 
 Patches of 16 as in the papers' ViT-B/16: then parameters and, at every image size, multiplications are about equal.
 """
@@ -31,7 +31,9 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vit_nano_patch16(pretrained: bool = False, **kwargs) -> torch.nn.Module:
-    """Patches of 16, width 192, depth 6, 3 heads; positions interpolated as timm does (`dynamic_img_size`), images
+    """Return a ViT: patches of 16, width 192, depth 6, 3 heads.
+
+    Positions are interpolated as timm does (`dynamic_img_size`), images
     filled up with zeros to a multiple of 16 (`dynamic_img_pad`).
     """
     settings = dict(img_size=96, patch_size=16, embed_dim=192, depth=6, num_heads=3, global_pool="avg")

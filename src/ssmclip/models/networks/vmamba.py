@@ -68,7 +68,7 @@ class SS2D(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, dt_min: float = 1e-3, dt_max: float = 1e-1) -> None:
-        """Mamba's initialisation: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
+        """Initialise as Mamba does: A = -(1..N), D = 1, delta log-uniform in [dt_min, dt_max] at zero input."""
         for weight in self.x_proj_weight:
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
@@ -91,7 +91,7 @@ class SS2D(nn.Module):
         return self.out_proj(y.to(x.dtype))
 
     def scan(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        """delta, B and C of each direction from the map itself, then the scan. Positions stay in map order."""
+        """Compute delta, B and C of each direction from the map, then scan. Positions stay in map order."""
         x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
         dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
             [self.dt_rank, self.d_state, self.d_state], -1
@@ -187,7 +187,7 @@ class PatchMerging(nn.Module):
 def build_patch_embed(
     in_chans: int, dim: int, version: Literal["v1", "v2"], norm: type[nn.Module], act: bool
 ) -> nn.Sequential:
-    """v1: one 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2. act: GELU at the end."""
+    """Return the stem. v1: 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2. act: GELU at the end."""
     last = [nn.GELU()] if act else []
     if version == "v1":
         return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), Permute("bhwc"), norm(dim), *last)
@@ -207,7 +207,7 @@ def build_patch_embed(
 def build_downsample(
     dim: int, out_dim: int, version: Literal["v1", "v3"], norm: type[nn.Module], act: bool
 ) -> nn.Module:
-    """v1: patch merging, with a norm of its own. v3: a 3x3 convolution of stride 2; act: GELU at the end."""
+    """Return a halving. v1: patch merging with its norm. v3: a 3x3 convolution of stride 2; act: GELU at the end."""
     if version == "v1":
         return PatchMerging(dim, out_dim)
     convolution = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
@@ -244,13 +244,13 @@ class Classifier(nn.Module):
 
     def reset(self, dim: int, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool not in (None, "", "avg"):
-            raise ValueError(f"global_pool {global_pool!r}: VMamba pools by 'avg', or '' for the map itself")
+            raise ValueError(f"VMamba's global_pool must be 'avg' or '' (the map) (got {global_pool!r})")
         if global_pool is not None:
             self.global_pool = global_pool
         self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Float[Tensor, "b h w c"], pre_logits: bool = False) -> Tensor:
-        """x: normalised map."""
+        """Return logits or features. x: normalised map."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         return x if pre_logits else self.head(F.dropout(x, self.drop_rate, self.training))
@@ -260,7 +260,7 @@ class VMamba(nn.Module):
     """VMamba for images of any size, with timm's interface.
 
     depths, dims: blocks and channels of the four stages; mixer: "ss2d" | "gated_conv", the same block without the
-    state-space model, always gated (so that beside it gated=True changes the scan alone; d_state means nothing to it);
+    state-space model, always gated (compare it with gated=True to change only the scan; it ignores d_state);
     d_state: N; ssm_ratio, gated, conv_bias, dt_rank: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch"; conv_act: and then a GELU, where the
@@ -296,10 +296,10 @@ class VMamba(nn.Module):
             raise ValueError(f"depths {depths} and dims {dims} must name the same number of stages")
         if patch_embed not in ("v1", "v2") or downsample not in ("v1", "v3"):
             raise ValueError(
-                f"patch_embed is 'v1' or 'v2' and downsample 'v1' or 'v3'; got {patch_embed!r}, {downsample!r}"
+                f"patch_embed must be 'v1' or 'v2' and downsample 'v1' or 'v3' (got {patch_embed!r}, {downsample!r})"
             )
         if conv_norm not in CONV_NORMS:
-            raise ValueError(f"conv_norm {conv_norm!r}: one of {', '.join(CONV_NORMS)}")
+            raise ValueError(f"conv_norm must be one of {', '.join(CONV_NORMS)} (got {conv_norm!r})")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm], conv_act)
@@ -309,7 +309,7 @@ class VMamba(nn.Module):
         elif mixer == "gated_conv":
             op = partial(GatedConv, ssm_ratio=ssm_ratio, conv_bias=conv_bias)
         else:
-            raise ValueError(f"mixer {mixer!r}: 'ss2d' or 'gated_conv'")
+            raise ValueError(f"mixer must be 'ss2d' or 'gated_conv' (got {mixer!r})")
         block = partial(Block, mlp_ratio=mlp_ratio, mixer=op)
         self.layers = nn.ModuleList()
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
@@ -327,7 +327,7 @@ class VMamba(nn.Module):
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 
     def forward_features(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h2 w2 d"]:
-        """The normalised last map, channels last."""
+        """Return the normalised last map, channels last."""
         x = self._embed(x)
         for stage in self.layers:
             x = stage(x)
@@ -348,9 +348,9 @@ class VMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """timm's: the maps after each chosen stage's blocks (before its halving), and the final one."""
+        """Return the maps after each chosen stage's blocks (before its halving) and the final one, as in timm."""
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r}: 'NCHW' or 'NHWC'")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC' (got {output_fmt!r})")
         take, last = feature_take_indices(len(self.layers), indices)
         x = self._embed(x)
         maps = []
@@ -367,7 +367,7 @@ class VMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drop what the chosen stages do not need."""
+        """Remove what the chosen stages do not need, as in timm."""
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:

@@ -1,4 +1,4 @@
-"""CLIMP: a VMamba and a Mamba language model, each with a projection, under names of its own."""
+"""CLIMP: a VMamba and a Mamba language model, each with a projection, in CLIMP's own weight names."""
 
 from __future__ import annotations
 

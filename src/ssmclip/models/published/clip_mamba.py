@@ -1,4 +1,4 @@
-"""CLIP-Mamba's training checkpoints: open_clip's names, but for the image tower and its projection."""
+"""CLIP-Mamba's training checkpoints: open_clip's names, except for the image tower and its projection."""
 
 from __future__ import annotations
 

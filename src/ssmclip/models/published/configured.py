@@ -1,4 +1,4 @@
-"""What a configuration in the same folder as the weights says: it knows what shapes cannot tell."""
+"""Read the configuration in the same folder as the weights, which gives what shapes cannot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["read_configured"]
 
 
 def read_configured(path: Path, state: State, hints: Hints) -> Architecture | None:
-    """Return the architecture that the configuration in the file's folder gives, None where there is none of these.
+    """Return the architecture from the configuration in the file's folder, None if there is none.
 
     The configuration is open_clip's, timm's or Hugging Face's, by the name of the file of weights.
     Raises CheckpointError, UnknownName.
@@ -36,7 +36,7 @@ def read_configured(path: Path, state: State, hints: Hints) -> Architecture | No
 
 
 def _configured_encoder(config: dict[str, Any], state: State, hints: Hints) -> Architecture | None:
-    """None where the configuration names no model of timm's, or one with other weights: it may be another library's."""
+    """Return a timm encoder, None if the configuration names no timm model or one whose weights differ."""
     name = config.get("architecture")
     if not isinstance(name, str) or not timm.is_model(name):
         return None

@@ -1,4 +1,4 @@
-"""A CLIP's configuration with what a caller hinted at in place of what it says."""
+"""Apply a caller's hints to a CLIP's configuration."""
 
 from __future__ import annotations
 

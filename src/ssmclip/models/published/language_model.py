@@ -1,4 +1,4 @@
-"""Mamba language models as Hugging Face keeps them."""
+"""Read Mamba language models in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssmclip.models.published.shapes import count
 
 
 def load_language_model(folder: str | Path) -> LanguageModel:
-    """The language model in a folder that Hugging Face's `save_pretrained` wrote, or in a repository of its hub.
+    """Load the language model from a folder that Hugging Face's `save_pretrained` wrote, or in a repository of its hub.
 
     folder: a folder, or a repository's name ("state-spaces/mamba-130m-hf"), which is downloaded once.
 
@@ -32,12 +32,12 @@ def load_language_model(folder: str | Path) -> LanguageModel:
 
 
 def known_fields(config: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """Of Hugging Face's config.json the model_type and the fields that decide what is computed, defaults among them.
+    """Return from Hugging Face's config.json the model_type and the fields that affect the output, with defaults.
 
     Raises UnknownName for another model_type, CheckpointError for another activation.
     """
     if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
-        raise CheckpointError(f"{source}: hidden_act {config['hidden_act']!r}; only 'silu' is known")
+        raise CheckpointError(f"{source}: hidden_act must be 'silu' (got {config['hidden_act']!r})")
     model_type = config.get("model_type", "")
     known = {field.name: field.default for field in dataclasses.fields(_config_type(model_type))}
     said = {key: value for key, value in config.items() if key in known and value is not None}
@@ -45,7 +45,7 @@ def known_fields(config: dict[str, Any], source: str | Path) -> dict[str, Any]:
 
 
 def own_keys(state: State) -> State:
-    """Weights of a `...ForCausalLM` without its output head; the first converted checkpoints said "embedding"."""
+    """Return the weights of a `...ForCausalLM` without its output head; old checkpoints use the key "embedding"."""
     return {
         key.removeprefix("backbone.").replace("embedding.", "embeddings."): value
         for key, value in state.items()
@@ -69,14 +69,14 @@ LAYOUTS.register("language_model")(
 
 
 def language_model_config(state: State, hints: Hints, configured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the fields that shapes tell; the others as hinted, else as configured, else guessed, which is logged.
+    """Return the fields given by shapes; the others come from hints, the configuration, or a guess, which is logged.
 
     configured: what a configuration says, with every field. Raises CheckpointError where it is of another model_type.
     """
     fields = language_model_fields(state)
     if configured and configured.get("model_type", "mamba") != fields["model_type"]:
         raise CheckpointError(
-            f"the configuration says {configured['model_type']}, the weights are a {fields['model_type']}'s"
+            f"the configuration is for {configured['model_type']}, but the weights are for {fields['model_type']}"
         )
     known = dict(configured or {})
     if hints.layer_norm_epsilon is not None or "layer_norm_epsilon" not in known:
@@ -116,9 +116,11 @@ def language_model_fields(state: State, n_groups: int = 1) -> dict[str, Any]:
     (_, inner), (num_heads,) = shape(state, f"{mixer}.out_proj.weight", 2), shape(state, f"{mixer}.A_log", 1)
     both = (channels - inner) // 2  # of B, as of C: n_groups * state_size
     if both < 1 or num_heads > inner:
-        raise WrongShape(f"{mixer} has {num_heads} heads, {inner} inner channels and convolves {channels}")
+        raise WrongShape(
+            f"{mixer} has {num_heads} heads, {inner} inner and {channels} convolved channels, which do not fit together"
+        )
     if both % n_groups:
-        raise CheckpointError(f"n_groups={n_groups} does not divide n_groups * state_size = {both} of these weights")
+        raise CheckpointError(f"n_groups must divide n_groups * state_size = {both} of these weights (got {n_groups})")
     return fields | dict(
         model_type="mamba2",
         state_size=both // n_groups,

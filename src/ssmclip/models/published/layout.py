@@ -1,4 +1,4 @@
-"""What a reader of published weights is: `Layout`, one per file of this package and one entry each in `LAYOUTS`.
+"""The interface of readers of published weights: `Layout`, one per file of this package, each registered in `LAYOUTS`.
 
     state dict in some code base's names -> fits(state)? -> read(state, hints) -> Architecture, in this package's names
 
@@ -39,7 +39,7 @@ Kind = Literal["clip", "encoder", "text", "language_model"]
 
 @dataclass(frozen=True)
 class Hints:
-    """What shapes cannot tell about a model. None: what a configuration or a registered model says, else a guess.
+    """Properties of a model that shapes cannot tell. None: use the configuration or a registered model, else a guess.
 
     text_heads: of CLIP's text transformer; quick_gelu: whether CLIP's transformers use QuickGELU rather than GELU;
     image_size: pixels, or (height, width), that a CLIP's images have; n_groups, layer_norm_epsilon: of a Mamba language
@@ -58,7 +58,7 @@ class Hints:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What builds a model, and its weights in the names that the built model has.
+    """The description of a model, and its weights under the names that the built model uses.
 
     config: for a CLIP, open_clip's {"model_cfg": ..., "preprocess_cfg": ...}; for an encoder, timm's name and
     arguments, {"architecture": ..., "model_args": ...}; for the others, their fields.
@@ -71,7 +71,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Layout:
-    """One code base's way of naming weights.
+    """A code base's naming scheme for weights.
 
     title: the family's name in error messages; kind: of the model it reads, and those of kind "encoder" also read the
     image tower of a CLIP; fits: whether the names of a state dict are this layout's; read: (state, hints) ->
@@ -88,7 +88,7 @@ LAYOUTS: Registry[Layout] = Registry("layout of weights")
 
 
 class UnknownLayout(CheckpointError):
-    """Weights in no layout that is registered."""
+    """An error for weights in no registered layout."""
 
 
 class MissingWeight(CheckpointError):
@@ -106,23 +106,23 @@ def find_layout(state: State, kind: Kind | None = None) -> Layout | None:
 
 
 def shape(state: State, key: str, axes: int) -> tuple[int, ...]:
-    """Return the shape of a weight that has this many axes.
+    """Return the shape of a weight, which must have this many axes.
 
     Raises MissingWeight, and WrongShape where it has other axes or no numbers.
     """
     if key not in state:
-        raise MissingWeight(f"lacks {key!r}, from which the architecture would be read")
+        raise MissingWeight(f"has no {key!r}, which is needed to determine the architecture")
     sizes = tuple(state[key].shape)
     if len(sizes) != axes or 0 in sizes:
-        raise WrongShape(f"{key} {sizes} should have {axes} axes, none of them empty")
+        raise WrongShape(f"{key} must have {axes} axes, none of them empty (got {sizes})")
     return sizes
 
 
 def guess(hint: Any, name: str, value: Any) -> Any:
-    """Return the hint, else `value`, and then warn in the log that this is a guess and how to give the right one."""
+    """Return the hint, else `value`, with a warning in the log that it is a guess and how to correct it."""
     if hint is not None:
         return hint
-    log.warning("%s=%s is a guess: the weights do not tell it. If it is wrong, give %s", name, value, name)
+    log.warning("guessing %s=%s, which the weights do not determine; if it is wrong, pass %s", name, value, name)
     return value
 
 

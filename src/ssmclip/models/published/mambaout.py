@@ -26,7 +26,7 @@ LAYOUTS.register("mambaout")(
 
 
 def _name_mambaout(state: State, act_layer: str | None) -> dict[str, Any]:
-    """timm's model of exactly these shapes; else the arguments that give them, the activation of timm's nearest kin."""
+    """Return timm's model with exactly these shapes, else arguments for them with the nearest model's activation."""
     fields = mambaout_fields(state)
     inputs_and_outputs = {"num_classes": fields.pop("num_classes")}
     if (in_chans := fields.pop("in_chans")) != 3:

@@ -1,4 +1,4 @@
-"""Published weights, without knowing which configuration made them: the architecture is read off the file itself.
+"""Load published weights without their configuration: the architecture is inferred from the file itself.
 
     file -> its state dict, online or averaged -> the configuration in its folder, else the layout that fits -> model
 
@@ -89,15 +89,15 @@ def _read_layout(state: State, hints: Hints, source: str) -> Architecture:
         families = ", ".join(layout.title for _, layout in LAYOUTS.items())
         names = ", ".join(list(state)[:4])
         raise CheckpointError(
-            f"{source} is none of the checkpoints known: {families}. Its {len(state)} keys begin with: {names}"
+            f"{source} is not a known checkpoint ({families}). Its {len(state)} keys begin with: {names}"
         ) from error
     except MissingWeight as error:
         raise CheckpointError(f"{source} {error}") from error
     except WrongShape as error:
         shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:4])
         raise CheckpointError(
-            f"{source} has the names of a checkpoint that is known but other shapes, of which no architecture "
-            f"can be made ({error}). Its {len(state)} weights begin with: {shapes}"
+            f"{source} has the names of a known checkpoint, but shapes that match no architecture "
+            f"({error}). Its {len(state)} weights begin with: {shapes}"
         ) from error
 
 
@@ -130,12 +130,12 @@ def find_weights(source: str | Path) -> Path:
         return path
     name = choose_weights(sorted(file.name for file in path.iterdir()), path)
     if name is None:
-        raise CheckpointError(f"{path} holds no checkpoint: no {', '.join(WEIGHT_FILES)}")
+        raise CheckpointError(f"{path} contains no checkpoint: it has no {', '.join(WEIGHT_FILES)}")
     return path / name
 
 
 def describe(source: Any) -> str:
-    """Return what error messages call a source."""
+    """Return the name of a source for error messages."""
     return str(source) if isinstance(source, str | Path) else "the state dict"
 
 

@@ -1,4 +1,4 @@
-"""Which of this package's own CLIPs has exactly these weights: it knows what shapes cannot tell."""
+"""Find the CLIP of this package with exactly these weights; its configuration gives what shapes cannot."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def registered_config(state: State) -> dict[str, Any] | None:
     names = [name for name in list_clips() if _may_have(clip_config(name), shapes) and _shapes_of(name) == shapes]
     if not names:
         return None
-    log.info("read as %s, which has weights of these shapes: its settings are used", names[0])
+    log.info("using the settings of %s, whose weights have the same shapes", names[0])
     configs = [_settings(name) for name in names]
     if any(config != configs[0] for config in configs):
-        log.warning("%s have weights of the same shapes; the settings of %s are used", ", ".join(names), names[0])
+        log.warning("%s have weights of the same shapes; using the settings of %s", ", ".join(names), names[0])
     return configs[0]
 
 
@@ -43,7 +43,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def _may_have(config: dict[str, Any], shapes: Shapes) -> bool:
-    """Whether the size of the embedding fits: spares building most models."""
+    """Return whether the embedding's size matches, to avoid building most models."""
     return shapes.get("visual.head.proj.weight", (0,))[:1] == (config["model_cfg"]["embed_dim"],)
 
 

@@ -1,4 +1,4 @@
-"""Which of the weights in a file: online or averaged, without what training wrapped around their names."""
+"""Select weights in a file: online or averaged, without the prefixes that training added to their names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def select_weights(contents: Mapping[str, Any], weights: str, source: str = "the
     if weights == "online":
         return online
     if averaged is None:
-        raise CheckpointError(f"{source} holds no moving average; its weights are weights='online'")
+        raise CheckpointError(f"{source} contains no moving average: pass weights='online'")
     if weights == "ema":
         return averaged
     return averaged | {key: online[key] for key in averaged if key.endswith(BUFFERS)}
@@ -53,7 +53,7 @@ def unwrap(state: Mapping[str, Any], source: str) -> State:
     if other or not state:
         why = f"{', '.join(map(str, other[:4]))} are no tensors with a name" if other else "it is empty"
         raise CheckpointError(
-            f"{source} holds no state dict: {why}. Known are a flat dict of tensors, and one under any of "
+            f"{source} contains no state dict: {why}. It must be a flat dict of tensors, or have one under any of "
             f"{', '.join(ONLINE + AVERAGED)}"
         )
     for prefix in ("module.", "_orig_mod.", "module."):
@@ -63,7 +63,7 @@ def unwrap(state: Mapping[str, Any], source: str) -> State:
 
 
 def _split(state: State) -> tuple[State, State | None]:
-    """The online weights, and the averaged ones that are in the same state dict."""
+    """Split a state dict into the online weights and the averaged ones."""
     averages = {_online_name(key): value for key, value in state.items() if _online_name(key) != key}
     online = {key: value for key, value in state.items() if _online_name(key) == key}
     return online, online | averages if averages else None

@@ -1,4 +1,4 @@
-"""What the layouts have in common: counting modules, and ratios that give the widths which were found."""
+"""Helpers of the layouts: count modules, and infer ratios from widths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def common_ratio(pairs: Sequence[tuple[int, int]]) -> float:
     Where no r fits them all, the one of the first pair. Raises WrongShape for no pairs.
     """
     if not pairs:
-        raise WrongShape("there are no blocks to read a ratio of widths from")
+        raise WrongShape("has no blocks to infer a ratio of widths from")
     fits = [r for r in _candidates(pairs) if all(int(r * dim) == hidden for dim, hidden in pairs)]
     return fits[0] if fits else pairs[0][1] / pairs[0][0]
 

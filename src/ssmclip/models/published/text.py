@@ -1,4 +1,4 @@
-"""CLIP's text transformer: by itself, or the part of a CLIP's weights."""
+"""Read CLIP's text transformer, alone or as part of a CLIP's weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ClipText(open_clip.transformer.TextTransformer):
 
 
 def build_clip_text(fields: dict[str, Any]) -> ClipText:
-    """Return CLIP's text tower with fresh weights. fields: those that `read` gives."""
+    """Return CLIP's text tower with random weights. fields: those that `read` returns."""
     fields = dict(fields)
     quick_gelu = fields.pop("quick_gelu")
     return ClipText(act_layer=open_clip.transformer.QuickGELU if quick_gelu else nn.GELU, **fields)

@@ -1,4 +1,4 @@
-"""An encoder of this package by its fields: the registered variant that has them, else the family and its fields."""
+"""Name an encoder of this package by its fields: the registered variant with them, else the family and its fields."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ssmclip.models.published.layout import guess
 
 
 class Unseen(NamedTuple):
-    """A field that leaves no trace in the weights. hint: what was asked for, or None; usual: the guess without one."""
+    """A field that the weights don't determine. hint: the requested value, or None; usual: the guess without a hint."""
 
     hint: Any
     usual: Any

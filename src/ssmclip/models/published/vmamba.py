@@ -1,4 +1,4 @@
-"""VMamba: its key layouts of several years, among them CLIP-Mamba's, to this package's names and fields."""
+"""Convert VMamba's several key layouts, including CLIP-Mamba's, to this package's names and fields."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rename_vmamba(state: State) -> State:
         if key.endswith(("op.x_proj.weight", "op.dt_projs.weight")):
             rows, columns = shape({key: value}, key, 2)
             if rows % DIRECTIONS:
-                raise WrongShape(f"{key} {(rows, columns)} is no matrix of {DIRECTIONS} directions")
+                raise WrongShape(f"{key} must stack the matrices of {DIRECTIONS} directions (got {(rows, columns)})")
             key, value = key.replace(".weight", "_weight"), value.reshape(DIRECTIONS, -1, columns)
         if key.endswith(LINEAR) and value.ndim == 4:  # as 1x1 convolution
             value = value.flatten(1)

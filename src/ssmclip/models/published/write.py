@@ -1,4 +1,4 @@
-"""Published weights as folders that other libraries read."""
+"""Write published weights as folders that other libraries read."""
 
 from __future__ import annotations
 

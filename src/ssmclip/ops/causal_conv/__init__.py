@@ -35,7 +35,7 @@ def causal_conv1d(
     """
     if x.ndim != 3 or weight.ndim != 2 or len(weight) != x.shape[1] or weight.shape[1] == 0:
         raise ValueError(
-            f"x must be (batch, dim, length) and weight (dim, taps); got {tuple(x.shape)} and {tuple(weight.shape)}"
+            f"x must be (batch, dim, length) and weight (dim, taps) (got {tuple(x.shape)} and {tuple(weight.shape)})"
         )
     check_tensor("weight", weight, (x.shape[1], weight.shape[1]), x)
     check_tensor("bias", bias, (x.shape[1],), x)

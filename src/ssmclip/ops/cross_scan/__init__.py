@@ -53,7 +53,7 @@ def cross_selective_scan(
 def _check(x, delta, A, B, C, D, delta_bias, delta_weight) -> None:
     if x.ndim != 4 or A.ndim != 3:
         raise ValueError(
-            f"x must be (batch, height, width, dim) and A (4, dim, state), got {tuple(x.shape)}, {tuple(A.shape)}"
+            f"x must be (batch, height, width, dim) and A (4, dim, state) (got {tuple(x.shape)}, {tuple(A.shape)})"
         )
     batch, height, width, dim = x.shape
     state = A.shape[2]

@@ -15,7 +15,7 @@ from ssmclip.ops.selective_scan.chunked import joined
 
 
 def cross_scan(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 4 C L"]:
-    """A map as four sequences of length H * W.
+    """Return a map as four sequences of length H * W.
 
     >>> cross_scan(torch.arange(6.0).view(1, 1, 2, 3)).squeeze()
     tensor([[0., 1., 2., 3., 4., 5.],
@@ -29,12 +29,14 @@ def cross_scan(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 4 C L"]:
 
 
 def cross_merge(y: Float[Tensor, "B 4 C L"], height: int, width: int) -> Float[Tensor, "B C H W"]:
-    """Four sequences put back on the map and summed: the transpose of `cross_scan`.
+    """Put four sequences back on the map and sum them: the transpose of `cross_scan`.
 
     Raises ValueError when the length is not height * width.
     """
     if y.shape[-1] != height * width:
-        raise ValueError(f"sequences of length {y.shape[-1]} do not fill a map of {height} x {width}")
+        raise ValueError(
+            f"the sequences' length must be height * width of the map {height} x {width} (got {y.shape[-1]})"
+        )
     # Unbound: the gradients of four selections would each fill a tensor of zeros as large as y.
     rows, columns, rows_back, columns_back = y.unbind(1)
     rows, columns = rows + rows_back.flip(-1), columns + columns_back.flip(-1)

@@ -57,13 +57,13 @@ def selective_scan(
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
     if u.ndim != 3 or A.ndim != 2 or B.ndim != 4:
         raise ValueError(
-            f"u must be (batch, dim, length), A (dim, state), B and C (batch, [groups,] state, length); "
-            f"got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
+            f"u must be (batch, dim, length), A (dim, state), B and C (batch, [groups,] state, length) "
+            f"(got u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)})"
         )
     batch, dim, length = u.shape
     state, groups = A.shape[1], B.shape[1]
     if groups == 0 or dim % groups:
-        raise ValueError(f"B has {groups} groups, which does not divide the {dim} channels of u")
+        raise ValueError(f"the groups of B must divide the {dim} channels of u (got {groups})")
     wanted = {
         "delta": (delta, (batch, dim, length)),
         "A": (A, (dim, state)),

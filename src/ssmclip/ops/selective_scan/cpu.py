@@ -164,7 +164,7 @@ def second_gradient(function, upstream, inputs, grads_of_grads, ctx=None):
     """The derivative of the gradient of a function, in the direction grads_of_grads.
 
     function(*inputs) -> a tuple of outputs; upstream: the gradients of those outputs, None for none.
-    ctx: of the gradient, to keep its graph there when somebody comes back: that is for many products with one Hessian.
+    ctx: that of the gradient, which keeps the graph for further products with the same Hessian.
     Returns what upstream and inputs receive, one list, None for the None among them.
     """
     again = torch.is_grad_enabled()  # a third derivative is wanted

@@ -1,4 +1,4 @@
-"""From tensors to the compiled kernels: the table of addresses, the blocks, the threads. No autograd here."""
+"""Pass tensors to the compiled kernels: the table of addresses, the blocks, the threads. No autograd here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def saved_shape(batch, channels, length, states):
 
 @dataclass(frozen=True)
 class Problem:
-    """What a scan is about, apart from its tensors.
+    """The parameters of a scan, apart from its tensors.
 
     groups, width (channels of a group), length, states: as in the kernels; batch elements; delta_softplus;
     image: (height, width) of a map read in four orders whose results are summed, None for sequences.

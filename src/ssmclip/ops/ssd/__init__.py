@@ -58,13 +58,13 @@ def ssd(
 def _check(x, dt, A, B, C, D, z, dt_bias, initial_states) -> None:
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(
-            f"x must be (batch, length, heads, channels), B and C (batch, length, groups, state); "
-            f"got x {tuple(x.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)}"
+            f"x must be (batch, length, heads, channels), B and C (batch, length, groups, state) "
+            f"(got x {tuple(x.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)})"
         )
     batch, length, heads, channels = x.shape
     groups, state = B.shape[2:]
     if groups == 0 or heads % groups:
-        raise ValueError(f"B has {groups} groups, which does not divide the {heads} heads of x")
+        raise ValueError(f"the groups of B must divide the {heads} heads of x (got {groups})")
     wanted = {
         "dt": (dt, (batch, length, heads)),
         "A": (A, (heads,)),
