@@ -148,7 +148,8 @@ class Delimited:
                     yield dict(zip(names, row, strict=True))
                 else:
                     raise ValueError(
-                        f"{self.path}, line {reader.line_num}: must have {len(names)} fields as the header (got {len(row)})"
+                        f"{self.path}, line {reader.line_num}: must have {len(names)} fields as the header "
+                        f"(got {len(row)})"
                     )
         except csv.Error as error:
             raise ValueError(f"{self.path}, line {reader.line_num}: {error}") from error

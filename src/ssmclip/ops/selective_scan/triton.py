@@ -4,8 +4,8 @@ It reads float32, bfloat16 and float16 as they come and keeps a float32 state (f
 once and each result written once. So far it has been run in Triton's interpreter only, on a CPU: the values are tested
 there, and the kernels compile for sm_90; the sizes in `tile` are reasoned, not measured on a card.
 
-They are operators separate from those of `cpu`: torch.compile keeps them whole, and the second derivative is that of the
-gradient `chunked` gives.
+They are operators separate from those of `cpu`: torch.compile keeps them whole, and the second derivative is that
+of the gradient `chunked` gives.
 """
 
 from __future__ import annotations
