@@ -12,7 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ssmclip.data.lines import split_lines
 from ssmclip.data.testsets.card import Card
+from ssmclip.data.testsets.files import read_json
 
 OPEN_CLIP, CLIP_BENCHMARK, TIMM = "open_clip:", "clip_benchmark:", "timm:"
 INSTALL = "pip install clip-benchmark (it is read, not run), or give --prompts FILE"
@@ -120,21 +122,51 @@ def chosen(prompts: Prompts, card: Card, classnames: Sequence[str]) -> tuple[Nam
 
 def _ordered(labels: Names, spellings: Sequence[Sequence[str]], source: str) -> Names:
     """Labels in label order: by name where they are spelled like the classes, as they stand where they are others."""
-    place = {
-        plain(name): i for i, label in enumerate(labels) for name in ([label] if isinstance(label, str) else label)
-    }
+    places = Spellings(labels)
     for names in spellings:
-        wanted = [plain(name) for name in names]
-        if wanted and len(set(wanted)) == len(wanted) and set(wanted) <= set(place):
-            return tuple(labels[place[name]] for name in wanted)
-    for i, name in enumerate(spellings[0]):
-        found = place.get(plain(name), i)
-        if found != i and plain(name) != plain(spellings[0][found]):
+        found = [places.find(name) for name in names]
+        if names and None not in found and len(set(found)) == len(found):
+            return tuple(labels[place] for place in found)
+    names = spellings[0]
+    for i, name in enumerate(names):
+        found = places.find(name)
+        if found not in (None, i) and plain(name) != plain(names[found]):
             raise ValueError(
                 f"{source} has {name!r} as label {found}, the data set as class {i}, and other names differ: which "
                 "label is which class can't be told. Spell them like the data set's"
             )
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        raise ValueError(
+            f"{source} has other names for classes that are numbers, in the order {', '.join(names[:4])} ...: which "
+            "label is which class can't be told. Give the folders the names, or the same number of digits (00, 01 ...)"
+        )
     return labels
+
+
+class Spellings:
+    """Finds names in a list: as they are spelled, or else by `plain`, where that is the spelling of one of them alone.
+
+    >>> Spellings(["C", "C++", "T-shirt/top"]).find("t_shirt_top"), Spellings(["C", "C++"]).find("c")
+    (2, None)
+    """
+
+    def __init__(self, labels: Sequence[str | Sequence[str]]):
+        self._exact: dict[str, set[int]] = {}
+        self._plain: dict[str, set[int]] = {}
+        for place, label in enumerate(labels):
+            for name in [label] if isinstance(label, str) else label:
+                self._exact.setdefault(name, set()).add(place)
+                self._plain.setdefault(plain(spoken(name)), set()).add(place)
+
+    def __len__(self) -> int:
+        return len(self._exact)
+
+    def find(self, name: str) -> int | None:
+        """Return the place of the one label of that name, None where there is none, or several."""
+        exact = self._exact.get(name)
+        alike = plain(spoken(name))
+        found = exact or (self._plain.get(alike, set()) if alike else set())
+        return next(iter(found)) if len(found) == 1 else None
 
 
 def plain(name: str) -> str:
@@ -155,6 +187,18 @@ def spoken(folder: str) -> str:
     name = re.sub(r"^\d+\.(?=\D)", "", folder)
     apart = name if set(name) & set("_ -") else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return apart.replace("_", " ").strip()
+
+
+def own_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a person's own classes as prompts say them: with spaces for underscores, no number in front.
+
+    Nothing else is respelled: capitals inside are meant. Names that would become the same stay as they are.
+
+    >>> own_names(["iPhone", "007.hot_dog", "McDonald"]), own_names(["1.cat", "2.cat"])
+    (('iPhone', 'hot dog', 'McDonald'), ('1.cat', '2.cat'))
+    """
+    said = [re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ").strip() or name for name in names]
+    return tuple(s if said.count(s) == 1 else name for s, name in zip(said, names, strict=True))
 
 
 def _keys(card: Card) -> tuple[str, ...]:
@@ -207,14 +251,11 @@ def _clip_benchmark(file: str) -> dict[str, Any]:
 @cache
 def _synsets(name: str) -> tuple[str, ...]:
     text = (_installed("timm") / "data" / "_info" / f"{name}.txt").read_text(encoding="utf-8")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in split_lines(text) if line.strip())
 
 
 def _read_object(file: Path) -> dict[str, list]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    content = read_json(file)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file} must be an object: data set -> list of labels, or of templates")
     for name, items in content.items():
