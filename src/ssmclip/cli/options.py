@@ -7,6 +7,8 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 
+from ssmclip.config.lists import split_label, split_list
+
 # What every command takes as a model: the grammar of `ssmclip.models.names`.
 MODEL = (
     "a CLIP's name; a run or checkpoint folder; a checkpoint file; open_clip:NAME/PRETRAINED; timm:NAME.TAG; or "
@@ -49,16 +51,26 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def labelled(models: str) -> dict[str, str]:
-    """label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+    r"""Return label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
 
+    A path that exists is taken as it is, with commas and equal signs in it; other commas and equal signs that belong to
+    a name or label are written with a backslash before them.
     Raises ValueError for no models and for equal labels.
 
     >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
     {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
     """
+
+    def exists(name: str) -> bool:
+        return bool(name) and os.path.exists(_file_of(name))
+
+    def is_item(text: str) -> bool:
+        label, name = split_label(text, exists)
+        return "," not in label and exists(name)
+
     labels: dict[str, str] = {}
-    for part in filter(None, models.split(",")):
-        label, _, name = part.rpartition("=")
+    for part in split_list(models, is_item):
+        label, name = split_label(part, exists)
         label = label or Path(name).name
         if label in labels:
             raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
@@ -68,9 +80,43 @@ def labelled(models: str) -> dict[str, str]:
     return labels
 
 
-def default_cache() -> Path:
-    """Beside what other tools of the field keep: $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
+def _file_of(name: str) -> str:
+    """The path in a model's name: all of it, or what follows NAME/ in open_clip:NAME/FILE and timm:NAME/FILE."""
+    start, _, file = name.partition("/")
+    return file if start.startswith(("open_clip:", "timm:")) else name
+
+
+def task_list(tasks: str) -> list[str]:
+    """Return the tasks of a list with commas between; commas in a folder:PATH or card:PATH that exists are its own."""
+    return split_list(tasks, _is_path)
+
+
+def path_list(paths: str) -> list[str]:
+    """Return the paths of a list with commas between; commas in a path that exists are its own."""
+    return split_list(paths, os.path.exists)
+
+
+def distortion_list(names: str) -> list[str]:
+    """Return the distortions of a list with commas between; commas in the path of a FILE.py:NAME are its own."""
+    return split_list(names, lambda item: os.path.exists(item.rpartition(":")[0]))
+
+
+def _is_path(task: str) -> bool:
+    named = task.removeprefix("distorted:")
+    start, colon, path = named.partition(":")
+    return bool(colon) and start in ("folder", "card") and os.path.exists(path)
+
+
+def default_cache() -> Path | None:
+    """Return $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip, beside what other tools keep; None for a user without home.
+
+    A container may run as a user that its system does not know.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return folder / "ssmclip" / "embeddings"
 
 
 def require_writable(path: Path, read: Iterable[Path] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ssmclip.config.lists import split_list
+from ssmclip.data.images import is_litter
 from ssmclip.data.lines import split_lines
 from ssmclip.data.testsets.card import Card
 from ssmclip.data.testsets.files import read_json
@@ -35,20 +38,17 @@ class Prompts:
     fallback: str = ""
 
 
-def read_prompts(paths: str) -> Prompts:
-    """Files of labels and of templates, with commas between; or the folder that holds labels.json and templates.json.
+def read_prompts(paths: str | Sequence[str]) -> Prompts:
+    """Return the prompts in files of labels and of templates; a folder stands for labels.json, templates.json ... in it.
 
-    A file is an object data set -> list, as in SLIP (whose protocol CLIP-Mamba's is) and CLIP_benchmark: of names or
-    lists of synonyms; or of templates, with {} or {c} for the name in each. Raises FileNotFoundError, and ValueError
-    that names the file and what in it is neither.
+    paths: one, or several with commas between, or a list. A file is an object data set -> list, as in SLIP (whose
+    protocol CLIP-Mamba's is) and CLIP_benchmark: of names or lists of synonyms; or of templates, with {} or {c} for the
+    name in each. Raises FileNotFoundError, and ValueError that names the file and what in it is neither.
     """
     labels: dict[str, Names] = {}
     templates: dict[str, tuple[str, ...]] = {}
-    files = [
-        file
-        for path in filter(None, paths.split(","))
-        for file in (sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)])
-    ]
+    paths = split_list(paths, os.path.exists) if isinstance(paths, str) else paths
+    files = [file for path in paths for file in _json_files(Path(path))]
     if not files:
         raise FileNotFoundError(f"no file of prompts at {paths!r}")
     for file in files:
@@ -61,6 +61,10 @@ def read_prompts(paths: str) -> Prompts:
         else:
             labels |= {name: tuple(map(_synonyms, items)) for name, items in content.items()}
     return Prompts(labels, templates, ", ".join(file.name for file in files))
+
+
+def _json_files(path: Path) -> list[Path]:
+    return [file for file in sorted(path.glob("*.json")) if not is_litter(file.name)] if path.is_dir() else [path]
 
 
 def clip_benchmark_prompts() -> Prompts:

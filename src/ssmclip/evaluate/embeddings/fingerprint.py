@@ -42,6 +42,7 @@ PACKAGES = ("ssmclip", "torch", "torchvision", "timm", "open_clip_torch", "pillo
 PACKAGES += ("transformers", "tokenizers", "ftfy", "regex")
 CODECS = ("jpg", "webp", "avif", "libtiff")
 
+RAISES = "raises"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 # Attributes that decide no output: modes, what is found again each time, where something came from.
@@ -99,8 +100,14 @@ def tokenizer_hash(tokenizer: Callable[[list[str]], Any]) -> str:
 
 
 def outputs_hash(encode: Callable[[Any], Tensor], inputs: Sequence[Any]) -> str:
-    """Return a hash of what a model makes of fixed inputs, one after another, bit for bit. Raises Unsure."""
-    return combined({str(number): _outcome(encode, value) for number, value in enumerate(inputs)})
+    """Return a hash of what a model makes of fixed inputs, one after another, bit for bit.
+
+    Raises Unsure for a model that cannot take one.
+    """
+    made = [_outcome(encode, value) for value in inputs]
+    if failed := next((outcome for outcome in made if outcome.startswith(RAISES)), ""):
+        raise Unsure(f"the model {failed} for one of the inputs it would be recognised by")
+    return combined({str(number): outcome for number, outcome in enumerate(made)})
 
 
 def probe_pictures() -> list[Image.Image]:
@@ -146,7 +153,7 @@ def _outcome(function: Callable[[Any], Any], value: Any) -> str:
     try:
         made = function(value)
     except Exception as error:
-        return f"raises {type(error).__name__}"
+        return f"{RAISES} {type(error).__name__}"
     _Describer(digest).add(made)
     return digest.hexdigest()
 
