@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssmclip.cli.options import distortion_list
+
 HELP = "distorted copies of a folder of pictures; or the published out-of-distribution sets, rebuilt from ImageNet"
 
 

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, with commas: digits,cifar10,flickr8k; table1: CLIP-Mamba's 26; found: all that are under "
-        "--data; folder:PATH: class folders of your own; card:FILE.toml: a data set described there; `ssmclip datasets` "
-        "lists them. ood: see --humans; "
+        "--data; folder:PATH: class folders of your own; card:FILE.toml: the data set that a card of yours describes; "
+        "`ssmclip datasets` lists them. ood: see --humans; "
         "distorted:cifar10: accuracy over the level of each distortion, see --distortions",
     )
     parser.add_argument(

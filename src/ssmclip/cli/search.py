@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
     if not made_by(index, embedder):
         raise ValueError(
-            f"{embedder.clip.label} is not the model that {args.index} was made with (weights, settings or "
-            "preprocessing differ): its vectors cannot be compared. A name without pretrained weights has new ones each "
-            "time it is loaded; pass a folder"
+            f"{embedder.clip.label} does not have the weights, settings or preprocessing that {args.index} was made "
+            "with: its vectors cannot be compared. A name without pretrained weights has new ones each time it is "
+            "loaded; pass a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)
     folder = Path(index.about["folder"])

@@ -191,8 +191,8 @@ def decide(decider: Decider, stimuli: Sequence[Stimulus], out: str | Path, setti
     old, marks = _open_decisions(out)
     if marks.setdefault(decider.name, decider.fingerprint) != decider.fingerprint:
         raise ValueError(
-            f"{out} has decisions of another {decider.name!r} (weights, settings, prompts or preprocessing differ): give this "
-            "one another name, or the decisions another file"
+            f"{out} has decisions of another {decider.name!r} (weights, settings, prompts or preprocessing differ): "
+            "give this one another name, or the decisions another file"
         )
     keys = zip(*(old[name].to_pylist() for name in ("subject", "dataset", "image_id", "condition")), strict=True)
     done = {key[1:] for key in keys if key[0] == decider.name}

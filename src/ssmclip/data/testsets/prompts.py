@@ -39,9 +39,10 @@ class Prompts:
 
 
 def read_prompts(paths: str | Sequence[str]) -> Prompts:
-    """Return the prompts in files of labels and of templates; a folder stands for labels.json, templates.json ... in it.
+    """Return the prompts in files of labels and of templates.
 
-    paths: one, or several with commas between, or a list. A file is an object data set -> list, as in SLIP (whose
+    paths: one, or several with commas between, or a list; a folder stands for labels.json, templates.json ... in it. A
+    file is an object data set -> list, as in SLIP (whose
     protocol CLIP-Mamba's is) and CLIP_benchmark: of names or lists of synonyms; or of templates, with {} or {c} for the
     name in each. Raises FileNotFoundError, and ValueError that names the file and what in it is neither.
     """

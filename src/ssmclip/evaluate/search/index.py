@@ -73,11 +73,8 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     tables = []
     for start in tqdm(range(0, len(named), PART), desc="pictures", unit=f"x{PART}", disable=None):
         own = named[start : start + PART]
-        made_of = [
-            model["made_by"] or uuid.uuid4().hex,
-            str(folder.resolve()),
-            [(path, *_state(folder / path)) for path in own],
-        ]
+        pictures = [(path, *_state(folder / path)) for path in own]
+        made_of = [model["made_by"] or uuid.uuid4().hex, str(folder.resolve()), pictures]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         file = parts / f"{key}.parquet"
         if not file.is_file():
