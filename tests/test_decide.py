@@ -4,6 +4,7 @@ import argparse
 import logging
 import shutil
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import open_clip
@@ -20,6 +21,7 @@ from torchvision.transforms import Compose, Resize
 from ssmclip.__main__ import main
 from ssmclip.cli import evaluate as command
 from ssmclip.evaluate import Model, Settings
+from ssmclip.evaluate.embeddings import embed
 from ssmclip.evaluate.models import Models
 from ssmclip.humans.decide import (
     IMAGENET,
@@ -61,6 +63,9 @@ def root(tmp_path):
     return tmp_path / "stimuli"
 
 
+COUNTS: WeakKeyDictionary = WeakKeyDictionary()  # of each Brightest: images it saw, where it fails
+
+
 class Brightest(nn.Module):
     """A thousand (or fewer) logits that depend on the image; counts the images it saw, and fails at one if asked."""
 
@@ -68,11 +73,15 @@ class Brightest(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.weight = nn.Parameter(torch.randn(classes, 3) * 10)
-        self.seen, self.fails_at = 0, fails_at
+        COUNTS[self] = [0, fails_at]  # not its own: what a model holds decides what it answers
+
+    @property
+    def seen(self) -> int:
+        return COUNTS[self][0]
 
     def forward(self, images):
-        self.seen += len(images)
-        if self.fails_at is not None and self.seen > self.fails_at:
+        COUNTS[self][0] += len(images)
+        if COUNTS[self][1] is not None and self.seen > COUNTS[self][1]:
             raise RuntimeError("out of memory")
         return images.mean(dim=(2, 3)) @ self.weight.T
 
@@ -144,28 +153,31 @@ def test_zero_shot_over_207_classes_decides_as_over_all_thousand(vit, root, tmp_
 
 
 def test_prompts_are_embedded_once(vit, tmp_path, monkeypatch):
-    """Of the 207 classes with OpenAI's 80 templates 16,560 prompts, once; then other templates, other weights."""
+    """Of the 207 classes with OpenAI's 80 templates 16,560 prompts, once; then other templates, other weights.
+
+    Texts that come one at a time are those a model is recognised by.
+    """
     seen = []
-    encode = vit.network.encode_text
-    monkeypatch.setattr(vit.network, "encode_text", lambda tokens, **k: seen.append(len(tokens)) or encode(tokens, **k))
+    encode = embed.encode_tokens
+    monkeypatch.setattr(embed, "encode_tokens", lambda *a: seen.append(len(a[1])) or encode(*a))
     settings = Settings(batch_size=1024, cache=tmp_path / "cache")
     image = torch.rand(2, 3, 32, 32)
     decider = clip_decider(vit, settings)
     first = decider.logits(image)
-    assert sum(seen) == 207 * 80 == 16_560
+    assert sum(n for n in seen if n > 1) == 207 * 80 == 16_560
     torch.testing.assert_close(clip_decider(replace(vit), settings).logits(image), first, rtol=0, atol=0)
-    assert sum(seen) == 16_560
+    assert sum(n for n in seen if n > 1) == 16_560
     few = dict(prompts="categories", templates=TEMPLATES)
     other = clip_decider(vit, settings, **few)
     positive = other.logits(image)
-    assert sum(seen) == 16_560 + 16 * 2
+    assert sum(n for n in seen if n > 1) == 16_560 + 16 * 2
     assert other.fingerprint != decider.fingerprint == clip_decider(replace(vit), settings).fingerprint
     with torch.no_grad():
         vit.network.text_projection.mul_(-1)
     negative = clip_decider(replace(vit), settings, **few).logits(image)
     with torch.no_grad():
         vit.network.text_projection.mul_(-1)
-    assert sum(seen) == 16_560 + 2 * 16 * 2
+    assert sum(n for n in seen if n > 1) == 16_560 + 2 * 16 * 2
     torch.testing.assert_close(negative, -positive)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import open_clip
@@ -23,7 +24,7 @@ from ssmclip.data.testsets import prompts as prompts_module
 from ssmclip.data.testsets.open import open_dataset
 from ssmclip.evaluate import METRICS, Model, Settings, embed_images, embed_texts, evaluate
 from ssmclip.evaluate.captions import caption_rows, cut_at, longer_than, token_counts, words_seen
-from ssmclip.evaluate.embeddings import cache
+from ssmclip.evaluate.embeddings import cache, fingerprint
 from ssmclip.evaluate.protocols import PROTOCOLS
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.statistics.geometry import alignment, hubness, k_occurrence, modality_gap, uniformity
@@ -265,31 +266,33 @@ def test_long_captions_are_evaluated_cut_and_whole(data):
 
 
 class Counting(torch.nn.Module):
-    """A model and how often it was asked."""
+    """A model that notes how many pictures or texts it is asked at a time."""
+
+    asked: ClassVar[list[int]] = []  # the class's: what a model holds decides what it makes
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.asked = model, 0
+        self.model = model
 
     def encode_image(self, images, normalize=False):
-        self.asked += 1
+        self.asked.append(len(images))
         return self.model.encode_image(images)
 
     def encode_text(self, tokens, normalize=False):
-        self.asked += 1
+        self.asked.append(len(tokens))
         return self.model.encode_text(tokens)
 
 
 def test_a_second_run_embeds_nothing(vit, data, tmp_path):
     kept = tmp_path / "kept"
-    counting = Counting(vit.model)
-    asked, results = [], []
+    counting, asked, results = Counting(vit.model), [], []
     for _ in range(2):
         rows = evaluate(counting, vit.preprocess, vit.tokenizer, ["sst2", "urban1k"], data, model_name="m", cache=kept)
-        asked.append(counting.asked)
+        asked.append(sum(Counting.asked))
+        Counting.asked.clear()
         results.append(rows)
-    assert asked[0] > 0
-    assert asked[1] == asked[0]
+    recognised = 2 * (fingerprint.SHOWN + len(fingerprint.TEXTS))  # a Model for pictures' task, one for captions'
+    assert 0 < asked[1] <= recognised < asked[0]
     assert results[0] == results[1]
     plain = evaluate(counting, vit.preprocess, vit.tokenizer, ["sst2", "urban1k"], data, model_name="m")
     assert results[0] == plain

@@ -7,6 +7,7 @@ What is slow to import, run imports: building the parser needs no torch.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 
@@ -55,6 +56,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status. A mistake the user can correct is one line, without a traceback."""
+    _write_any_text()
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s")
     logging.getLogger("ssmclip").setLevel(logging.INFO)
@@ -69,6 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
+
+
+def _write_any_text() -> None:
+    """Have names that a stream's encoding lacks written with escapes, where they would stop the command halfway."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssmclip.cli.options import distortion_list
+
 HELP = "distorted copies of a folder of images, or the published out-of-distribution sets rebuilt from ImageNet"
 
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.data.distortions.registry import find
     from ssmclip.humans.rebuild import rebuild_jobs
 
-    names = [find(word) for word in args.distortions.split(",")] if args.distortions else list(GEIRHOS)
+    names = [find(word) for word in distortion_list(args.distortions)] if args.distortions else list(GEIRHOS)
     levels = args.levels.split(",") if args.levels else None
     if (args.folder is None) == (args.humans is None) or (args.humans is None) != (args.imagenet is None):
         raise ValueError("give either a folder of images, or both --humans FILE.parquet and --imagenet DIR")

@@ -7,7 +7,18 @@ import sys
 from pathlib import Path
 
 from ssmclip.cli.ood import ood_task
-from ssmclip.cli.options import MODELS, add_device, default_cache, image_size, labelled, line, require_writable
+from ssmclip.cli.options import (
+    MODELS,
+    add_device,
+    default_cache,
+    distortion_list,
+    image_size,
+    labelled,
+    line,
+    path_list,
+    require_writable,
+    task_list,
+)
 
 HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
 
@@ -22,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
-        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; ood: "
+        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; card:FILE.toml: "
+        "the data set that your own card describes; ood: "
         "comparison with people (see --humans); distorted:cifar10: accuracy at each level of distortion (see "
         "--distortions)",
     )
@@ -41,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache",
-        default=str(default_cache()),
+        default=str(default_cache() or "none"),
         help="folder of cached embeddings; none: no cache (default: %(default)s)",
     )
     parser.add_argument(
@@ -109,12 +121,12 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     models = labelled(args.model)
-    prompts = read_prompts(args.prompts) if args.prompts else None
-    asked = [task for task in args.tasks.split(",") if task]
+    prompts = read_prompts(path_list(args.prompts)) if args.prompts else None
+    asked = task_list(args.tasks)
     names = [task for task in asked if task != OOD]
     how = None
     if any(task.startswith(DISTORTED) for task in asked):
-        chosen = args.distortions.split(",") if args.distortions else None
+        chosen = distortion_list(args.distortions) if args.distortions else None
         how = choose(chosen, args.amplitude, args.gamma, args.seed)
     tasks = open_tasks(names, args.data, prompts, protocol=args.protocol, how=how) if names or not asked else []
     require_writable(args.out, args.humans or ())  # before the hours, not after

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     decide.add_argument(
         "--cache",
-        default=str(default_cache()),
+        default=str(default_cache() or "none"),
         help="folder of cached prompt embeddings; none: no cache (default: %(default)s)",
     )
     decide.add_argument("--batch-size", type=int, default=64, help="number of images in a batch (default: %(default)s)")

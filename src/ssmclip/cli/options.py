@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+
+from ssmclip.config.lists import split_label, split_list
 
 # What every command takes as a model: the grammar of `ssmclip.models.names`.
 MODEL = (
@@ -53,17 +55,27 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def labelled(models: str) -> dict[str, str]:
-    """Return label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+    r"""Return label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
 
-    A comma or an equals sign in the path of a folder or file that exists is a part of its name.
+    A path that exists is taken as it is, with commas and equal signs in it; other commas and equal signs that belong to
+    a name or label are written with a backslash before them.
     Raises ValueError for no models and for equal labels.
 
     >>> labelled("CLIP-VMamba-S,runs/first/,mine=runs/second")
     {'CLIP-VMamba-S': 'CLIP-VMamba-S', 'first': 'runs/first/', 'mine': 'runs/second'}
     """
+
+    def exists(name: str) -> bool:
+        return bool(name) and os.path.exists(_file_of(name))
+
+    def is_item(text: str) -> bool:
+        label, name = split_label(text, exists)
+        return "," not in label and exists(name)
+
     labels: dict[str, str] = {}
-    for part in _parts(models):
-        label, name = _label_and_model(part)
+    for part in split_list(models, is_item):
+        label, name = split_label(part, exists)
+        label = label or Path(name).name
         if label in labels:
             raise ValueError(
                 f"{labels[label]} and {name} are both called {label!r}: give one a label, as in LABEL={name}"
@@ -74,37 +86,43 @@ def labelled(models: str) -> dict[str, str]:
     return labels
 
 
-def _parts(models: str) -> Iterator[str]:
-    """Models between commas; a path with commas in one piece."""
-    words = models.split(",")
-    while words:
-        joined = (words[:count] for count in range(len(words), 1, -1))
-        paths = (part for part in joined if _is_path(_label_and_model(",".join(part))[1], commas=len(part) - 1))
-        part = next(paths, words[:1])
-        if any(part):
-            yield ",".join(part)
-        words = words[len(part) :]
+def _file_of(name: str) -> str:
+    """The path in a model's name: all of it, or what follows NAME/ in open_clip:NAME/FILE and timm:NAME/FILE."""
+    start, _, file = name.partition("/")
+    return file if start.startswith(("open_clip:", "timm:")) else name
 
 
-def _label_and_model(part: str) -> tuple[str, str]:
-    """("LABEL", "MODEL") of "LABEL=MODEL", and of "MODEL" the last part of its path as label.
+def task_list(tasks: str) -> list[str]:
+    """Return the tasks of a list with commas between; commas in a folder:PATH or card:PATH that exists are its own."""
+    return split_list(tasks, _is_path)
 
-    What is cut at is the first equals sign after which there is a path, else the last.
+
+def path_list(paths: str) -> list[str]:
+    """Return the paths of a list with commas between; commas in a path that exists are its own."""
+    return split_list(paths, os.path.exists)
+
+
+def distortion_list(names: str) -> list[str]:
+    """Return the distortions of a list with commas between; commas in the path of a FILE.py:NAME are its own."""
+    return split_list(names, lambda item: os.path.exists(item.rpartition(":")[0]))
+
+
+def _is_path(task: str) -> bool:
+    named = task.removeprefix("distorted:")
+    start, colon, path = named.partition(":")
+    return bool(colon) and start in ("folder", "card") and os.path.exists(path)
+
+
+def default_cache() -> Path | None:
+    """Return $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip, beside what other tools keep; None for a user without home.
+
+    A container may run as a user that its system does not know.
     """
-    words = part.split("=")
-    cuts = (cut for cut in range(len(words)) if _is_path("=".join(words[cut:])))
-    cut = next(cuts, len(words) - 1)
-    name = "=".join(words[cut:])
-    return "=".join(words[:cut]) or Path(name).name, name
-
-
-def _is_path(name: str, commas: int = 0) -> bool:
-    return bool(name) and name.count(",") >= commas and Path(name).exists()
-
-
-def default_cache() -> Path:
-    """Return the default folder of cached embeddings, in $XDG_CACHE_HOME/ssmclip or ~/.cache/ssmclip."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return folder / "ssmclip" / "embeddings"
 
 
 def require_writable(path: Path, read: Iterable[Path] = ()) -> None:

@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.embeddings.embed import hashes
     from ssmclip.evaluate.search.embedder import Embedder
-    from ssmclip.evaluate.search.index import nearest, read_index
+    from ssmclip.evaluate.search.index import made_by, nearest, read_index
 
     if not args.text.strip():
         raise ValueError("nothing to search for: the text is empty")
@@ -30,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     name = args.model or index.about["model"]
     size = index.about["image_size"]
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
-    if hashes(embedder.clip)["model"] != index.about["weights"]:
+    if not made_by(index, embedder):
         raise ValueError(
-            f"{embedder.clip.label} does not have the weights that {args.index} was made with, so its vectors cannot "
-            "be compared. A model without pretrained weights is initialised at random each time: give a folder"
+            f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}, so its "
+            "vectors cannot be compared. A model without pretrained weights is initialised at random each time: give a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)
     folder = Path(index.about["folder"])

@@ -7,7 +7,9 @@ transparent is laid over white; of an animation the first frame is taken. Orient
 from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,12 @@ MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decomp
 # MPO is opened as JPEG; by a name of its own Pillow knows no MPO, and looks no further.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif")
+
+# Folders that operating systems, file servers and notebooks leave among pictures. Names that begin with a dot
+# (.ipynb_checkpoints, macOS's ._NAME) are passed over without being listed here. In lower case.
+LITTER = frozenset(
+    {"__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
+)
 
 
 class BadImage(ValueError):
@@ -55,6 +63,64 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_
             raise BadImage("broken image", f"not in one of the formats {', '.join(FORMATS)}") from error
         except Exception as error:  # decoders raise half a dozen types on damaged files
             raise BadImage("broken image", f"{type(error).__name__}: {error}") from error
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """Return the picture files at any depth below a folder, sorted; the one way in which pictures are looked for."""
+    return files_below(folder, SUFFIXES)
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Return the files with one of the suffixes (lower case, no dot) at any depth below a folder, sorted.
+
+    Links to files and to folders are followed (but not back into a folder that is being walked). Hidden files and
+    folders and those of LITTER are passed over. A link to nothing is listed: opening it says what is wrong.
+    Raises OSError for a folder that cannot be read: a part of the files must not pass for all of them.
+    """
+    return sorted(_walk(Path(folder), tuple(f".{suffix}" for suffix in suffixes), frozenset()))
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders directly in a folder, links to folders among them, in the order of their names.
+
+    Hidden folders and LITTER are passed over.
+    """
+    return sorted(path for path in Path(folder).iterdir() if not is_litter(path.name) and path.is_dir())
+
+
+def is_litter(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or left there by a system.
+
+    >>> is_litter("._a.png"), is_litter("__MACOSX"), is_litter("cat")
+    (True, True, False)
+    """
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def _walk(folder: Path, endings: tuple[str, ...], above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    """above: the folders on the way here, by device and inode: a link back to one of them is a loop."""
+    state = folder.stat()
+    own = (state.st_dev, state.st_ino)
+    if own in above:
+        return
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not is_litter(entry.name)]
+    for entry in visible:
+        if _is_folder(entry):
+            yield from _walk(folder / entry.name, endings, above | {own})
+        elif entry.name.lower().endswith(endings) and _may_be_opened(entry):
+            yield folder / entry.name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # Not entry.is_dir() alone: it raises for a link to itself.
+    return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
+
+
+def _may_be_opened(entry: os.DirEntry) -> bool:
+    """A file, or a link to one or to nothing; not a pipe, at which opening would wait for ever."""
+    path = Path(entry.path)
+    return path.is_file() or not path.exists() if entry.is_symlink() else entry.is_file()
 
 
 def _open_file(path: Path):

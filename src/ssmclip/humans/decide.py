@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ssmclip.data.images import open_image
-from ssmclip.evaluate.embeddings import cache
 from ssmclip.evaluate.embeddings.embed import UNREADABLE, Settings, embed_texts, hashes, inference, subset
+from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, model_hash, preprocess_hash, texts_hash
 from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.files import whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
@@ -93,8 +94,17 @@ class Decider:
 def imagenet_decider(model: nn.Module, preprocess: Callable[[Any], Tensor], name: str) -> Decider:
     """Return the decider of a model that gives the 1,000 logits of ImageNet-1k, in their usual order."""
     columns = tuple(IMAGENET[category] for category in CATEGORIES)
-    made_of = {"model": cache.model_hash(model), "preprocess": cache.preprocess_hash(preprocess)}
-    return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, cache.key(made_of))
+    known = _fingerprint(lambda: {"model": model_hash(model), "preprocess": preprocess_hash(preprocess)})
+    return Decider(name, model, preprocess, model, columns, IMAGENET_CLASSES, known)
+
+
+def _fingerprint(made_of: Callable[[], dict[str, str]]) -> str:
+    """A hash of what decides; of what cannot all be seen one of its own, by which no file is continued."""
+    try:
+        return combined(made_of())
+    except Unsure as error:
+        log.warning("these decisions can't be continued by another run: %s", error)
+        return f"unsure {uuid.uuid4().hex}"
 
 
 def clip_decider(
@@ -127,8 +137,8 @@ def clip_decider(
         features = clip.network.encode_image(images)
         return LOGIT_SCALE * nn.functional.normalize(features.float(), dim=-1) @ classes
 
-    made_of = hashes(clip) | {"prompts": cache.texts_hash([*names, *templates])}
-    return Decider(clip.label, clip.network, clip.preprocess, logits, columns, len(names), cache.key(made_of))
+    known = _fingerprint(lambda: hashes(clip) | {"prompts": texts_hash([*names, *templates])})
+    return Decider(clip.label, clip.network, clip.preprocess, logits, columns, len(names), known)
 
 
 def category_probabilities(logits: Float[Tensor, "n k"], columns: Sequence[Sequence[int]]) -> Float[Tensor, "n c"]:
@@ -184,8 +194,8 @@ def decide(decider: Decider, stimuli: Sequence[Stimulus], out: str | Path, setti
     old, marks = _open_decisions(out)
     if marks.setdefault(decider.name, decider.fingerprint) != decider.fingerprint:
         raise ValueError(
-            f"{out} has decisions of another {decider.name!r} (weights, prompts or preprocessing differ): rename "
-            "this model, or write to another file"
+            f"{out} has decisions of another {decider.name!r} (weights, settings, prompts or preprocessing differ): "
+            "give this one another name, or the decisions another file"
         )
     keys = zip(*(old[name].to_pylist() for name in ("subject", "dataset", "image_id", "condition")), strict=True)
     done = {key[1:] for key in keys if key[0] == decider.name}

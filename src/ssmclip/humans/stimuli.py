@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ssmclip.data.images import pictures_below
 from ssmclip.registry import Registry
 
 # Alphabetical; the response codes of the human data count in this order.
@@ -168,11 +169,8 @@ def find_stimuli(root: Path | str, dataset: str, *, rejected: list[str] | None =
     """
     folder = _folder(Path(root), STIMULUS_SETS[dataset])
     session = folder / "dnn"
-    files = sorted(
-        path
-        for path in (session if session.is_dir() else folder).rglob("*")
-        if path.suffix.lower() == ".png" and not path.name.startswith(".")
-    )
+    pictures = pictures_below(session if session.is_dir() else folder)
+    files = [path for path in pictures if path.suffix.lower() == ".png"]
     stimuli: list[Stimulus] = []
     bad: list[str] = []
     for path in files:

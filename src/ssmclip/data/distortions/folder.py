@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ssmclip.data.distortions.apply import distort
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
 from ssmclip.data.distortions.registry import DISTORTIONS, Table, parse_level, prepare
-from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.data.images import SUFFIXES, BadImage, open_image, pictures_below
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,7 @@ def folder_jobs(
     folder, out = Path(folder), Path(out)
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} must not be inside {folder}: its pictures would be distorted again by the next run")
-    pictures = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower().lstrip(".") in SUFFIXES and not path.name.startswith(".")
-    )
+    pictures = pictures_below(folder)
     if not pictures:
         raise FileNotFoundError(f"{folder} contains no pictures ({', '.join(SUFFIXES)})")
     stems = [path.with_suffix("") for path in pictures]

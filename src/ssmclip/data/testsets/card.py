@@ -23,7 +23,8 @@ class Card:
     ("open_clip:NAME", "clip_benchmark:KEY"), and where there are no classnames the files bring `classes` of them;
     layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
-    the label order; "timm:NAME": WordNet ids that timm lists).
+    the label order; "timm:NAME": WordNet ids that timm lists);
+    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Card:
     classes: int = 0
     split: str = "test"
     note: str = ""
+    own: bool = False
 
 
 @dataclass(frozen=True)

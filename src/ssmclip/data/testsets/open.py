@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from PIL import Image
 
-from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found
-from ssmclip.data.testsets.layouts import captioned, originals, parquet
-from ssmclip.data.testsets.layouts import folders as layouts
-from ssmclip.data.testsets.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
+from ssmclip.data.testsets.card import LAYOUTS, Card, Found
+from ssmclip.data.testsets.layouts import arrays, captioned, folders, originals, parquet, tables, tars
+from ssmclip.data.testsets.prompts import Prompts
+from ssmclip.data.testsets.testset import KINDS, Classification, Retrieval, TestSet, check_names
 from ssmclip.registry import UnknownName
 
 if sys.version_info >= (3, 11):
@@ -24,68 +22,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Card", "Classification", "Retrieval", "list_cards", "load_card", "open_dataset", "read_card"]
+__all__ = ["Card", "Classification", "Retrieval", "TestSet", "list_cards", "load_card", "open_dataset", "read_card"]
 
-KINDS = ("classification", "retrieval")
-FORMS = (layouts, originals, parquet, captioned)  # the modules whose layouts a card may name
+FORMS = (arrays, folders, tables, tars, originals, parquet, captioned)  # the modules whose layouts a card may name
 HUB = "hub:"
 FOLDER = "folder:"
-
-
-class _Pictures:
-    """What both kinds of set have in common.
-
-    where: the files; n: images there are; expected: images in the whole test set; partial: whether there are fewer.
-    """
-
-    def __init__(self, card: Card, found: Found):
-        self.card = card
-        self.where = found.where
-        self.keys = found.keys
-        self.n = len(found.keys)
-        self.expected = card.test_size or self.n
-        self.partial = self.n < self.expected
-        self.files = found.files
-        self.groups = found.groups
-        self.said = found.said
-        self._pictures = found.pictures
-
-    def __len__(self) -> int:
-        return self.n
-
-
-class Classification(_Pictures):
-    """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
-
-    classnames: a name for each class, or several that mean the same; prompts: where names and templates come from.
-    """
-
-    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
-        super().__init__(card, found)
-        self.labels = found.labels
-        self.classnames: Names = found.classnames or names_on(card)
-        self.templates = found.templates or templates_on(card)
-        self.prompts = "the data set's own" if found.templates else "the card's"
-        _check_labels(self)
-        if prompts is not None:
-            self.classnames, self.templates = chosen(prompts, card, self.classnames)
-            self.prompts = prompts.source
-        if card.classes and len(self.classnames) != card.classes:
-            self.said = f"{len(self.classnames)} of {card.classes} classes"
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._pictures[index], self.labels[index]
-
-
-class Retrieval(_Pictures):
-    """`ds[i]` is a PIL picture, `ds.captions[i]` the list of its captions."""
-
-    def __init__(self, card: Card, found: Found):
-        super().__init__(card, found)
-        self.captions = found.captions
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self._pictures[index]
+CARD = "card:"
+OWN_LAYOUTS = ("metadata_csv", "class_folders")  # of `folder:PATH`
+OWN_TEMPLATES = ("a photo of a {}.",)
 
 
 def list_cards() -> list[str]:
@@ -94,33 +38,79 @@ def list_cards() -> list[str]:
 
 
 def load_card(name: str) -> Card:
-    """The card of that name; of `folder:PATH`, a card for a person's own class folders, in PATH or PATH/test.
+    """Return the card of that name.
 
-    Raises UnknownName, FileNotFoundError for a folder that isn't there, ValueError for a card with a mistake in it.
+    Of `folder:PATH` a card for a person's own class folders, in PATH or PATH/test; of `card:PATH.toml` the card in that
+    file, for a data set of a person's own in any layout (`read_own_card`).
+    Raises UnknownName, FileNotFoundError for a folder or file that isn't there, ValueError for a card with a mistake in
+    it.
     """
     if name.startswith(FOLDER):
         return _folder_card(Path(name.removeprefix(FOLDER)))
+    if name.startswith(CARD):
+        return read_own_card(Path(name.removeprefix(CARD)))
     if name not in (known := list_cards()):
         raise UnknownName("data set", name, known)
     return read_card(name, (_cards() / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def read_card(name: str, text: str) -> Card:
-    """A card from its TOML text. Raises ValueError naming keys and kinds nobody knows, missing keys, double names."""
-    values: dict[str, Any] = tomllib.loads(text)
-    known = {field.name for field in fields(Card)} - {"name"}
+    """Return a card from its TOML text.
+
+    Raises ValueError naming keys and kinds nobody knows, missing keys, double names.
+    """
+    return _card(name, tomllib.loads(text))
+
+
+def read_own_card(file: Path) -> Card:
+    """Return the card of a person's own data set from a file anywhere, such as
+
+        kind = "retrieval"
+        layouts = ["records_jsonl"]
+        source = "photos"
+
+    source: the data's folder, absolute or from the file's own; left out, it is looked for under the root as any other
+    set's. The name is the file's. title, citation, licence, metric and test_size may be left out, for classification
+    templates as well.
+    Raises FileNotFoundError for a file or a source that is not there, and what `read_card` raises.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no card {file}")
+    try:
+        values: dict[str, Any] = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no TOML file: {error}") from error
+    if source := values.get("source", ""):
+        folder = (file.parent / Path(source).expanduser()).resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"card {file}: source {source!r}: there is no folder {folder}")
+        values["source"] = str(folder)
+    return _card(file.stem, _defaults(file.stem, values.get("kind", "")) | values, own=True)
+
+
+def _defaults(name: str, kind: str) -> dict[str, Any]:
+    """What a person's own data set may leave unsaid."""
+    metric = {"retrieval": "recall"}.get(kind, "top1")
+    common = {"title": name, "citation": "", "source": "", "licence": "", "metric": metric, "test_size": 0}
+    return common | ({"templates": OWN_TEMPLATES} if kind == "classification" else {})
+
+
+def _card(name: str, values: dict[str, Any], *, own: bool = False) -> Card:
+    known = {field.name for field in fields(Card)} - {"name", "own"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"card {name}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     try:
-        card = Card(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        card = Card(name, own=own, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
         raise ValueError(f"card {name}: {error}") from error
     if card.kind not in KINDS:
         raise ValueError(f"card {name}: kind {card.kind!r}, there are {', '.join(KINDS)}")
+    if isinstance(card.layouts, str) or not all(isinstance(layout, str) for layout in card.layouts):
+        raise ValueError(f"card {name}: layouts must be a list of names (got {card.layouts!r})")
     for layout in card.layouts:
         LAYOUTS[layout]  # an unknown one raises
     if not isinstance(card.classnames, str):
-        _check_names(f"card {name}", card.classnames)
+        check_names(f"card {name}", card.classnames)
     if isinstance(card.templates, tuple) and (without := [t for t in card.templates if "{}" not in t]):
         raise ValueError(f"card {name}: templates without {{}}, where the class's name goes: {without}")
     return card
@@ -150,7 +140,7 @@ def open_dataset(
 
 
 def _places(card: Card, root: str | Path, download: bool) -> Iterator[Path]:
-    if Path(card.source).is_absolute():  # a person's own folder
+    if card.own and card.source:
         yield Path(card.source)
         return
     if str(root).startswith(HUB):
@@ -185,48 +175,11 @@ def _from_hub(card: Card, owner: str, download: bool) -> Path:
 
 
 def _folder_card(path: Path) -> Card:
-    place = next((place for place in (path / "test", path / "val", path) if place.is_dir()), None)
-    if place is None:
+    if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
-    return Card(
-        name=path.name,
-        title=path.name,
-        citation="",
-        source=str(path.resolve()),
-        licence="",
-        kind="classification",
-        metric="top1",
-        test_size=0,
-        layouts=("metadata_csv", "class_folders"),
-        templates=("a photo of a {}.",),
-    )
-
-
-def _check_labels(dataset: Classification) -> None:
-    card = dataset.card
-    known_names = names_on(card)
-    allowed = {name for name, count in Counter(known_names).items() if count > 1}  # ImageNet has two missiles
-    _check_names(dataset.where, dataset.classnames, allowed)
-    names, known = ({plain(name) for name in names} for names in (dataset.classnames, known_names))
-    # Where folders are told apart by codes, the names of classes are a matter of taste.
-    alike = 2 * len(names & known) >= len(known) or bool(folders_on(card)) or card.folders == SORTED
-    if known and (len(dataset.classnames) != len(known_names) or not alike):
-        raise ValueError(
-            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), {card.name} has "
-            f"{len(known)} ({', '.join(sorted(known)[:5])} ...): it is another data set"
-        )
-    count = len(dataset.classnames)
-    if outside := [i for i, label in enumerate(dataset.labels) if not 0 <= label < count]:
-        first = outside[0]
-        raise ValueError(
-            f"{dataset.where}: {len(outside)} labels are outside the {count} classes; the first is "
-            f"{dataset.labels[first]} of {dataset.keys[first]}"
-        )
-
-
-def _check_names(where: str, names: Sequence[str], allowed: set[str] = frozenset()) -> None:
-    if twice := [name for name, count in Counter(names).items() if count > 1 and name not in allowed]:
-        raise ValueError(f"{where}: class names that occur more than once: {', '.join(twice)}")
+    name = path.name or path.resolve().name  # "." has none
+    folder = {"kind": "classification", "layouts": OWN_LAYOUTS, "source": str(path.resolve())}
+    return _card(name, _defaults(name, "classification") | folder, own=True)
 
 
 def _cards() -> Any:

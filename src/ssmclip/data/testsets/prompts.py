@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ssmclip.config.lists import split_list
+from ssmclip.data.images import is_litter
+from ssmclip.data.lines import split_lines
 from ssmclip.data.testsets.card import Card
+from ssmclip.data.testsets.files import read_json
 
 OPEN_CLIP, CLIP_BENCHMARK, TIMM = "open_clip:", "clip_benchmark:", "timm:"
 INSTALL = "pip install clip-benchmark (it is read, not run), or give --prompts FILE"
@@ -33,20 +38,18 @@ class Prompts:
     fallback: str = ""
 
 
-def read_prompts(paths: str) -> Prompts:
-    """Files of labels and of templates, with commas between; or the folder that holds labels.json and templates.json.
+def read_prompts(paths: str | Sequence[str]) -> Prompts:
+    """Return the prompts in files of labels and of templates.
 
-    A file is an object data set -> list, as in SLIP (whose protocol CLIP-Mamba's is) and CLIP_benchmark: of names or
-    lists of synonyms; or of templates, with {} or {c} for the name in each. Raises FileNotFoundError, and ValueError
-    that names the file and what in it is neither.
+    paths: one, or several with commas between, or a list; a folder stands for labels.json, templates.json ... in it. A
+    file is an object data set -> list, as in SLIP (whose
+    protocol CLIP-Mamba's is) and CLIP_benchmark: of names or lists of synonyms; or of templates, with {} or {c} for the
+    name in each. Raises FileNotFoundError, and ValueError that names the file and what in it is neither.
     """
     labels: dict[str, Names] = {}
     templates: dict[str, tuple[str, ...]] = {}
-    files = [
-        file
-        for path in filter(None, paths.split(","))
-        for file in (sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [Path(path)])
-    ]
+    paths = split_list(paths, os.path.exists) if isinstance(paths, str) else paths
+    files = [file for path in paths for file in _json_files(Path(path))]
     if not files:
         raise FileNotFoundError(f"no file of prompts at {paths!r}")
     for file in files:
@@ -59,6 +62,10 @@ def read_prompts(paths: str) -> Prompts:
         else:
             labels |= {name: tuple(map(_synonyms, items)) for name, items in content.items()}
     return Prompts(labels, templates, ", ".join(file.name for file in files))
+
+
+def _json_files(path: Path) -> list[Path]:
+    return [file for file in sorted(path.glob("*.json")) if not is_litter(file.name)] if path.is_dir() else [path]
 
 
 def clip_benchmark_prompts() -> Prompts:
@@ -120,21 +127,51 @@ def chosen(prompts: Prompts, card: Card, classnames: Sequence[str]) -> tuple[Nam
 
 def _ordered(labels: Names, spellings: Sequence[Sequence[str]], source: str) -> Names:
     """Labels in label order: by name where they are spelled like the classes, as they stand where they are others."""
-    place = {
-        plain(name): i for i, label in enumerate(labels) for name in ([label] if isinstance(label, str) else label)
-    }
+    places = Spellings(labels)
     for names in spellings:
-        wanted = [plain(name) for name in names]
-        if wanted and len(set(wanted)) == len(wanted) and set(wanted) <= set(place):
-            return tuple(labels[place[name]] for name in wanted)
-    for i, name in enumerate(spellings[0]):
-        found = place.get(plain(name), i)
-        if found != i and plain(name) != plain(spellings[0][found]):
+        found = [places.find(name) for name in names]
+        if names and None not in found and len(set(found)) == len(found):
+            return tuple(labels[place] for place in found)
+    names = spellings[0]
+    for i, name in enumerate(names):
+        found = places.find(name)
+        if found not in (None, i) and plain(name) != plain(names[found]):
             raise ValueError(
                 f"{source} has {name!r} as label {found}, the data set as class {i}, and other names differ: which "
                 "label is which class can't be told. Spell them like the data set's"
             )
+    if all(name.isdecimal() for name in names) and sorted(names, key=int) != list(names):
+        raise ValueError(
+            f"{source} has other names for classes that are numbers, in the order {', '.join(names[:4])} ...: which "
+            "label is which class can't be told. Give the folders the names, or the same number of digits (00, 01 ...)"
+        )
     return labels
+
+
+class Spellings:
+    """Finds names in a list: as they are spelled, or else by `plain`, where that is the spelling of one of them alone.
+
+    >>> Spellings(["C", "C++", "T-shirt/top"]).find("t_shirt_top"), Spellings(["C", "C++"]).find("c")
+    (2, None)
+    """
+
+    def __init__(self, labels: Sequence[str | Sequence[str]]):
+        self._exact: dict[str, set[int]] = {}
+        self._plain: dict[str, set[int]] = {}
+        for place, label in enumerate(labels):
+            for name in [label] if isinstance(label, str) else label:
+                self._exact.setdefault(name, set()).add(place)
+                self._plain.setdefault(plain(spoken(name)), set()).add(place)
+
+    def __len__(self) -> int:
+        return len(self._exact)
+
+    def find(self, name: str) -> int | None:
+        """Return the place of the one label of that name, None where there is none, or several."""
+        exact = self._exact.get(name)
+        alike = plain(spoken(name))
+        found = exact or (self._plain.get(alike, set()) if alike else set())
+        return next(iter(found)) if len(found) == 1 else None
 
 
 def plain(name: str) -> str:
@@ -155,6 +192,18 @@ def spoken(folder: str) -> str:
     name = re.sub(r"^\d+\.(?=\D)", "", folder)
     apart = name if set(name) & set("_ -") else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
     return apart.replace("_", " ").strip()
+
+
+def own_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a person's own classes as prompts say them: with spaces for underscores, no number in front.
+
+    Nothing else is respelled: capitals inside are meant. Names that would become the same stay as they are.
+
+    >>> own_names(["iPhone", "007.hot_dog", "McDonald"]), own_names(["1.cat", "2.cat"])
+    (('iPhone', 'hot dog', 'McDonald'), ('1.cat', '2.cat'))
+    """
+    said = [re.sub(r"^\d+\.(?=\D)", "", name).replace("_", " ").strip() or name for name in names]
+    return tuple(s if said.count(s) == 1 else name for s, name in zip(said, names, strict=True))
 
 
 def _keys(card: Card) -> tuple[str, ...]:
@@ -207,14 +256,11 @@ def _clip_benchmark(file: str) -> dict[str, Any]:
 @cache
 def _synsets(name: str) -> tuple[str, ...]:
     text = (_installed("timm") / "data" / "_info" / f"{name}.txt").read_text(encoding="utf-8")
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in split_lines(text) if line.strip())
 
 
 def _read_object(file: Path) -> dict[str, list]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    content = read_json(file)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{file} must be an object: data set -> list of labels, or of templates")
     for name, items in content.items():

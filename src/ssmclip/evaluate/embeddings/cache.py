@@ -9,160 +9,207 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
-import torch
 from PIL import Image
 from safetensors import torch as safe
-from torch import Tensor, nn
+from torch import Tensor
+
+from ssmclip.evaluate.embeddings.fingerprint import (
+    Unsure,
+    combined,
+    model_hash,
+    preprocess_hash,
+    texts_hash,
+    tokenizer_hash,
+)
+
+__all__ = ["data_hash", "key", "model_hash", "place", "preprocess_hash", "read", "sure", "texts_hash"]
+__all__ += ["tokenizer_hash", "write"]
 
 log = logging.getLogger(__name__)
 
-PROBES = ((61, 47), (40, 90))  # sizes of the pictures a preprocessing is recognised by
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-SAID = ("A photo of 2 dogs, long ago.", "zero " * 300)  # what a tokenizer is recognised by: words, and where it cuts
+MISSING, UNREADABLE = "missing", "unreadable"
+Made = dict[str, str]  # what embeddings were made of: part -> hash
 
 
-def model_hash(model: nn.Module) -> str:
-    """Return a hash of the printed architecture and of every weight and buffer."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{type(model).__qualname__} {ADDRESS.sub('', repr(model))}".encode())
-    for name, value in sorted(model.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    return digest.hexdigest()
+def sure(parts: Callable[[], Made]) -> Made | None:
+    """Return what embeddings are made of; None, with a warning, where that cannot all be seen: they are not kept."""
+    try:
+        return parts()
+    except Unsure as error:
+        _warn_once(f"embeddings are not kept: {error}")
+        return None
 
 
-def preprocess_hash(preprocess: Any) -> str:
-    """Return a hash of the preprocessing's outputs for two fixed noise images."""
-    digest = hashlib.blake2b(digest_size=16)
-    for number, (width, height) in enumerate(PROBES):
-        pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
-        digest.update(_bytes(preprocess(Image.fromarray(pixels))))
-    return digest.hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a hash of the tokens of two fixed texts."""
-    return hashlib.blake2b(_bytes(tokenizer(list(SAID))), digest_size=16).hexdigest()
-
-
-def texts_hash(texts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        encoded = text.encode()
-        digest.update(f"{len(encoded)} ".encode() + encoded)
-    return digest.hexdigest()
+def place(folder: Path, kind: str, made_of: Made) -> Path:
+    """Return where embeddings of a kind ("images", "texts") are kept."""
+    return folder / kind / f"{key(made_of)}.safetensors"
 
 
 def data_hash(dataset: Any, folder: Path) -> str:
-    """Return a hash of a data set: its files' bytes (pixels if it has no files), keys and labels.
+    """Return a hash of the bytes of the files a data set is read from, its keys and labels.
 
-    A file is read once: afterwards its size and time of change answer for it (kept in `folder`).
+    It is of the pixels in place of the files where there are none, and where others than this package's own readers
+    make pictures of them. A file is read once: afterwards its size, its times of change and its number on the disk
+    answer for it (kept in `folder`).
     """
     digest = hashlib.blake2b(digest_size=16)
-    files = tuple(getattr(dataset, "files", ()))
-    digest.update(json.dumps([list(map(str, getattr(dataset, "keys", ()))), getattr(dataset, "labels", None)]).encode())
-    for content in _file_hashes(files, folder) if files else map(_picture_hash, _items(dataset)):
+    files, reader = tuple(getattr(dataset, "files", ())), _reader(dataset)
+    keys = getattr(dataset, "keys", ())
+    keys = [] if callable(keys) else list(map(str, keys))
+    labels = getattr(dataset, "labels", None)
+    labels = labels if labels is None else list(map(str, labels))
+    digest.update(json.dumps([keys, labels, reader]).encode())
+    for content in _file_hashes(files, folder) if files and reader else map(_picture_hash, _items(dataset)):
         digest.update(content.encode())
     return digest.hexdigest()
 
 
-def read(path: Path, made_of: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the tensors and notes cached at `path`; None if missing, damaged or made from something else."""
+def read(path: Path, made_of: Made) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the tensors and notes kept at `path`.
+
+    None when there are none, or not of these things, or they are damaged, or the cache cannot be used.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _warn_unusable(path, error)
+        return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
+        earlier, notes = about["made_of"], about["notes"]
+    except PermissionError as error:
+        _warn_unusable(path, error)
         return None
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         log.warning("%s is damaged and will be recomputed: %s", path, error)
         return None
-    if about["made_of"] != made_of:
-        differing = ", ".join(key for key in made_of if about["made_of"].get(key) != made_of[key])
+    if earlier != made_of:
+        differing = ", ".join(key for key in made_of if earlier.get(key) != made_of[key])
         log.warning("%s contains embeddings of another %s and will be recomputed", path, differing)
         return None
-    return tensors, about["notes"]
+    return tensors, notes
 
 
-def write(path: Path, made_of: dict[str, str], tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Cache tensors. A failed write is logged and otherwise ignored, as results do not depend on it."""
+def write(path: Path, made_of: Made, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+    """Keep tensors. What can't be written is not kept, with a warning: the numbers don't depend on it."""
     about = json.dumps({"made_of": made_of, "notes": notes})
-    partial = path.with_name(path.name + ".partial")
+    content = safe.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"about": about})
+    try:
+        _write_whole(path, content)
+    except OSError as error:
+        _warn_unusable(path, error)
+
+
+def key(made_of: Made) -> str:
+    """Return the name that things made of these go by."""
+    return combined(made_of)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(safe.save({k: v.contiguous() for k, v in tensors.items()}, metadata={"about": about}))
+        partial.write_bytes(content)
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        log.warning("embeddings are not cached: %s cannot be written (%s)", path, error.strerror or error)
+    except OSError:
+        with suppress(OSError):  # where writing failed, removing may fail too, and must not hide why
+            partial.unlink()
+        raise
 
 
-def key(made_of: dict[str, str]) -> str:
-    return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _warn_unusable(path: Path, error: OSError) -> None:
+    folder = path.parent.parent
+    _warn_once(f"embeddings are not kept: the cache {folder} can't be used ({error.strerror or error})")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _reader(dataset: Any) -> str:
+    """The function that makes a data set's pictures of its files; "" for one that is not this package's."""
+    if type(dataset).__module__.partition(".")[0] != "ssmclip":
+        return ""
+    inner = getattr(dataset, "dataset", dataset)  # of a distorted one, whose keys say how
+    get = getattr(getattr(inner, "_pictures", None), "get", None)
+    function = getattr(get, "func", get)
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+    return name if name.startswith("ssmclip.") else ""
 
 
 def _file_hashes(files: Sequence[Path], folder: Path) -> list[str]:
-    """Return a hash of each file's bytes, reusing known hashes of files with unchanged size and time of change."""
+    """A hash of each file's bytes, from the notes of an earlier time where its state is the same."""
     notes = folder / "files" / f"{texts_hash(map(str, files))}.json"
-    try:
-        known = json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    now, changed = {}, False
+    known = _noted(notes)
+    now, hashes = {}, []
     for file in files:
-        state = file.stat() if file.is_file() else None
-        mark = [state.st_size, state.st_mtime_ns] if state else [-1, -1]
+        state = _state(file)
         earlier = known.get(str(file))
-        if earlier and earlier[:2] == mark:
-            now[str(file)] = earlier
-            continue
-        changed = True
-        now[str(file)] = [*mark, _file_hash(file) if state else "missing"]
-    if changed:
-        _note(notes, now)
-    return [now[str(file)][2] for file in files]
+        content = earlier[1] if earlier and earlier[0] == state else _file_hash(file)
+        hashes.append(content)
+        if content not in (MISSING, UNREADABLE):  # which may change without the file
+            now[str(file)] = [state, content]
+    if now != known:
+        with suppress(OSError):  # costs reading the files again
+            _write_whole(notes, json.dumps(now).encode())
+    return hashes
+
+
+def _noted(notes: Path) -> dict[str, list]:
+    try:
+        known = json.loads(notes.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    whole = isinstance(known, dict) and all(isinstance(note, list) and len(note) == 2 for note in known.values())
+    return known if whole else {}
+
+
+def _state(file: Path) -> list[int]:
+    """What changes when a file does: size, times of its content and of its entry, its number on the disk."""
+    try:
+        state = file.stat()
+    except OSError:
+        return []
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
 
 
 def _file_hash(file: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _note(path: Path, content: dict[str, list]) -> None:
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)  # costs reading the files again
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    except FileNotFoundError:
+        return MISSING
+    except OSError:  # as embedding it will count it
+        return UNREADABLE
+    return digest.hexdigest()
 
 
 def _items(dataset: Any) -> Iterable[Image.Image | None]:
     for i in range(len(dataset)):
         try:
             item = dataset[i]
-        except (OSError, ValueError, SyntaxError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             item = None
         yield item[0] if isinstance(item, tuple) else item
 
 
 def _picture_hash(picture: Image.Image | None) -> str:
     if picture is None:
-        return "unreadable"
+        return UNREADABLE
     return hashlib.blake2b(f"{picture.mode}{picture.size}".encode() + picture.tobytes(), digest_size=16).hexdigest()
-
-
-def _bytes(value: Any) -> bytes:
-    return value.detach().cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()

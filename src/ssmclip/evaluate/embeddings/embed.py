@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ssmclip.evaluate.embeddings import cache, ranks
+from ssmclip.evaluate.embeddings import cache, fingerprint, ranks
 from ssmclip.models.names import Model
 
 log = logging.getLogger(__name__)
@@ -31,22 +32,63 @@ log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-_HASHES: WeakKeyDictionary[Model, dict[str, str]] = WeakKeyDictionary()
+_HASHES: WeakKeyDictionary[Model, dict[str, dict[str, str]]] = WeakKeyDictionary()
 
 
+def _once(make: Callable[[Model], dict[str, str]]) -> Callable[[Model], dict[str, str]]:
+    """Decorator: computed once for each `Model`, whose weights and settings are to stay as they are."""
+
+    @wraps(make)
+    def made(clip: Model) -> dict[str, str]:
+        known = _HASHES.setdefault(clip, {})
+        if make.__name__ not in known:
+            known[make.__name__] = make(clip)
+        return known[make.__name__]
+
+    return made
+
+
+@_once
 def hashes(clip: Model) -> dict[str, str]:
-    """Return what a model's embeddings depend on, as contents: weights, preprocessing, tokenizer, precision, device.
+    """Return what a model under test is, as contents: weights and settings, preprocessing, tokenizer, arithmetic.
 
-    They are computed once for each `Model`: its weights are to stay as they are.
+    Raises Unsure for parts whose settings cannot all be seen.
     """
-    if clip not in _HASHES:
-        _HASHES[clip] = {
-            "model": cache.model_hash(clip.network),
-            "preprocess": cache.preprocess_hash(clip.preprocess),
-            "tokenizer": cache.tokenizer_hash(clip.tokenizer),
-            "arithmetic": f"{clip.dtype} on {clip.device.type}",
-        }
-    return _HASHES[clip]
+    return {
+        "model": fingerprint.model_hash(clip.network),
+        "preprocess": fingerprint.preprocess_hash(clip.preprocess),
+        "tokenizer": fingerprint.tokenizer_hash(clip.tokenizer),
+        "arithmetic": f"{clip.dtype} on {clip.device.type}",
+    }
+
+
+@_once
+def images_made_of(clip: Model) -> dict[str, str]:
+    """Return what embeddings of images depend on other than the images, libraries and back ends included.
+
+    Raises Unsure.
+    """
+
+    def encode(picture: Image.Image) -> Tensor:
+        return clip.network.encode_image(clip.preprocess(picture)[None].to(clip.device, clip.dtype))
+
+    parts = {part: hashes(clip)[part] for part in ("model", "preprocess", "arithmetic")}
+    with inference(clip.network):
+        outputs = fingerprint.outputs_hash(encode, fingerprint.probe_pictures()[: fingerprint.SHOWN])
+    return parts | {"versions": fingerprint.versions(), "outputs": outputs}
+
+
+@_once
+def texts_made_of(clip: Model) -> dict[str, str]:
+    """Return what embeddings of texts depend on other than the texts, as `images_made_of` does. Raises Unsure."""
+
+    def encode(text: str) -> Tensor:
+        return encode_tokens(clip.network, clip.tokenizer([text]).to(clip.device))
+
+    parts = {part: hashes(clip)[part] for part in ("model", "tokenizer", "arithmetic")}
+    with inference(clip.network):
+        outputs = fingerprint.outputs_hash(encode, fingerprint.TEXTS)
+    return parts | {"versions": fingerprint.versions(), "outputs": outputs}
 
 
 @dataclass(frozen=True)
@@ -100,20 +142,33 @@ def embed_images(clip: Model, dataset: Any, settings: Settings) -> ImageEmbeddin
     places = subset(len(dataset), settings)
     if settings.cache is None:
         return _embed_images(clip, dataset, places, settings)
-    parts = ("model", "preprocess", "arithmetic")
-    made_of = {part: hashes(clip)[part] for part in parts} | {
-        "data": cache.data_hash(dataset, settings.cache),
-        "places": cache.texts_hash(map(str, places)),
-    }
-    path = settings.cache / "images" / f"{cache.key(made_of)}.safetensors"
-    if kept := cache.read(path, made_of):
+    made_of = cache.sure(
+        lambda: {
+            **images_made_of(clip),
+            "data": cache.data_hash(dataset, settings.cache),
+            "places": cache.texts_hash(map(str, places)),
+        }
+    )
+    if kept := _kept(settings.cache, "images", made_of):
         tensors, unreadable = kept
         return ImageEmbeddings(**tensors, unreadable={int(place): why for place, why in unreadable.items()})
     images = _embed_images(clip, dataset, places, settings)
-    if ranks.rank()[0] == 0:
-        tensors = {"features": images.features, "index": images.index, "labels": images.labels}
-        cache.write(path, made_of, tensors, {str(place): why for place, why in images.unreadable.items()})
+    tensors = {"features": images.features, "index": images.index, "labels": images.labels}
+    _keep(settings.cache, "images", made_of, tensors, {str(place): why for place, why in images.unreadable.items()})
     return images
+
+
+def _kept(folder: Path, kind: str, made_of: cache.Made | None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What the cache holds; None unless it holds it for every process: those that embed wait for each other."""
+    kept = cache.read(cache.place(folder, kind, made_of), made_of) if made_of else None
+    return kept if all(ranks.gather(kept is not None)) else None
+
+
+def _keep(
+    folder: Path, kind: str, made_of: cache.Made | None, tensors: dict[str, Tensor], notes: dict[str, Any]
+) -> None:
+    if made_of and ranks.rank()[0] == 0:
+        cache.write(cache.place(folder, kind, made_of), made_of, tensors, notes)
 
 
 def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settings) -> ImageEmbeddings:
@@ -166,14 +221,11 @@ def embed_texts(clip: Model, texts: Sequence[str], settings: Settings) -> Float[
     order = torch.tensor([place[text] for text in texts])
     if settings.cache is None:
         return _embed_texts(clip, unique, settings)[order]
-    made_of = {part: hashes(clip)[part] for part in ("model", "tokenizer", "arithmetic")}
-    made_of |= {"texts": cache.texts_hash(unique)}
-    path = settings.cache / "texts" / f"{cache.key(made_of)}.safetensors"
-    if kept := cache.read(path, made_of):
+    made_of = cache.sure(lambda: {**texts_made_of(clip), "texts": cache.texts_hash(unique)})
+    if kept := _kept(settings.cache, "texts", made_of):
         return kept[0]["features"][order]
     features = _embed_texts(clip, unique, settings)
-    if ranks.rank()[0] == 0:
-        cache.write(path, made_of, {"features": features}, {})
+    _keep(settings.cache, "texts", made_of, {"features": features}, {})
     return features[order]
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from ssmclip.data.images import SUFFIXES, BadImage, open_image
+from ssmclip.data.images import SUFFIXES, BadImage, open_image, pictures_below
 from ssmclip.evaluate.embeddings.embed import hashes
+from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, weights_hash
 from ssmclip.evaluate.search.embedder import Embedder
 from ssmclip.files import whole
 
-__all__ = ["Index", "build_index", "nearest", "read_index"]
+__all__ = ["Index", "build_index", "made_by", "nearest", "read_index"]
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +56,24 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}")
-    paths = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in SUFFIXES
-    )
+    paths = [path.relative_to(folder).as_posix() for path in pictures_below(folder)]
     if not paths:
         raise ValueError(f"no images in {folder}; supported formats: {', '.join(SUFFIXES)}")
     unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
     named = [path for path in paths if _is_utf8(path)]
     model = {
-        "model": embedder.clip.label,
+        "model": _from_anywhere(embedder.clip.label),
         "image_size": embedder.image_size,
-        "weights": hashes(embedder.clip)["model"],
+        "weights": weights_hash(embedder.clip.network),
+        "made_by": _fingerprint(embedder),
     }
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     tables = []
     for start in tqdm(range(0, len(named), PART), desc="images", unit=f"x{PART}", disable=None):
         own = named[start : start + PART]
-        made_of = [model, str(folder.resolve()), [(path, *_state(folder / path)) for path in own]]
+        pictures = [(path, *_state(folder / path)) for path in own]
+        made_of = [model["made_by"] or uuid.uuid4().hex, str(folder.resolve()), pictures]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         file = parts / f"{key}.parquet"
         if not file.is_file():
@@ -80,12 +82,12 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
         unreadable |= _about(table)["unreadable"]
         tables.append(table)
     if not any(map(len, tables)):
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)
         path, why = next(iter(unreadable.items()))
         raise ValueError(f"none of the {len(paths)} images in {folder} could be read; the first: {path} ({why})")
     table = pa.concat_tables(tables)
     _write(_described(table, {**model, "folder": str(folder.resolve()), "unreadable": unreadable}), out)
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
     return read_index(out)
 
 
@@ -101,6 +103,13 @@ def read_index(path: str | Path) -> Index:
         return Index(table["path"].to_pylist(), vectors, about)
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an index written by `ssmclip embed` ({error})") from error
+
+
+def made_by(index: Index, embedder: Embedder) -> bool:
+    """Return whether an index was made by this model, with this preprocessing."""
+    if known := index.about.get("made_by"):
+        return known == _fingerprint(embedder)
+    return index.about["weights"] == weights_hash(embedder.clip.network)  # of an older index, or an unsure model
 
 
 def nearest(
@@ -126,6 +135,24 @@ def nearest(
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors, dtype=np.float32))
     return index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
+
+
+def _fingerprint(embedder: Embedder) -> str:
+    """A hash of what decides the vectors of pictures, "" where it cannot all be seen."""
+    try:
+        made_of = {part: hashes(embedder.clip)[part] for part in ("model", "preprocess")}
+    except Unsure as error:
+        log.warning("the index can't tell by which model it was made: %s", error)
+        return ""
+    return combined(made_of)
+
+
+def _from_anywhere(model: str) -> str:
+    """A model's name with the path in it absolute, so that it is found from another folder, too."""
+    if Path(model).exists():
+        return os.path.abspath(model)
+    start, slash, file = model.partition("/")
+    return f"{start}/{os.path.abspath(file)}" if slash and ":" in start and Path(file).is_file() else model
 
 
 def _is_utf8(path: str) -> bool:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ssmclip.data.images import SUFFIXES
+from ssmclip.data.images import SUFFIXES, is_litter, pictures_below
 from ssmclip.data.lines import read_lines
-from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
-from ssmclip.data.testsets.layouts.folders import from_file
+from ssmclip.data.testsets.card import LAYOUTS, Card, Found
+from ssmclip.data.testsets.files import picture_files, read_json, read_records
+from ssmclip.data.testsets.splits import choose_split
 
 DESCRIPTIONS = ("IIW", "IIW-P5B", "caption", "description", "extra_caption", "text")  # of these the first a record has
+IMAGES = ("image_file", "file_name", "image/key", "image")
 
 _PICTURE = re.compile(rf"\.({'|'.join(SUFFIXES)})\"?$", re.IGNORECASE)
+
+Described = tuple[str, list[str]]  # the name of a picture, as a file gives it, and its captions
 
 
 @LAYOUTS.register("coco_json")
@@ -32,12 +35,11 @@ def coco_json(folder: Path, card: Card) -> Found | str:
     file = _first(folder, [f"{below}{name}" for below in ("", "annotations/") for name in patterns])
     if file is None:
         return f"[annotations/]{patterns[0]}"
-    content = _json(file)
+    content = read_json(file)
     captions: dict[Any, list[str]] = {}
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    pairs = [(image["file_name"], captions.get(image["id"], [])) for image in content["images"]]
-    return _found(file, folder, pairs)
+    return _found(file, folder, [(image["file_name"], captions.get(image["id"], [])) for image in content["images"]])
 
 
 @LAYOUTS.register("karpathy_json")
@@ -47,12 +49,14 @@ def karpathy_json(folder: Path, card: Card) -> Found | str:
     file = _first(folder, [name])
     if file is None:
         return name
-    images = [image for image in _json(file)["images"] if image["split"] == card.split]
+    images = read_json(file)["images"]
+    names = [str(PurePosixPath(image.get("filepath", "")) / image["filename"]) for image in images]
     pairs = [
-        (str(Path(image.get("filepath", "")) / image["filename"]), [said["raw"].strip() for said in image["sentences"]])
-        for image in images
+        (name, [said["raw"].strip() for said in image["sentences"]])
+        for name, image in zip(names, images, strict=True)
+        if image["split"] == card.split
     ]
-    return _found(file, folder, pairs)
+    return _found(file, folder, pairs, names=names)
 
 
 @LAYOUTS.register("caption_list")
@@ -99,28 +103,24 @@ def _unquoted(value: str) -> str:
 
 @LAYOUTS.register("records_jsonl")
 def records_jsonl(folder: Path, card: Card) -> Found | str:
-    """data.jsonl of ImageInWords or docci_descriptions.jsonlines: a record for each image, pictures in images/.
+    """data.jsonl of ImageInWords or docci_descriptions.jsonlines: records of pictures, which lie in images/.
 
-    Records of another split are left out, where they say theirs.
+    Records of another split are left out, where they say theirs; several of one picture are its captions.
     """
     file = _first(folder, ["data.jsonl", "docci_descriptions.jsonlines", "metadata.jsonl"])
     if file is None:
         return "data.jsonl or docci_descriptions.jsonlines"
-    pairs = []
-    for number, line in enumerate(read_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is no JSON: {error}") from error
+    pairs, splits = [], []
+    for record in read_records(file):
         text = next((record[key] for key in DESCRIPTIONS if record.get(key)), None)
-        name = next((record[key] for key in ("image_file", "file_name", "image/key", "image") if key in record), None)
+        name = next((record[key] for key in IMAGES if key in record), None)
         if text is None or name is None:
             raise ValueError(f"{file}: a record has no image or no description; its keys are {', '.join(record)}")
-        if record.get("split", card.split) == card.split:
-            pairs.append((str(name), [text.strip()]))
-    return _found(file, folder, pairs)
+        pairs.append((str(name), [str(text).strip()]))
+        splits.append(str(record.get("split", card.split)).lower())
+    split, note = choose_split(card.split, set(splits))
+    kept = [pair for pair, own in zip(pairs, splits, strict=True) if own == split]
+    return _found(file, folder, kept, names=[name for name, _ in pairs], note=note)
 
 
 @LAYOUTS.register("dci_json")
@@ -135,13 +135,19 @@ def dci_json(folder: Path, card: Card) -> Found | str:
         return "annotations/NUMBER.json"
     pairs = []
     for file in files:
-        record = _json(file)
+        record = read_json(file)
+        if missing := {"image", "extra_caption"} - set(record):
+            raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}; its keys are {', '.join(record)}")
         pairs.append((record["image"], [f"{record.get('short_caption', '')} {record['extra_caption']}".strip()]))
+    kept, note = pairs, ""
     if (folder / "splits.json").is_file():
-        tested = _json(folder / "splits.json")[card.split]
-        names = {name for entry in tested for name in ([entry] if isinstance(entry, str) else entry.values())}
-        pairs = [pair for pair, file in zip(pairs, files, strict=True) if {pair[0], file.stem, file.name} & names]
-    return _found(folder / "annotations", folder, pairs)
+        listed = read_json(folder / "splits.json")
+        split, note = choose_split(card.split, listed)
+        if not split:
+            raise ValueError(f"{folder / 'splits.json'} has no {card.split}; it has {', '.join(listed)}")
+        names = {name for entry in listed[split] for name in ([entry] if isinstance(entry, str) else entry.values())}
+        kept = [pair for pair, file in zip(pairs, files, strict=True) if {pair[0], file.stem, file.name} & names]
+    return _found(folder / "annotations", folder, kept, names=[name for name, _ in pairs], note=note)
 
 
 @LAYOUTS.register("image_and_text_folders")
@@ -150,55 +156,100 @@ def image_and_text_folders(folder: Path, card: Card) -> Found | str:
     root = next((p for p in (folder, folder / "Urban1k") if (p / "image").is_dir() and (p / "caption").is_dir()), None)
     if root is None:
         return "image/ and caption/"
-    texts = {path.stem: path for path in (root / "caption").glob("*.txt")}
-    pairs = [
-        (f"image/{path.name}", [texts[path.stem].read_text(encoding="utf-8").strip()])
-        for path in sorted((root / "image").iterdir(), key=lambda path: (len(path.stem), path.stem))
-        if path.suffix.lower().lstrip(".") in SUFFIXES and path.stem in texts
-    ]
+    texts = {path.stem: path for path in (root / "caption").glob("*.txt") if not is_litter(path.name)}
+    pictures = [path for path in pictures_below(root / "image") if path.parent == root / "image" and path.stem in texts]
+    shared = {path.stem: path for path in pictures}
+    if twice := [path for path in pictures if shared[path.stem] != path]:
+        raise ValueError(f"{twice[0]} and {shared[twice[0].stem]} share the caption {texts[twice[0].stem]}: remove one")
+    pictures.sort(key=lambda path: (len(path.stem), path.stem))
+    pairs = [(f"image/{path.name}", [texts[path.stem].read_bytes().decode("utf-8-sig").strip()]) for path in pictures]
     return _found(root, root, pairs)
 
 
-def _found(where: Path, folder: Path, pairs: Iterable[tuple[str, list[str]]]) -> Found | str:
-    """Pictures by name, wherever below the folder they lie; those without a file or a caption are left out."""
+def _found(
+    where: Path, folder: Path, pairs: Iterable[Described], *, names: Sequence[str] = (), note: str = ""
+) -> Found | str:
+    """Pictures by name, wherever below the folder they lie; those without a file or a caption are left out.
+
+    names: of all pictures that are described, where `pairs` are a part of them; note: what a reader must know.
+    Raises ValueError for a name that several files have.
+    """
     pairs = [(name, captions) for name, captions in pairs if captions]
-    places = _index(folder)
-    kept = [(path, captions) for name, captions in pairs if (path := _lookup(places, folder, name)) is not None]
-    if not kept:
+    files = _Files(folder, [*names, *(name for name, _ in pairs)])
+    captions_of: dict[Path, list[str]] = {}
+    missing = 0
+    for name, captions in pairs:
+        path = files.find(name)
+        missing += path is None
+        if path is not None:
+            captions_of.setdefault(path, []).extend(captions)
+    if not captions_of:
         return f"the pictures of {where}, which is there"
-    paths = [path for path, _ in kept]
-    missing = len(pairs) - len(kept)
+    left_out = f"{missing} of {len(pairs)} described pictures are not there" if missing else ""
     return Found(
         where=str(where),
-        pictures=Pictures(len(paths), partial(from_file, paths)),
-        keys=[str(path.relative_to(folder)) for path in paths],
-        captions=[captions for _, captions in kept],
-        files=tuple(paths),
-        said=f"{missing} of {len(pairs)} described pictures are not there" if missing else "",
+        pictures=picture_files(list(captions_of)),
+        keys=[os.path.relpath(path, folder) for path in captions_of],
+        captions=list(captions_of.values()),
+        files=tuple(captions_of),
+        said="; ".join(filter(None, (note, left_out))),
     )
 
 
-def _index(folder: Path) -> dict[str, Path]:
-    """Picture files below a folder by name, and by stem where that tells them apart."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in SUFFIXES)
-    by_stem: dict[str, list[Path]] = {}
-    for path in files:
-        by_stem.setdefault(path.stem, []).append(path)
-    stems = {stem: paths[0] for stem, paths in by_stem.items() if len(paths) == 1}
-    return stems | {path.name: path for path in files}
+class _Files:
+    """Picture files by the names that a file of captions gives them.
+
+    A name is a path: below the folder, or below one that is not in the name (images/, val2014/). Where a copy has left
+    out the name's own folders, its last part serves, if it is the only one of all the names.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]):
+        self.folder = folder
+        self.files: dict[str, list[Path]] = {}  # by the last part of their name, with the suffix and without
+        for path in pictures_below(folder):
+            for key in (path.name, path.stem):
+                self.files.setdefault(key, []).append(path)
+        self.names: dict[str, set[PurePosixPath]] = {}
+        for name in map(_path, names):
+            self.names.setdefault(name.name, set()).add(name)
+        self.folders = {part for known in self.names.values() for name in known for part in name.parts[:-1]}
+
+    def find(self, name: str) -> Path | None:
+        """Return the file of that name, None where there is none. Raises ValueError where it may be any of several."""
+        path = _path(name)
+        if not path.is_absolute() and (whole := self.folder / path).is_file():
+            return whole
+        last = self.files.get(path.name, [])
+        below = [file for file in last if self._parts(file)[-len(path.parts) : -1] == path.parts[:-1]]
+        if not below and len(self.names[path.name]) == 1:
+            below = [file for file in last if not self.folders & set(self._parts(file)[:-1])]
+        if len(below) > 1 and not _same(below):
+            shown = " and ".join(str(file) for file in below[:2])
+            raise ValueError(
+                f"{name} may be {shown}: {len(below)} different pictures in {self.folder} have this name. Leave the "
+                "one that is described, or move the others elsewhere"
+            )
+        return below[0] if below else None
+
+    def _parts(self, file: Path) -> tuple[str, ...]:
+        return file.relative_to(self.folder).parts
 
 
-def _lookup(places: dict[str, Path], folder: Path, name: str) -> Path | None:
-    whole = folder / name
-    return whole if whole.is_file() else places.get(Path(name).name)
+def _path(name: str) -> PurePosixPath:
+    """
+    >>> _path("./a\\\\b.png")
+    PurePosixPath('a/b.png')
+    """
+    return PurePosixPath(name.replace("\\", "/"))
+
+
+def _same(files: Sequence[Path]) -> bool:
+    """Whether all are copies of one file."""
+    if len({file.stat().st_size for file in files}) > 1:
+        return False
+    first = files[0].read_bytes()
+    return all(file.read_bytes() == first for file in files[1:])
 
 
 def _first(folder: Path, names: Iterable[str]) -> Path | None:
     return next((path for name in names for path in sorted(folder.glob(name)) if path.is_file()), None)
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error

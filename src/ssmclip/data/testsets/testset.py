@@ -1,0 +1,168 @@
+"""What evaluation takes: pictures with their names, and classes or captions. `TestSet` is its type."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from ssmclip.data.testsets.card import SORTED, Card, Found
+from ssmclip.data.testsets.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
+
+KINDS = ("classification", "retrieval")
+
+
+class TestSet(Protocol):
+    """A data set to evaluate on. Anything with these attributes is one; `PictureSet` has their defaults.
+
+    name: of its rows' task; kind: one of KINDS; where: the files, for a person; keys: a name for each picture; labels:
+    each picture's class (None: it has none); captions: each picture's (None: it has none); classnames: a name for each
+    class, or several that mean the same; templates: prompts with {} for the name; prompts: where names and templates
+    come from; groups: a name for each picture, where the set has groups; files: what the pictures are read from, for
+    telling whether they have changed; said: what a reader must know of this copy ("": nothing); expected: images in the
+    whole test set.
+    """
+
+    __test__ = False  # no tests, though pytest goes by its name
+
+    card: Card
+    name: str
+    kind: str
+    where: str
+    keys: Sequence[str]
+    labels: Sequence[int] | None
+    captions: Sequence[list[str]] | None
+    classnames: Names
+    templates: tuple[str, ...]
+    prompts: str
+    groups: Sequence[str] | None
+    files: tuple[Path, ...]
+    said: str
+    expected: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """Return (picture, label), or the picture of a set without labels. Raises BadImage."""
+
+    def picture(self, index: int) -> Image.Image:
+        """Return a picture. Raises BadImage."""
+
+
+class PictureSet:
+    """A test set as it was found on a disk, with what every `TestSet` has.
+
+    n: images there are; partial: whether there are fewer than in the whole test set.
+    """
+
+    where: str = ""
+    labels: Sequence[int] | None = None
+    captions: Sequence[list[str]] | None = None
+    classnames: Names = ()
+    templates: tuple[str, ...] = ()
+    prompts: str = ""
+    groups: Sequence[str] | None = None
+    files: tuple[Path, ...] = ()
+    said: str = ""
+
+    def __init__(self, card: Card, found: Found):
+        self.card, self.name, self.kind = card, card.name, card.kind
+        self.where, self.keys, self.files = found.where, found.keys, found.files
+        self.groups, self.said = found.groups, found.said
+        self.n = len(found.keys)
+        self.expected = card.test_size or self.n
+        self.partial = self.n < self.expected
+        self._pictures = found.pictures
+        if len(found.pictures) != self.n:
+            raise ValueError(f"{self.where}: {len(found.pictures)} pictures with {self.n} names")
+
+    def __len__(self) -> int:
+        return self.n
+
+    def picture(self, index: int) -> Image.Image:
+        """Return a picture. Raises BadImage."""
+        return self._pictures[index]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.picture(index)
+
+
+class Classification(PictureSet):
+    """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
+
+    Raises ValueError for labels that are no class, class names that occur twice, and another set's classes.
+    """
+
+    labels: Sequence[int]
+
+    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
+        super().__init__(card, found)
+        self.labels = found.labels or ()
+        self.classnames = found.classnames or names_on(card)
+        self.templates = found.templates or templates_on(card)
+        self.prompts = "the data set's own" if found.templates else "the card's"
+        _check_classes(self)
+        _check_labels(self)
+        if prompts is not None:
+            self.classnames, self.templates = chosen(prompts, card, self.classnames)
+            self.prompts = prompts.source
+        if card.classes and len(self.classnames) != card.classes:
+            fewer = f"{len(self.classnames)} of {card.classes} classes"
+            self.said = "; ".join(filter(None, (self.said, fewer)))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.picture(index), self.labels[index]
+
+
+class Retrieval(PictureSet):
+    """`ds[i]` is a PIL picture, `ds.captions[i]` the list of its captions. Raises ValueError for another number."""
+
+    captions: Sequence[list[str]]
+
+    def __init__(self, card: Card, found: Found):
+        super().__init__(card, found)
+        self.captions = found.captions or ()
+        if len(self.captions) != self.n:
+            raise ValueError(f"{self.where}: {self.n} pictures with captions for {len(self.captions)}")
+
+
+def check_names(where: str, names: Sequence[str], allowed: set[str] = frozenset()) -> None:
+    """Raise ValueError for class names that occur more than once, but for the allowed ones."""
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name not in allowed]:
+        raise ValueError(f"{where}: class names that occur more than once: {', '.join(twice)}")
+
+
+def _check_classes(dataset: Classification) -> None:
+    card = dataset.card
+    known_names = names_on(card)
+    allowed = {name for name, count in Counter(known_names).items() if count > 1}  # ImageNet has two missiles
+    check_names(dataset.where, dataset.classnames, allowed)
+    names, known = ({plain(name) for name in names} for names in (dataset.classnames, known_names))
+    # Where folders are told apart by codes, the names of classes are a matter of taste.
+    alike = 2 * len(names & known) >= len(known) or bool(folders_on(card)) or card.folders == SORTED
+    if known and (len(dataset.classnames) != len(known_names) or not alike):
+        raise ValueError(
+            f"{dataset.where} has {len(names)} classes ({', '.join(sorted(names)[:5])} ...), {card.name} has "
+            f"{len(known)} ({', '.join(sorted(known)[:5])} ...): it is another data set"
+        )
+
+
+def _check_labels(dataset: Classification) -> None:
+    """A label is used as an index later on: -1 would be the last class."""
+    count = len(dataset.classnames)
+    if len(dataset.labels) != dataset.n:
+        raise ValueError(f"{dataset.where}: {dataset.n} pictures with {len(dataset.labels)} labels")
+    if outside := [i for i, label in enumerate(dataset.labels) if not _is_class(label, count)]:
+        first = outside[0]
+        raise ValueError(
+            f"{dataset.where}: {len(outside)} labels are outside the {count} classes; the first is "
+            f"{dataset.labels[first]} of {dataset.keys[first]}"
+        )
+
+
+def _is_class(label: Any, count: int) -> bool:
+    return isinstance(label, Integral) and 0 <= label < count
