@@ -33,10 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
-        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; card:FILE.toml: "
-        "the data set that your own card describes; ood: "
-        "comparison with people (see --humans); distorted:cifar10: accuracy at each level of distortion (see "
-        "--distortions)",
+        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; "
+        "card:FILE.toml: the data set that your own card describes; ood: comparison with people (see --humans); "
+        "distorted:cifar10: accuracy at each level of distortion (see --distortions)",
     )
     parser.add_argument(
         "--data",
