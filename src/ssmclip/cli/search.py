@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
     if not made_by(index, embedder):
         raise ValueError(
-            f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}, so its "
-            "vectors cannot be compared. A model without pretrained weights is initialised at random each time: give a folder"
+            f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}: vectors cannot "
+            "be compared. A model without pretrained weights is initialised at random each time: pass a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)
     folder = Path(index.about["folder"])
