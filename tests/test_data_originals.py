@@ -648,7 +648,7 @@ def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch
         open_dataset("cub", "hub:clip-benchmark")
     # What only looks, downloads nothing.
     assert main(["datasets", "--data", "hub:clip-benchmark", "aircraft", "mnist"]) == 0
-    assert capsys.readouterr().out.count("not downloaded yet; evaluate does, where clip-benchmark has it") == 2
+    assert capsys.readouterr().out.count("not downloaded yet; evaluate does it if clip-benchmark has it") == 2
     assert task_names(["found", "aircraft"], "hub:clip-benchmark") == ["aircraft"]
 
 

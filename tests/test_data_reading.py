@@ -330,7 +330,7 @@ def test_no_reader_cuts_a_caption(tmp_path, mark):
 def test_records_that_are_none_are_named_with_file_and_line(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"caption": "a"}\n\n{"caption": "b\n')
-    with pytest.raises(ValueError, match=r"c\.jsonl, line 3 is no JSON"):
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 3 is not valid JSON"):
         read_texts(path)
     path.write_text('{"caption": "a"}\n["b"]\n')
     with pytest.raises(ValueError, match=r"c\.jsonl, line 2 must be a JSON object"):

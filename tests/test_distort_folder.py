@@ -153,7 +153,7 @@ def test_sets_are_rebuilt_from_the_human_data(tmp_path, imagenet, key, capsys):
     arguments += ["--distortions", "high-pass,uniform-noise,rotation"]
     assert run(*arguments) == 1
     printed = capsys.readouterr().out
-    assert "1 images of 1 stimuli are not in" in printed
+    assert "1 images, needed for 1 stimuli, are not in" in printed
     assert "missing: n03041632_404" in printed
     assert "4 written, 0 already there, 1 pictures unreadable" in printed
     assert "n03041632_9.JPEG: broken image" in printed

@@ -282,8 +282,11 @@ def test_a_size_out_of_time_is_measured_by_the_next_command(tmp_path, capsys):
         (["--model", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
         (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
         (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
-        (["--models", "test_vmamba", "--sizes", "0"], "wanted pixels, or HEIGHTxWIDTH"),
-        (["--models", "test_vmamba", "--sizes", "big"], "image size 'big': wanted pixels, or HEIGHTxWIDTH"),
+        (["--models", "test_vmamba", "--sizes", "0"], "must be pixels or HEIGHTxWIDTH"),
+        (
+            ["--models", "test_vmamba", "--sizes", "big"],
+            "image size must be pixels or HEIGHTxWIDTH, all above 0 (got 'big')",
+        ),
         (["--models", "test_vmamba", "--batch-size", "0"], "at least 1"),
         (["--models", "test_vmamba,test_vmamba"], "LABEL="),
     ],

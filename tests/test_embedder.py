@@ -315,9 +315,9 @@ def test_embed_then_search(tiny_clip, tiny_config, folder, tmp_path, capsys):
     out = tmp_path / "index.parquet"
     assert run(embed, folder, "--model", model, "--out", out) == 0
     said = capsys.readouterr().out
-    assert "2 pictures could not be read" in said
+    assert "2 images could not be read" in said
     assert "empty.jpg: broken image" in said
-    assert f"7 pictures in {out}" in said
+    assert f"7 images in {out}" in said
     assert run(search, "a dog", out, "-k", 3) == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     index, text = read_index(out), Embedder(tiny_clip).encode_texts(["a dog"]).numpy()

@@ -492,5 +492,5 @@ def test_datasets_are_listed(data, capsys):
     assert "24     1,821" in lines["sst2"]
     assert lines["sst2"].endswith("rendered-sst2/test, partial")
     assert "get it: https://www.vision.caltech.edu" in lines["cub"]
-    assert "can not be read" in lines["cifar10"]
+    assert "unreadable" in lines["cifar10"]
     assert "640       640" in lines["scenes"]

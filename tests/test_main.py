@@ -70,7 +70,7 @@ def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command
         write_rows(name, [Result(model, "t", "top1", 0.5, n=2, extra=extra)])
     before = (tmp_path / "b.jsonl").read_bytes()
     assert main(command.split()) == 1
-    assert "is one of the files that are read: give another" in capsys.readouterr().err
+    assert "is also an input file: give another file" in capsys.readouterr().err
     assert (tmp_path / "b.jsonl").read_bytes() == before
 
 
@@ -89,9 +89,9 @@ def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command
 @pytest.mark.parametrize(
     ("device", "says"),
     [
-        ("gpu", "gpu: wanted cpu, cuda or cuda:1 ("),
+        ("gpu", "device must be cpu, cuda or cuda:1 (got 'gpu'"),
         ("meta", "meta: wanted"),
-        ("cuda:99", "CUDA devices; cpu is always"),
+        ("cuda:99", "CUDA devices; use cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_told_by_every_command(capsys, command, device, says):
@@ -117,7 +117,7 @@ def test_open_clips_weights_that_cannot_be_loaded_are_told(monkeypatch):
 def test_a_size_that_is_none_is_told_with_its_reason(capsys, command):
     with pytest.raises(SystemExit):
         main([*command.split(), "--model", "A", "--out", "x", "--image-size", "0"])
-    assert "argument --image-size: image size '0': wanted pixels, or HEIGHTxWIDTH" in capsys.readouterr().err
+    assert "argument --image-size: image size must be pixels or HEIGHTxWIDTH" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_size_that_is_none_is_told_with_its_reason(capsys, command):
         ("analyze hessian --model no/model --data x --k 0", "k=0: wanted at least one eigenvalue"),
         ("analyze hessian --model no/model --data x --which foo", "which='foo': wanted 'both', 'largest', 'smallest'"),
         ("analyze landscape --model no/model --data x --points 1", "1 points over"),
-        ("analyze efficiency --model A --batch-size 0", "--batch-size 0: at least 1"),
+        ("analyze efficiency --model A --batch-size 0", "--batch-size must be at least 1 (got 0)"),
         ("ood score --decisions none --humans none", ""),
     ],
 )

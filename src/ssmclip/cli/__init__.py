@@ -1,1 +1,4 @@
-"""The command line: arguments in, one call, print out. The only place that knows argparse, stdout and exit codes."""
+"""The command line: each command parses its arguments, makes one call and prints the result.
+
+Only this folder knows argparse, stdout and exit codes.
+"""

@@ -1,4 +1,4 @@
-"""ssmclip analyze: the analyses there are."""
+"""ssmclip analyze: the cost of models and the loss around their weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from ssmclip.cli import efficiency, landscape
 
-HELP = "what a model costs, and what its loss looks like around it, as rows"
+HELP = "cost of a model (operations, memory, time) and curvature of its loss, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

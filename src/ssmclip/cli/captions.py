@@ -1,4 +1,4 @@
-"""ssmclip captions: how many words of captions each text tower sees."""
+"""ssmclip captions: how many words of a caption fit into each text tower's context."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from pathlib import Path
 
 from ssmclip.cli.options import MODELS, labelled, line, require_writable
 
-HELP = "how many words of captions each text tower sees, as rows"
+HELP = "number of caption words that fit into each text tower's context, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODELS)
-    parser.add_argument("--texts", required=True, nargs="+", type=Path, help=".jsonl of captions, or .txt, one a line")
     parser.add_argument(
-        "--field", help="the key of the captions in .jsonl; default: the first known one of each record"
+        "--texts", required=True, nargs="+", type=Path, help="caption files: .jsonl, or .txt with one caption per line"
     )
+    parser.add_argument("--field", help="key of the captions in .jsonl (default: the first known key of each record)")
     parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.json of a language model that is the text tower; default: the model's"
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json of a language model used as the text tower (default: the model's own)",
     )
-    parser.add_argument("--out", type=Path, help="the rows file to write")
+    parser.add_argument("--out", type=Path, help="rows file to write (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def task_of(path: Path) -> str:
-    """A file of captions as a task: its name, or its folder's where all are called data.jsonl."""
+    """Return the task name of a caption file: its stem, or its folder's name for a data.jsonl."""
     return f"captions of {path.parent.name if path.stem == 'data' else path.stem}"
 
 
 def read_texts(path: Path, field: str | None = None) -> list[str]:
-    """Captions of a .jsonl (the key `field`, or the first of captioned.DESCRIPTIONS) or a text file, one a line.
+    """Read captions from .jsonl (key `field`, or the first of captioned.DESCRIPTIONS) or from text, one per line.
 
-    Raises ValueError for a record without one and for no captions.
+    Raises ValueError for a record without a caption and for a file without captions.
     """
     from ssmclip.data.lines import read_lines
     from ssmclip.data.testsets.layouts.captioned import DESCRIPTIONS
@@ -64,7 +66,7 @@ def read_texts(path: Path, field: str | None = None) -> list[str]:
             raise ValueError(f"{path}: a record has none of {', '.join(wanted)}; its keys are {', '.join(bare)}")
         lines = [next(record[key] for key in wanted if record.get(key)) for record in records]
     if not lines:
-        raise ValueError(f"{path} has no captions")
+        raise ValueError(f"{path} contains no captions")
     return lines
 
 
@@ -72,7 +74,7 @@ def _record(path: Path, number: int, line: str) -> dict:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number} must be a JSON object (got {line[:40]!r})")
     return record

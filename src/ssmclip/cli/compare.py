@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "paired tests between the models of rows files that saw the same images"
+HELP = "paired tests between models evaluated on the same images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="+", type=Path, help="rows files of evaluate")
-    parser.add_argument("--out", type=Path, help="the rows file to write")
+    parser.add_argument("rows", nargs="+", type=Path, help="rows files written by `ssmclip evaluate`")
+    parser.add_argument("--out", type=Path, help="rows file to write (default: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         require_writable(args.out, args.rows)
     rows = paired_rows([row for path in args.rows for row in read_rows(path)[1]])
     if not rows:
-        raise ValueError("no two models in these files have the same measure of the same images")
+        raise ValueError("nothing to compare: no two models in these files have the same metric on the same images")
     if args.out:
         write_rows(args.out, rows, describe_run(0))
     sys.stdout.write("".join(f"{line(row)}  p={row.extra['mcnemar_p']:.3g}, minus {row.against}\n" for row in rows))

@@ -7,20 +7,21 @@ import logging
 
 from ssmclip.cli.options import image_size
 
-HELP = "published weights -> a folder of safetensors and configuration, read by open_clip, timm or transformers"
+HELP = "conversion of published weights to a folder that open_clip, timm or transformers can load"
 
 # The fields of `Hints`, of the readers of published weights.
 HINTS = {
-    "--text-heads": dict(type=int, help="attention heads of CLIP's text transformer"),
+    "--text-heads": dict(type=int, help="number of attention heads in CLIP's text transformer"),
     "--quick-gelu": dict(
-        action=argparse.BooleanOptionalAction, help="activation of CLIP's transformers: QuickGELU rather than GELU"
+        action=argparse.BooleanOptionalAction, help="activation of CLIP's transformers: QuickGELU instead of GELU"
     ),
-    "--image-size": dict(type=image_size, help="image size of a CLIP: pixels or HEIGHTxWIDTH"),
-    "--n-groups": dict(type=int, help="groups of heads that share B and C in a Mamba-2"),
-    "--layer-norm-epsilon": dict(type=float, help="epsilon of a Mamba language model's norms"),
-    "--act-layer": dict(help="activation of a MambaOut: gelu or silu"),
+    "--image-size": dict(type=image_size, help="image size of a CLIP, in pixels or as HEIGHTxWIDTH"),
+    "--n-groups": dict(type=int, help="number of head groups that share B and C in Mamba-2"),
+    "--layer-norm-epsilon": dict(type=float, help="epsilon of the norms in a Mamba language model"),
+    "--act-layer": dict(help="activation of MambaOut: gelu or silu"),
     "--conv-act": dict(
-        action=argparse.BooleanOptionalAction, help="GELU after the convolutions of a VMamba's stem and halvings"
+        action=argparse.BooleanOptionalAction,
+        help="GELU after the convolutions of VMamba's stem and downsampling layers",
     ),
 }
 
@@ -33,12 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         default="online",
-        help="online, ema, or ema_online_bn: the average with online batch statistics (default: %(default)s)",
+        help="weights to convert: online; ema, their moving average; or ema_online_bn, the average with online batch "
+        "statistics (default: %(default)s)",
     )
     hints = parser.add_argument_group(
-        "what the shapes of weights cannot tell",
-        "Each defaults to what a configuration in the same folder says, else to what the package's own model of these "
-        "shapes has, else to a guess, which is reported.",
+        "settings that weight shapes do not determine",
+        "Each is read from a configuration in the same folder, else taken from the built-in model with these shapes, "
+        "else guessed; a guess is reported.",
     )
     for flag, how in HINTS.items():
         hints.add_argument(flag, default=None, **how)

@@ -1,4 +1,4 @@
-"""ssmclip analyze efficiency: what models cost."""
+"""ssmclip analyze efficiency: the cost of models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ssmclip.cli.options import MODELS, add_device, labelled, parse_image_size
 
-HELP = "what models cost: operations, memory and time at each image size and text length"
+HELP = "operations, memory and time of models at each image size and text length"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,28 +19,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=MODELS,
     )
     parser.add_argument(
-        "--sizes", default="224,448,672,896,1024", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
+        "--sizes",
+        default="224,448,672,896,1024",
+        help="image sizes, in pixels or as HEIGHTxWIDTH (default: %(default)s)",
     )
-    parser.add_argument("--lengths", default="", help="tokens, such as 77,256,1024, for CLIPs (default: none)")
+    parser.add_argument(
+        "--lengths", default="", help="text lengths in tokens, such as 77,256,1024, for CLIPs (default: none)"
+    )
     parser.add_argument(
         "--out",
         required=True,
         type=Path,
-        help="the rows file; what it has already is not repeated, what did not end in time is",
+        help="rows file; finished measurements are skipped, timed-out ones are retried",
     )
-    parser.add_argument("--count-only", action="store_true", help="parameters and operations, nothing measured")
-    parser.add_argument("--no-training", action="store_true", help="inference only")
-    parser.add_argument("--batch-size", type=int, default=1, help="of memory and throughput (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each timing (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a size may take (default: %(default)s)")
+    parser.add_argument("--count-only", action="store_true", help="count parameters and operations, without measuring")
+    parser.add_argument("--no-training", action="store_true", help="skip the measurements of training")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="batch size for memory and throughput (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="duration of each timing in seconds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1800.0, help="time limit per measurement in seconds (default: %(default)s)"
+    )
     parser.add_argument(
         "--attention",
         choices=["fused", "plain"],
         default="fused",
-        help="plain: all pairs in memory (default: %(default)s)",
+        help="attention kernel; plain keeps the whole attention matrix in memory (default: %(default)s)",
     )
     parser.add_argument(
-        "--precision", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s"
+        "--precision",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="arithmetic (default: %(default)s)",
     )
     add_device(parser)
 
@@ -52,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.rows import describe_run
 
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: at least 1")
+        raise ValueError(f"--batch-size must be at least 1 (got {args.batch_size})")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in ("batch_size", "seconds", "attention", "precision")}
     modes = [] if args.count_only else ["inference"] if args.no_training else ["inference", "training"]
@@ -77,4 +90,4 @@ def _number(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no whole number") from error
+        raise ValueError(f"--lengths takes whole numbers of tokens (got {text!r})") from error

@@ -1,4 +1,4 @@
-"""ssmclip embed: a folder of pictures -> an index."""
+"""ssmclip embed: a folder of images -> an index."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 
 from ssmclip.cli.options import MODEL, add_device, image_size, require_writable
 
-HELP = "the unit vectors of all pictures in a folder, as a Parquet file that search reads"
-NAMED = 20  # pictures that could not be read, printed by name
+HELP = "index of all images in a folder (unit vectors, Parquet) for `ssmclip search`"
+NAMED = 20  # unreadable images whose names are printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="pictures, at any depth")
+    parser.add_argument("folder", type=Path, help="folder of images, searched recursively")
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--out", required=True, type=Path, help="the index to write (Parquet)")
-    parser.add_argument("--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="index to write (Parquet)")
+    parser.add_argument(
+        "--image-size", type=image_size, help="image size, in pixels or as HEIGHTxWIDTH (default: the model's own)"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="number of images in a batch (default: %(default)s)")
     add_device(parser)
 
 
@@ -34,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     say = sys.stdout.write
     unreadable = index.about["unreadable"]
     if unreadable:
-        say(f"{len(unreadable)} pictures could not be read:\n")
+        say(f"{len(unreadable)} images could not be read:\n")
         say("".join(f"  {path}: {why}\n" for path, why in list(unreadable.items())[:NAMED]))
-        say(f"  ... and {len(unreadable) - NAMED} more, named in the file\n" if len(unreadable) > NAMED else "")
-    say(f"{len(index.paths)} pictures in {args.out}, {len(index.paths) / seconds:.1f} a second\n")
+        say(f"  ... and {len(unreadable) - NAMED} more, listed in the index\n" if len(unreadable) > NAMED else "")
+    say(f"{len(index.paths)} images in {args.out}, {len(index.paths) / seconds:.1f} images per second\n")
     return 0

@@ -21,50 +21,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         required=True,
-        help="data sets, with commas: digits,cifar10,flickr8k; table1: CLIP-Mamba's 26; found: all that are under "
-        "--data; folder:PATH: class folders of your own; `ssmclip datasets` lists them. ood: see --humans; "
-        "distorted:cifar10: accuracy over the level of each distortion, see --distortions",
+        help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
+        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; ood: "
+        "comparison with people (see --humans); distorted:cifar10: accuracy at each level of distortion (see "
+        "--distortions)",
     )
     parser.add_argument(
         "--data",
         default="data",
-        help="the folder the data sets are under, or hub:clip-benchmark to download them (default: %(default)s)",
+        help="folder that contains the data sets, or hub:clip-benchmark to download them (default: %(default)s)",
     )
     parser.add_argument(
-        "--protocol", default="own", help="own, clip-mamba or clip-benchmark: whose prompts and sizes (default: own)"
-    )
-    parser.add_argument("--prompts", help="labels and templates: JSON files with commas, or the folder that holds them")
-    parser.add_argument(
-        "--cache", default=str(default_cache()), help="where embeddings are kept; none: nowhere (default: %(default)s)"
+        "--protocol",
+        default="own",
+        help="source of prompts and preprocessing: own, clip-mamba or clip-benchmark (default: own)",
     )
     parser.add_argument(
-        "--truncate", type=int, default=77, help="tokens at which captions are cut besides (default: 77)"
+        "--prompts", help="labels and templates: JSON files separated by commas, or the folder that contains them"
+    )
+    parser.add_argument(
+        "--cache",
+        default=str(default_cache()),
+        help="folder of cached embeddings; none: no cache (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--truncate",
+        type=int,
+        default=77,
+        help="number of tokens at which captions are also evaluated truncated; 0: never (default: 77)",
     )
     parser.add_argument(
         "--out",
         required=True,
         type=Path,
-        help="the rows file (JSON lines); rows it has stay, but for those measured anew; other settings are refused",
+        help="rows file (JSON lines); existing rows are kept and updated; it is an error if the settings differ",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that open images (default: this one)")
-    add_device(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of intervals, examples and subsets (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="number of images in a batch (default: %(default)s)")
     parser.add_argument(
-        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
+        "--workers",
+        type=int,
+        default=0,
+        help="number of processes that open images; 0: this one (default: %(default)s)",
     )
-    parser.add_argument("--max-images", type=int, help="a random subset of each data set; the rows say so")
-    parser.add_argument("--examples", type=int, default=8, help="pictures kept per data set; 0: none (default: 8)")
-    parser.add_argument("--humans", nargs="+", type=Path, help="of the task ood: people's trials, parquet or csv files")
+    add_device(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed for intervals, examples and subsets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        help="image size, in pixels or as HEIGHTxWIDTH (default: the size the model was trained at)",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        help="size of a random subset of each data set, recorded in the rows (default: all images)",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=8, help="number of example images kept per data set; 0: none (default: 8)"
+    )
+    parser.add_argument("--humans", nargs="+", type=Path, help="human trials for the task ood: parquet or csv files")
     parser.add_argument(
         "--distortions",
-        help="names for distorted:NAME, with commas: contrast,imagenet-c/fog, or FILE.py:NAME for one of your own "
-        "(default: the 12 of Geirhos et al., without those whose tables are not given)",
+        help="distortions for distorted:NAME, separated by commas: contrast,imagenet-c/fog, or FILE.py:NAME for your "
+        "own (default: the 12 of Geirhos et al., except those that need a table that is not given)",
     )
-    parser.add_argument("--amplitude", type=Path, help="power-equalisation's table of mean amplitudes, .npy")
-    parser.add_argument("--gamma", type=Path, help="false-colour's table of the screen's light, .npy")
+    parser.add_argument("--amplitude", type=Path, help="table of mean amplitudes for power-equalisation, .npy")
+    parser.add_argument("--gamma", type=Path, help="table of screen luminance for false-colour, .npy")
     parser.add_argument(
-        "--ood-prompts", default="imagenet", help="of the task ood: imagenet or categories (default: %(default)s)"
+        "--ood-prompts",
+        default="imagenet",
+        help="prompts for the task ood: imagenet or categories (default: %(default)s)",
     )
 
 

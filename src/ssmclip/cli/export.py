@@ -7,16 +7,19 @@ import logging
 
 from ssmclip.cli.options import MODEL, image_size
 
-HELP = "an image encoder -> an ONNX file, checked against PyTorch; onnxruntime runs it on any CPU"
+HELP = "export of an image encoder to ONNX, checked against PyTorch"
 
 log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("file", metavar="FILE", help="ONNX file to write: input image, output features")
+    parser.add_argument("file", metavar="FILE", help="ONNX file to write, with input `image` and output `features`")
     parser.add_argument(
-        "--image-size", type=image_size, default=224, help="pixels or HEIGHTxWIDTH (default: %(default)s)"
+        "--image-size",
+        type=image_size,
+        default=224,
+        help="image size, in pixels or as HEIGHTxWIDTH (default: %(default)s)",
     )
 
 
@@ -26,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
 
     size = args.image_size
     difference = export_onnx(find(args.model, image_size=size, text=False).network, args.file, size)
-    log.info("wrote %s; largest difference from PyTorch %.1e of the largest feature", args.file, difference)
+    log.info("wrote %s; the largest difference from PyTorch is %.1e of the largest feature", args.file, difference)

@@ -25,19 +25,19 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
     hessian.add_argument(
         "--which",
         default="both",
-        help="which eigenvalues to converge: both ends, largest, smallest, or those of largest magnitude, which takes "
-        "fewer products (default: %(default)s)",
+        help="eigenvalues to converge: both (ends of the spectrum), largest, smallest, or magnitude (those of largest "
+        "magnitude, which takes fewer products) (default: %(default)s)",
     )
     hessian.add_argument("--tol", type=float, default=1e-3, help="relative residual to reach (default: %(default)s)")
     hessian.add_argument(
         "--max-products",
         type=int,
         default=200,
-        help="limit of Hessian-vector products per batch; eigenvalues that have not converged then are marked "
+        help="maximum number of Hessian-vector products per batch; unconverged eigenvalues are marked "
         "(default: %(default)s)",
     )
     hessian.add_argument(
-        "--copies", action="store_true", help="search for repeated eigenvalues (about 50%% more products)"
+        "--copies", action="store_true", help="also find repeated eigenvalues (about 50%% more products)"
     )
     hessian.add_argument(
         "--towers", default="whole", help="towers, separated by commas: whole, image, text (default: whole)"
@@ -47,13 +47,13 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
         type=int,
         default=0,
         metavar="PROBES",
-        help="random probes for spectral density and trace (default: 0)",
+        help="number of random probes for spectral density and trace (default: 0)",
     )
     hessian.add_argument(
         "--weight-decay", type=float, help="coefficient of an L2 term in the loss (default: none; 0.05 with park-kim)"
     )
     hessian.add_argument(
-        "--along-training", action="store_true", help="measure the run's initial weights and each of its checkpoints"
+        "--along-training", action="store_true", help="also measure the initial weights and every checkpoint of the run"
     )
     summary = "loss surfaces along filter-normalised directions"
     landscape = kinds.add_parser("landscape", help=summary, description=summary)
@@ -62,7 +62,9 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
     landscape.add_argument(
         "--dimensions", type=int, choices=(1, 2), default=2, help="number of directions (default: %(default)s)"
     )
-    landscape.add_argument("--points", type=int, default=21, help="points along each direction (default: %(default)s)")
+    landscape.add_argument(
+        "--points", type=int, default=21, help="number of points along each direction (default: %(default)s)"
+    )
     landscape.add_argument(
         "--distance", type=float, default=1.0, help="distance to each side, in filter norms (default: %(default)s)"
     )
@@ -70,13 +72,19 @@ def add_analyses(kinds: argparse._SubParsersAction) -> None:
 
 def _add_subject(parser: argparse.ArgumentParser, batches: int, batch_size: int) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--label", help="the model's name in the rows (default: the last part of --model)")
-    parser.add_argument("--data", required=True, help="pairs: shards, a csv, tsv or parquet file, or synthetic:NAME")
+    parser.add_argument("--label", help="name of the model in the rows (default: the last part of --model)")
+    parser.add_argument(
+        "--data", required=True, help="image-text pairs: shards, a csv, tsv or parquet file, or synthetic:NAME"
+    )
     parser.add_argument("--out", required=True, type=Path, help="rows file; rows of other models in it are kept")
     parser.add_argument("--batches", type=int, default=batches, help="number of batches (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="pairs in a batch (default: %(default)s)")
     parser.add_argument(
-        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH (default: the size the model was trained at)"
+        "--batch-size", type=int, default=batch_size, help="number of pairs in a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=image_size,
+        help="image size, in pixels or as HEIGHTxWIDTH (default: the size the model was trained at)",
     )
     parser.add_argument(
         "--precision", choices=("float32", "float64"), default="float32", help="arithmetic (default: %(default)s)"

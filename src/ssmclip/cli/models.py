@@ -6,11 +6,11 @@ import argparse
 
 from ssmclip.rows.paper_tables import PUBLISHED
 
-HELP = "the CLIP models there are: towers, parameters, operations, published weights and their row in a paper"
+HELP = "table of the CLIP models: towers, parameters, operations, published weights and their row in a paper"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the table is the same for everyone."""
+    """Add no arguments: the table is always the same."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def models_table() -> str:
-    """Return the CLIPs as a table in Markdown. Parameters in millions, GMACs of one image, text excluded."""
+    """Return the CLIPs as a table in Markdown: parameters in millions, GMACs of one image (without text)."""
     from ssmclip.analyze.cost.macs import count_macs
     from ssmclip.models import clip_config, list_clips
     from ssmclip.models.text_towers import text_tower_kind

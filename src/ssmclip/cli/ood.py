@@ -1,4 +1,4 @@
-"""ssmclip ood: what models answer to distorted images, and how close they come to people."""
+"""ssmclip ood: how models classify distorted images, and how close they come to people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssmclip.humans import RESAMPLES
 if TYPE_CHECKING:
     from ssmclip.humans.study import OodTask
 
-HELP = "out-of-distribution images: what models decide, and how they compare with people"
+HELP = "decisions of models on out-of-distribution images, compared with people"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="decisions of models: parquet or csv files, or folders of them",
     )
-    score.add_argument("--humans", required=True, nargs="+", type=Path, help="trials of people, in such files")
+    score.add_argument("--humans", required=True, nargs="+", type=Path, help="trials of people, in the same formats")
     score.add_argument("--out", required=True, type=Path, help="rows file to write (JSON lines)")
     score.add_argument(
         "--resamples",
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help=MODELS,
     )
-    decide.add_argument("--data", required=True, help="folder that holds the data sets of stimuli")
-    decide.add_argument("--sets", help="data sets, with commas: edge,contrast (default: all in --data)")
+    decide.add_argument("--data", required=True, help="folder that contains the data sets of stimuli")
+    decide.add_argument("--sets", help="data sets, separated by commas: edge,contrast (default: all in --data)")
     decide.add_argument("--out", required=True, type=Path, help="parquet file to write, or to continue")
     decide.add_argument(
         "--prompts",
@@ -55,27 +55,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decide.add_argument(
         "--cache",
         default=str(default_cache()),
-        help="folder where embedded prompts are kept; none: nowhere (default: %(default)s)",
+        help="folder of cached prompt embeddings; none: no cache (default: %(default)s)",
     )
-    decide.add_argument("--batch-size", type=int, default=64, help="number of images at a time (default: %(default)s)")
+    decide.add_argument("--batch-size", type=int, default=64, help="number of images in a batch (default: %(default)s)")
     decide.add_argument(
-        "--workers", type=int, default=0, help="number of processes that open images (default: this one)"
+        "--workers",
+        type=int,
+        default=0,
+        help="number of processes that open images; 0: this one (default: %(default)s)",
     )
     add_device(decide)
     decide.add_argument(
-        "--image-size", type=image_size, help="pixels or HEIGHTxWIDTH; default: what the model was trained at"
+        "--image-size",
+        type=image_size,
+        help="image size, in pixels or as HEIGHTxWIDTH (default: the size the model was trained at)",
     )
     decide.add_argument("--max-images", type=int, help="size of a random subset of the stimuli (default: all)")
     decide.add_argument("--seed", type=int, default=0, help="random seed for the subset (default: %(default)s)")
-    says = "the published stimuli by the names of their data sets, with checksums"
+    says = "download of the published stimuli, checked by checksums"
     download = commands.add_parser("download", help=says, description=says)
-    download.add_argument("sets", help="data sets, with commas: edge,contrast; or all")
-    download.add_argument("--out", required=True, type=Path, help="folder for one folder per data set and SHA256SUMS")
+    download.add_argument("sets", help="data sets, separated by commas: edge,contrast; or all")
     download.add_argument(
-        "--sha256", help="checksum of the archive, for a single data set (default: the one in SHA256SUMS)"
+        "--out", required=True, type=Path, help="output folder, filled with one folder per data set and SHA256SUMS"
     )
     download.add_argument(
-        "--url", help="address to download from, with {name} for the name of the data set (default: the release)"
+        "--sha256", help="SHA-256 of the archive, for a single data set (default: the one in SHA256SUMS)"
+    )
+    download.add_argument(
+        "--url", help="URL to download from, with {name} for the name of the data set (default: the release)"
     )
 
 
@@ -91,7 +98,9 @@ def _download(args: argparse.Namespace) -> int:
     for name in names:
         STIMULUS_SETS[name]  # an unknown one raises, before the first is fetched
     if args.sha256 and len(names) > 1:
-        raise ValueError(f"--sha256 is of one archive, and {len(names)} are named; list theirs in {args.out / SUMS}")
+        raise ValueError(
+            f"--sha256 applies to a single data set (got {len(names)}); list the checksums in {args.out / SUMS}"
+        )
     for name in names:
         found = download_stimuli(name, args.out, sha256=args.sha256, url=args.url or RELEASE)
         sys.stdout.write(f"{name}: {len(found):,} stimuli in {args.out}\n")
@@ -105,7 +114,7 @@ def ood_task(args: argparse.Namespace) -> OodTask:
     from ssmclip.humans.trials import read_trials
 
     if not args.humans:
-        raise ValueError("the task ood takes the trials of people to compare with: --humans FILE.parquet")
+        raise ValueError("the task ood needs the trials of people to compare with: give --humans FILE.parquet")
     stimuli, decisions = open_stimuli(args.data), args.out.with_suffix(".decisions.parquet")
     experiment = Experiment(stimuli, decisions, args.ood_prompts, args.device, args.image_size)
     return OodTask(read_trials(args.humans), experiment)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "the kernels there are, and why one is missing here"
+HELP = "list of kernels: which are available here, and why the others are not"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: every kernel is listed."""
+    """Add no arguments: every kernel is listed."""
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Options that several commands have. Argparse tells the reason of an ArgumentTypeError, and of no other error."""
+"""Options shared by several commands. Argparse shows the message of an ArgumentTypeError, and of no other error."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 
 # What every command takes as a model: the grammar of `ssmclip.models.names`.
 MODEL = (
-    "a CLIP's name; a run or checkpoint folder; a checkpoint file; open_clip:NAME/PRETRAINED; timm:NAME.TAG; or "
+    "the name of a CLIP; a run or checkpoint folder; a checkpoint file; open_clip:NAME/PRETRAINED; timm:NAME.TAG; or "
     "hf-hub:OWNER/NAME[/FILE]"
 )
-MODELS = f"models, separated by commas; LABEL=MODEL names a model's rows. A model is {MODEL}"
+MODELS = f"models, separated by commas; LABEL=MODEL sets the name used in the rows. A model is {MODEL}"
 
 
 def add_device(parser: ArgumentParser) -> None:
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1 ... (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=device, default="cpu", help="device to run on: cpu, cuda, cuda:1 ... (default: %(default)s)"
+    )
 
 
 def device(name: str) -> str:
-    """Return the name of a device this machine has; only of "cpu" is that known without torch, a second to import.
+    """Return the name of an available device. Only "cpu" is accepted without importing torch, which takes a second.
 
     Raises ArgumentTypeError.
     """
@@ -33,15 +35,17 @@ def device(name: str) -> str:
         if found.type != "cuda":  # there a first tensor takes memory for good, also from a process that measures it
             torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # whatever a build without that device says
-        raise ArgumentTypeError(f"{name}: wanted cpu, cuda or cuda:1 ({str(error).split('. ')[0]})") from error
-    there = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= there:
-        raise ArgumentTypeError(f"{name}: this machine has {there} CUDA devices; cpu is always there")
+        raise ArgumentTypeError(
+            f"device must be cpu, cuda or cuda:1 (got {name!r}: {str(error).split('. ')[0]})"
+        ) from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ArgumentTypeError(f"device {name} does not exist: this machine has {count} CUDA devices; use cpu")
     return name
 
 
 def image_size(text: str) -> int | tuple[int, int]:
-    """`parse_image_size` for argparse. Raises ArgumentTypeError."""
+    """Parse an image size for argparse (see `parse_image_size`). Raises ArgumentTypeError."""
     try:
         return parse_image_size(text)
     except ValueError as error:
@@ -49,7 +53,7 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def labelled(models: str) -> dict[str, str]:
-    """Return label -> model, from "A,B" or "LABEL=A,OTHER=B"; a folder's label is its name.
+    """Return label -> model from "A,B" or "LABEL=A,OTHER=B"; without a label, a folder's is its name.
 
     A comma or an equals sign in the path of a folder or file that exists is a part of its name.
     Raises ValueError for no models and for equal labels.
@@ -61,15 +65,17 @@ def labelled(models: str) -> dict[str, str]:
     for part in _parts(models):
         label, name = _label_and_model(part)
         if label in labels:
-            raise ValueError(f"{labels[label]} and {name} are both called {label!r}: write LABEL={name}")
+            raise ValueError(
+                f"{labels[label]} and {name} are both called {label!r}: give one a label, as in LABEL={name}"
+            )
         labels[label] = name
     if not labels:
-        raise ValueError("no model given")
+        raise ValueError("no model given: name at least one")
     return labels
 
 
 def _parts(models: str) -> Iterator[str]:
-    """Models between commas; a path with commas in one piece."""
+    """Yield the models between commas, keeping a path that contains commas in one piece."""
     words = models.split(",")
     while words:
         joined = (words[:count] for count in range(len(words), 1, -1))
@@ -81,9 +87,9 @@ def _parts(models: str) -> Iterator[str]:
 
 
 def _label_and_model(part: str) -> tuple[str, str]:
-    """("LABEL", "MODEL") of "LABEL=MODEL", and of "MODEL" the last part of its path as label.
+    """Return (label, model) of "LABEL=MODEL"; for "MODEL" alone, the label is the last part of its path.
 
-    What is cut at is the first equals sign after which there is a path, else the last.
+    The split is at the first equals sign that precedes an existing path, else at the last one.
     """
     words = part.split("=")
     cuts = (cut for cut in range(len(words)) if _is_path("=".join(words[cut:])))
@@ -97,17 +103,17 @@ def _is_path(name: str, commas: int = 0) -> bool:
 
 
 def default_cache() -> Path:
-    """Beside what other tools of the field keep: $XDG_CACHE_HOME/ssmclip, or ~/.cache/ssmclip."""
+    """Return the default folder of cached embeddings, in $XDG_CACHE_HOME/ssmclip or ~/.cache/ssmclip."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssmclip" / "embeddings"
 
 
 def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
     """Raise OSError now if `path` can't be written later, ValueError if it is one of the files that are read.
 
-    Leaves a file that is there as it is.
+    An existing file is left as it is.
     """
     if path.resolve() in {file.resolve() for file in read}:
-        raise ValueError(f"--out {path} is one of the files that are read: give another")
+        raise ValueError(f"--out {path} is also an input file: give another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; --out takes a file")
@@ -117,18 +123,18 @@ def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
 
 
 def line(row) -> str:
-    """One row for a person."""
+    """Return one row as a line of text."""
     interval = "" if row.ci_low is None else f" [{row.ci_low:.4f}, {row.ci_high:.4f}]"
     return f"{row.model:24} {row.task:16} {row.metric:24} {row.value:.4f}{interval}  n={row.n}"
 
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
-    """Pixels, or HEIGHTxWIDTH. Raises ValueError for what is neither.
+    """Return an image size from pixels or HEIGHTxWIDTH. Raises ValueError for anything else.
 
     >>> parse_image_size("224"), parse_image_size("97x160")
     (224, (97, 160))
     """
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise ValueError(f"image size {text!r}: wanted pixels, or HEIGHTxWIDTH, all above 0")
+        raise ValueError(f"image size must be pixels or HEIGHTxWIDTH, all above 0 (got {text!r})")
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))

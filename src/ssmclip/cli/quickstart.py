@@ -1,7 +1,7 @@
-"""`ssmclip quickstart`: train small CLIPs on embedded data, evaluate them side by side, write the report.
+"""`ssmclip quickstart`: train small CLIPs on built-in data, evaluate them side by side, write the report.
 
-Everything is on this machine: scikit-learn's handwritten digits and drawn scenes, some of whose colour-shape pairs are
-kept out of training. The two models differ in their image encoder only.
+Nothing is downloaded: the data are scikit-learn's handwritten digits and drawn scenes, some of whose colour-shape pairs
+are held out from training. The two models differ in their image encoder only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from ssmclip.cli.train import build_validation
 
-HELP = "train two small CLIPs on embedded data, evaluate them, write report.html"
+HELP = "training of two small CLIPs on built-in data, their evaluation and a report"
 MODELS = ("CLIP-VMamba-Nano", "CLIP-ViT-Nano")
 TASKS = ("digits", "scenes")
 DISTORTED = ("contrast", "high-pass", "low-pass", "uniform-noise", "phase-scrambling")  # of digits: half a minute
@@ -22,13 +22,17 @@ DISTORTED_IMAGES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.py"), help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
+    parser.add_argument(
+        "--recipe", type=Path, default=Path("recipes/quickstart.py"), help="recipe (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="output folder (default: %(default)s)"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings to change")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, evaluate and report. A model whose run is there already is continued, or left alone if it is finished."""
+    """Train, evaluate and report. An existing run is continued, or left alone if it is finished."""
     import ssmclip
     from ssmclip.analyze.curvature.hessian import SpectrumSettings
     from ssmclip.analyze.curvature.study import Subject, hessian_study, landscape_study

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "one HTML page of tables and figures from rows files"
+HELP = "HTML page of tables and figures from rows files"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="+", type=Path, help="rows files (JSON lines), of any command that writes them")
-    parser.add_argument("--out", type=Path, help="the folder that gets report.html (default: none)")
+    parser.add_argument("rows", nargs="+", type=Path, help="rows files (JSON lines), written by any command")
+    parser.add_argument("--out", type=Path, help="folder to write report.html to (default: none)")
     parser.add_argument(
-        "--readme", type=Path, help="a README whose results table, between its markers, is written anew"
+        "--readme", type=Path, help="README whose results table, between its markers, is updated (default: none)"
     )
 
 

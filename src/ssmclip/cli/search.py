@@ -1,4 +1,4 @@
-"""ssmclip search: a text -> the pictures of an index nearest to it."""
+"""ssmclip search: a text -> the most similar images of an index."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ssmclip.cli.options import MODEL, add_device
 
-HELP = "the pictures of an index that are nearest to a text"
+HELP = "images of an index that are most similar to a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", help='what is looked for, such as "a dog on a beach"')
-    parser.add_argument("index", type=Path, help="what ssmclip embed wrote")
-    parser.add_argument("-k", type=int, default=10, help="results (default: %(default)s)")
-    parser.add_argument("--model", help=f"model to use in place of the one that the index names: {MODEL}")
+    parser.add_argument("text", help='text to search for, such as "a dog on a beach"')
+    parser.add_argument("index", type=Path, help="index written by `ssmclip embed`")
+    parser.add_argument("-k", type=int, default=10, help="number of results (default: %(default)s)")
+    parser.add_argument("--model", help=f"model to use instead of the one named in the index: {MODEL}")
     add_device(parser)
 
 
@@ -25,15 +25,15 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.search.index import nearest, read_index
 
     if not args.text.strip():
-        raise ValueError("nothing to look for: the text is empty")
+        raise ValueError("nothing to search for: the text is empty")
     index = read_index(args.index)
     name = args.model or index.about["model"]
     size = index.about["image_size"]
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
     if hashes(embedder.clip)["model"] != index.about["weights"]:
         raise ValueError(
-            f"{embedder.clip.label} does not have the weights that {args.index} was made with: its vectors cannot be "
-            "compared. A name without pretrained weights has new ones each time it is loaded; give a folder"
+            f"{embedder.clip.label} does not have the weights that {args.index} was made with, so its vectors cannot "
+            "be compared. A model without pretrained weights is initialised at random each time: give a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)
     folder = Path(index.about["folder"])

@@ -1,4 +1,4 @@
-"""`ssmclip train`: a recipe, changes to it, a folder."""
+"""`ssmclip train`: a recipe and changes to it -> a run's folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HELP = "train a model as a recipe says"
+HELP = "training of a model as described by a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", type=Path, help="a file whose function returns a TrainConfig, such as recipes/tiny.py"
+        "recipe", type=Path, help="Python file whose function returns a TrainConfig, such as recipes/tiny.py"
     )
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings, such as lr=3e-4"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings to change, such as lr=3e-4"
     )
-    parser.add_argument("--out", type=Path, help="the run's folder; without it runs/NAME, NAME the recipe's")
-    parser.add_argument("--resume", action="store_true", help="continue the run in that folder, exactly")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME, with the recipe's name)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_validation(config: Any) -> Callable | None:
-    """Return what measures a training run as it goes, from its TrainConfig; None when it asks for nothing.
+    """Return the function that validates a training run, from its TrainConfig; None without validation tasks.
 
     Evaluation stands above training, so the command hands it down: validate(model, preprocess, tokenizer, step) ->
     list[Result], with a model in eval mode on its device, PIL image -> tensor (3, H, W), list of n strings -> int64
@@ -54,5 +54,5 @@ def build_validation(config: Any) -> Callable | None:
             return training_validation(asked.tasks, root, model_name=config.model.name, seed=config.seed)
         except FileNotFoundError as error:
             errors.append(str(error))
-    advice = f". Name its folder: validation.root=DIR, or set {VARIABLE}" if len(errors) > 1 else ""
+    advice = f". Set validation.root=DIR, or set {VARIABLE}" if len(errors) > 1 else ""
     raise FileNotFoundError("\n".join(errors) + advice)
