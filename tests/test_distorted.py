@@ -180,8 +180,8 @@ def test_a_second_run_opens_no_picture(scenes, tmp_path, monkeypatch):
 
 def test_tables_are_asked_for_where_they_are_needed(caplog):
     assert len(choose(None).names) == 10
-    assert "power-equalisation is left out: it needs --amplitude FILE.npy" in caplog.text
-    assert "false-colour is left out: it needs --gamma FILE.npy" in caplog.text
+    assert "power-equalisation is omitted: it needs --amplitude FILE.npy" in caplog.text
+    assert "false-colour is omitted: it needs --gamma FILE.npy" in caplog.text
     assert len(choose(None, amplitude=np.ones((224, 224)), gamma=np.linspace(0, 1, 256)).names) == 12
     with pytest.raises(ValueError, match="false-colour needs gamma="):
         choose(["false-colour"])

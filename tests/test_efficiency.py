@@ -367,7 +367,7 @@ def test_figures_fit_growth_and_find_the_crossing(tmp_path):
     assert found["a", "b (plain attention)"] is None
     assert {c["lower"] for c in image.crossings()} == {None, "a", "b"}  # both below 5 at the sizes they share
     axes = image.plot().axes[0]
-    assert "a lower throughout, b (plain attention) higher" in axes.get_xlabel()
+    assert "a below b (plain attention) throughout" in axes.get_xlabel()
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["a: pixels^1.00", "b: pixels^2.00", "b (plain attention): pixels^0.00"]

@@ -175,11 +175,11 @@ def test_bad_input_is_named(embedder, tiny_clip, tmp_path):
         with pytest.raises(BadImage, match=r"missing image file.*none\.png"):
             embedder.encode_images(images)
     assert torch.equal(embedder.encode_images(torch.ones(3, 32, 32)), embedder.encode_images([torch.ones(3, 32, 32)]))
-    with pytest.raises(ValueError, match=r"\(3, height, width\), got \(1, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"\(3, height, width\) \(got \(1, 3, 32, 32\)"):
         embedder.encode_images([torch.zeros(1, 3, 32, 32)])
     with pytest.raises(ValueError, match="1 of 1 image embeddings are not finite"):
         embedder.encode_images([torch.full((3, 32, 32), torch.nan)])
-    with pytest.raises(ValueError, match="batch_size 0"):
+    with pytest.raises(ValueError, match=r"batch_size must be at least 1 \(got 0\)"):
         Embedder(tiny_clip, batch_size=0)
     with pytest.raises(ValueError, match="floating-point type"):
         Embedder(tiny_clip, dtype=torch.int8)
@@ -243,7 +243,7 @@ def test_a_folder_without_one_good_picture_leaves_nothing_behind(embedder, tmp_p
     picture = tmp_path / "pictures" / "a.png"
     picture.parent.mkdir()
     picture.write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the 1 images"):
         build_index(picture.parent, embedder, tmp_path / "i")
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
     Image.new("RGB", (40, 40), "red").save(picture)
@@ -262,7 +262,7 @@ def test_names_that_are_not_utf8_are_named_and_left_out(embedder, folder, tmp_pa
     alone = tmp_path / "alone"
     alone.mkdir()
     (folder / odd).rename(alone / odd)
-    with pytest.raises(ValueError, match=r"none of the 1 pictures .* caf\\xe9\.png \(the name is not UTF-8"):
+    with pytest.raises(ValueError, match=r"none of the 1 images .* caf\\xe9\.png \(the name is not UTF-8"):
         build_index(alone, embedder, tmp_path / "i")
 
 
@@ -297,9 +297,9 @@ def test_the_nearest_are_the_largest_dot_products(library, monkeypatch):
     assert np.array_equal(places, order)
     np.testing.assert_allclose(scores, np.take_along_axis(exact, order, axis=1), rtol=1e-5)
     assert nearest(vectors[:2], queries, 5)[1].shape == (3, 2)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"k must be at least 1 \(got 0\)"):
         nearest(vectors, queries, 0)
-    with pytest.raises(ValueError, match="24 numbers, the query has 23"):
+    with pytest.raises(ValueError, match="must have 24 dimensions, like the index \(got 23\)"):
         nearest(vectors, queries[:, 1:], 1)
 
 
@@ -334,15 +334,15 @@ def test_embed_then_search(tiny_clip, tiny_config, folder, tmp_path, capsys):
 
 
 def test_what_is_no_index_or_folder_is_named(embedder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no index"):
+    with pytest.raises(FileNotFoundError, match="index not found"):
         read_index(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("no")
-    with pytest.raises(ValueError, match="no index that ssmclip embed wrote"):
+    with pytest.raises(ValueError, match="is not an index written by `ssmclip embed`"):
         read_index(tmp_path / "text.parquet")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="folder not found"):
         build_index(tmp_path / "none", embedder, tmp_path / "i")
-    with pytest.raises(ValueError, match="no pictures in"):
+    with pytest.raises(ValueError, match="no images in"):
         build_index(tmp_path, embedder, tmp_path / "i")
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
+    with pytest.raises(ValueError, match="none of the 1 images"):
         build_index(tmp_path, embedder, tmp_path / "i")

@@ -344,7 +344,7 @@ def test_a_file_of_another_model_is_not_believed(vit, data, tmp_path, caplog):
     path.write_bytes(path.read_bytes()[:200])
     with caplog.at_level(logging.WARNING):
         assert embed_images(vit, dataset, settings).features.equal(right)
-    assert "is damaged and is made anew" in caplog.text
+    assert "is damaged and will be recomputed" in caplog.text
 
 
 def test_without_room_for_the_cache_the_numbers_come_all_the_same(vit, data, tmp_path, monkeypatch, caplog):
@@ -357,7 +357,7 @@ def test_without_room_for_the_cache_the_numbers_come_all_the_same(vit, data, tmp
     with caplog.at_level(logging.WARNING):
         images = embed_images(vit, open_dataset("sst2", data), settings)
     assert len(images.features) == 24
-    assert "embeddings are not kept" in caplog.text
+    assert "embeddings are not cached" in caplog.text
     assert "No space left on device" in caplog.text
     assert list((tmp_path / "kept/images").iterdir()) == []
 
@@ -477,7 +477,7 @@ def test_names_that_stand_for_many_data_sets(data):
     assert task_names(["table1"], data) == list(TABLE1.columns)
     assert task_names(["found", "sst2", "cub"], data) == ["digits", "scenes", "sst2", "urban1k", "cub"]
     assert [task.name for task in open_tasks(["sst2"], data)] == ["sst2"]
-    with pytest.raises(FileNotFoundError, match=r"no folder .*dta to find data sets under"):
+    with pytest.raises(FileNotFoundError, match=r"data folder not found: .*dta; give another --data"):
         task_names(["found", "sst2"], data.with_name("dta"))
     assert task_names(["found"], "hub:nobody") == []  # nothing downloaded
 

@@ -89,16 +89,16 @@ def test_what_is_read_is_not_written_over(capsys, monkeypatch, tmp_path, command
 @pytest.mark.parametrize(
     ("device", "says"),
     [
-        ("gpu", "device must be cpu, cuda or cuda:1 (got 'gpu'"),
-        ("meta", "meta: wanted"),
-        ("cuda:99", "CUDA devices; use cpu"),
+        ("gpu", "must be cpu, cuda or cuda:1 (got 'gpu': "),
+        ("meta", "must be cpu, cuda or cuda:1 (got 'meta': "),
+        ("cuda:99", "cuda:99 does not exist"),
     ],
 )
 def test_a_device_that_is_not_there_is_told_by_every_command(capsys, command, device, says):
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--device", device])
     assert stopped.value.code == 2
-    assert f"error: argument --device: {device}: " in (told := capsys.readouterr().err)
+    assert "error: argument --device: device " in (told := capsys.readouterr().err)
     assert says in told
 
 

@@ -60,7 +60,7 @@ def test_mean_per_class_leaves_out_classes_that_do_not_occur():
 
 def test_metrics_refuse_scores_they_are_not_for():
     scores, target = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    with pytest.raises(ValueError, match="at least 5"):
+    with pytest.raises(ValueError, match="at least 5 classes"):
         METRICS["top5"].function(scores, target)
     with pytest.raises(ValueError, match="two classes"):
         METRICS["roc_auc"].function(scores, target)

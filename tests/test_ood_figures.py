@@ -125,7 +125,7 @@ def test_accuracy_over_level_has_a_panel_for_each_set_and_a_line_for_each_model(
 
 def test_a_data_set_that_was_distorted_has_a_figure_of_its_own(drawn):
     _, own = drawn["ood_accuracy_by_level"]
-    assert own.title == "CIFAR-10, distorted: top-1 accuracy over the level of distortion"
+    assert own.title == "CIFAR-10, distorted: top-1 accuracy by level of distortion"
     panels = {axes.get_title(loc="left"): axes for axes in own.plot().axes}
     assert list(panels) == list(DISTORTIONS)
     for name, levels in DISTORTIONS.items():
@@ -139,7 +139,7 @@ def test_a_data_set_that_was_distorted_has_a_figure_of_its_own(drawn):
 def test_example_stimuli_are_at_their_levels(drawn):
     published, own = drawn["stimuli"]
     assert [(cell["set"], cell["level"]) for cell in published.frame()] == [("edge", "0")]
-    assert own.title == "CIFAR-10, distorted: one picture at each level"
+    assert own.title == "CIFAR-10, distorted: one image per level"
     expected = [(name, level) for name in DISTORTIONS if name != "eidolonI" for level in DISTORTIONS[name]]
     assert [(cell["set"], cell["level"]) for cell in own.frame()] == expected
     shown = [axes for axes in own.plot().axes if axes.images]
@@ -147,7 +147,7 @@ def test_example_stimuli_are_at_their_levels(drawn):
     assert {axes.texts[0].get_text() for axes in shown if axes.texts} == set(DISTORTIONS) - {"eidolonI"}
     assert abs(shown[0].images[0].get_array()[5, 5].astype(int) - [250, 20, 20]).max() < 4
     rows = [replace(row, extra={"stimuli": {"0": "no picture"}}) for row in ROWS if "stimuli" in row.extra]
-    with pytest.raises(ValueError, match="no small JPEG"):
+    with pytest.raises(ValueError, match="must be a small JPEG"):
         ood_figures.Stimuli("", rows, {}).plot()
 
 
@@ -183,7 +183,7 @@ def test_the_page_shows_them_and_no_table_of_levels(tmp_path):
     assert len(re.findall("<svg", page)) == 9
     assert "squared accuracy difference" in page
     assert "level=" not in page
-    assert "top-1 accuracy, share kept of that above guessing" in page
+    assert "top-1 accuracy retained above chance" in page
     assert "b <i>" not in page
 
 

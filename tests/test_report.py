@@ -390,7 +390,7 @@ def test_figures_without_rows_are_left_out(tmp_path):
     html = write_report([tmp_path / "rows"], tmp_path).read_text()
     page = Page(html)
     assert not {"svg", "img"} & set(page.tags)
-    assert "In pictures" not in page.text
+    assert "Figures" not in page.text
     assert "batch=8 time ms n = 3 1.5" in page.text
     assert "not a number" in page.text
 
@@ -399,15 +399,13 @@ def test_words_say_how_well_and_who_is_ahead():
     said = dict(summary([row for row in ROWS if row.task != "train"]))
     animals = [f"{s.model} {s.text}" for s in said["Three animals"]]
     assert animals[0] == (
-        "CLIP-A names 75.0 % of 60 images right (95 % interval 70.0–80.0; guessing gives 33.3 %; "
+        "CLIP-A classifies 75.0 % of 60 images correctly (95 % interval 70.0–80.0; chance level 33.3 %; "
         "partial: 60 of 1,000 images)"
     )
-    assert animals[2] == f"CLIP-A is ahead of {HOSTILE}: their intervals do not overlap"
+    assert animals[2] == f"CLIP-A is better than {HOSTILE}: their intervals do not overlap"
     photos = [f"{s.model} {s.text}" for s in said["Photographs"]]
-    assert photos[0].startswith(
-        "CLIP-A has one of an image's own captions among its first ten for 60.0 % of 100 images"
-    )
-    assert "can't be told apart" in photos[2]
+    assert photos[0].startswith("CLIP-A retrieves a correct caption in the top 10 for 60.0 % of 100 images")
+    assert "cannot be distinguished" in photos[2]
 
 
 def test_models_keep_their_look_and_can_be_told_apart_in_grey():
@@ -429,7 +427,7 @@ def test_the_last_of_several_equal_measurements_counts(tmp_path):
     write_rows(tmp_path / "run" / "a", [])
     assert [s.name for s in read_store([tmp_path / "a", tmp_path / "run" / "a"]).sources][1] == "run/a"
     assert (
-        "1 numbers were given more than once"
+        "1 numbers occur more than once"
         in Page(write_report([tmp_path / "a", tmp_path / "b"], tmp_path).read_text()).text
     )
 
@@ -493,7 +491,7 @@ def test_the_command_writes_what_it_is_asked_for(rows_file, tmp_path, capsys):
 
 
 def test_bad_input_is_named(rows_file, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no rows file .*nowhere\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"rows file not found: .*nowhere\.jsonl"):
         run(tmp_path / "nowhere.jsonl", "--out", tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"line 1: not a result row"):
@@ -516,7 +514,10 @@ HIT = {"item": "a", "score": 1.0, "right": True}
         ({"similarity": {"images": 3}}, "figure 'similarity' draws"),
         ({"kind": "classification", "chance": "low"}, "the page shows"),
         ({"image_to_text": [{"image": "1", "found": [HIT]}], "thumbnails": {}}, "the page shows"),
-        ({"image_to_text": [{"image": "1", "truth": [], "found": [HIT]}], "thumbnails": {"1": "<"}}, "no small JPEG"),
+        (
+            {"image_to_text": [{"image": "1", "truth": [], "found": [HIT]}], "thumbnails": {"1": "<"}},
+            "must be a small JPEG",
+        ),
         ({"image_to_text": [{"image": "1", "truth": [], "found": [HIT]}], "thumbnails": {"1": jpeg(1, 2000)}}, "2000"),
     ],
 )
@@ -561,7 +562,7 @@ def test_table_1_stands_beside_the_published_rows(tmp_path):
     assert lines["CLIP-SiMBA-L"].average == pytest.approx(36.7, abs=0.05)
     write_rows(tmp_path / "rows.jsonl", rows, RUN)
     text = Page(write_report([tmp_path / "rows.jsonl"], tmp_path).read_text()).text
-    assert "Beside the published table" in text
+    assert "Comparison with the published table" in text
     assert "arXiv:2404.19394" in text
     (picture,) = [d for d in drawings(read_store([tmp_path / "rows.jsonl"])) if d.title.startswith("Parameters")]
     assert {(p["model"], p["parameters"], round(p["average"], 2)) for p in picture.frame()} >= {

@@ -1,4 +1,4 @@
-"""How much of a caption a text tower sees."""
+"""How much of a caption fits into a text tower's context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 512
 
 
 def token_counts(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> list[int]:
-    """Tokens of each text, with those that mark its start and end, nothing cut off."""
+    """Return the number of tokens of each text, untruncated, including start and end tokens."""
     pad = tokenizer([""], context_length=ROOM)[0, -1]
     counts = []
     for start in range(0, len(texts), BATCH):
@@ -27,7 +27,7 @@ def token_counts(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> list
 
 
 def words_seen(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: int | None) -> list[int]:
-    """How many words of each text, parted by spaces, fit into `limit` tokens whole (None: all).
+    """Return how many space-separated words of each text fit completely into `limit` tokens (None: all).
 
     Byte pairs are merged within words, so a text's tokens are its words' tokens and those that mark start and end.
     """
@@ -46,7 +46,7 @@ def words_seen(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: in
 
 
 def cut_at(tokenizer: Callable[..., Tensor], limit: int) -> Callable[[list[str]], Tensor]:
-    """The tokenizer with texts cut after `limit` tokens, filled up to its own width: towers may want all of it."""
+    """Return the tokenizer with texts truncated to `limit` tokens and padded to its own width, as towers may need."""
     width = getattr(tokenizer, "context_length", None) or limit
     filling = tokenizer([""], context_length=ROOM)[0, -1].item()
 
@@ -57,7 +57,7 @@ def cut_at(tokenizer: Callable[..., Tensor], limit: int) -> Callable[[list[str]]
 
 
 def longer_than(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: int) -> bool:
-    """Whether the tower sees tokens of a text beyond `limit`: its own limit is higher, and some text is longer."""
+    """Return whether the tower sees tokens beyond `limit`: its own limit is higher, and some text is longer."""
     own = getattr(tokenizer, "context_length", limit)
     if own is not None and own <= limit:
         return False
@@ -66,7 +66,7 @@ def longer_than(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: i
 
 
 def caption_rows(model: str, task: str, tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> list[Result]:
-    """Rows of one text tower on a list of captions: words there are, words it sees, share of captions it sees whole."""
+    """Return rows of one text tower on captions: words, words it sees, share of captions it sees completely."""
     limit = getattr(tokenizer, "context_length", None)
     words = [len(text.split()) for text in texts]
     seen = words_seen(tokenizer, texts, limit)

@@ -1,4 +1,4 @@
-"""Accuracy over the level of distortion on any data set, by its own classes or captions.
+"""Accuracy by level of distortion on any data set, using its own classes or captions.
 
 n images · l levels
 
@@ -43,7 +43,7 @@ REMEMBERED = 2000  # distorted pictures kept for the next model, 300 MB
 
 @dataclass(frozen=True)
 class Manipulations:
-    """Which of DISTORTIONS, each at all of its levels; tables: "amplitude" and "gamma", checked, where given."""
+    """The distortions to apply, each at all of its levels; tables: "amplitude" and "gamma", checked, if given."""
 
     names: tuple[str, ...]
     tables: dict[str, np.ndarray] = field(default_factory=dict)
@@ -51,25 +51,25 @@ class Manipulations:
 
 
 def choose(names: Sequence[str] | None, amplitude: Table = None, gamma: Table = None, seed: int = 0) -> Manipulations:
-    """Return the named ones, or those of Geirhos et al. whose tables are given (which are left out is logged).
+    """Return the named distortions, or those of Geirhos et al. whose tables are given; omitted ones are logged.
 
     names: as `find` takes them: "contrast", "imagenet-c/fog", "FILE.py:NAME".
-    Raises UnknownName, ValueError for a named one without its table and for tables that don't fit, and ImportError for
-    a named one whose package is missing.
+    Raises UnknownName, ValueError for a named distortion without its table and for tables that do not fit, and
+    ImportError for a named distortion whose package is missing.
     """
     given = {"amplitude": amplitude, "gamma": gamma}
     if names is None:
-        lacking = [name for name in GEIRHOS if any(given[kind] is None for kind in DISTORTIONS[name].tables)]
-        names = [name for name in GEIRHOS if name not in lacking]
-        for name in lacking:
-            log.warning("%s is left out: it needs --%s FILE.npy", name, " and --".join(DISTORTIONS[name].tables))
+        without_tables = [name for name in GEIRHOS if any(given[kind] is None for kind in DISTORTIONS[name].tables)]
+        names = [name for name in GEIRHOS if name not in without_tables]
+        for name in without_tables:
+            log.warning("%s is omitted: it needs --%s FILE.npy", name, " and --".join(DISTORTIONS[name].tables))
     names = tuple(find(name) for name in names)
     tables = {kind: table for name in names for kind, table in prepare(name, given).items()}
     return Manipulations(names, tables, seed)
 
 
 class Distorted(Dataset):
-    """`dataset` with its pictures distorted: `ds[i]` as there. Pictures are remembered, for the next model."""
+    """A data set with its images distorted, indexed like the original. Images are kept for the next model."""
 
     def __init__(self, dataset: Any, name: str, label: str, how: Manipulations):
         self.dataset, self.name, self.label, self.how = dataset, name, label, how
@@ -152,7 +152,7 @@ def _level_row(model, task, label, metric, hits, images: ImageEmbeddings, datase
 def _mean_rows(
     task: str, metric: str, scores: dict[str, Tensor], counted, chance: float, seed: int, about
 ) -> list[Result]:
-    """scores: model -> (l, n), 1 where right. The first level does not distort."""
+    """Return means over levels. scores: model -> (l, n), 1 where right; the first level does not distort."""
     n = next(iter(scores.values())).shape[1]
 
     def mean(model: str) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""What stands behind every task of an evaluation: a judge says what a model got right on a test set."""
+"""Judges, which decide what a model got right on a test set; every task of an evaluation has one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NAMED = 20  # unreadable images named in a row
 
 
 class Right(NamedTuple):
-    """Which of n pictures a model got right, and the fraction that guessing gives (None where it is not known)."""
+    """Which of n images a model got right, and the chance level (None if unknown)."""
 
     hits: Bool[Tensor, " n"]
     chance: float | None
 
 
 class Judge(ABC):
-    """A model before a test set. Built once for the two, then asked about the pictures, distorted or not.
+    """The judge of one model on one test set, built once and then asked about images, distorted or not.
 
     kind: the kind of test set that it judges; headline: the metric that `right` is the mean of.
     A new judge is a subclass, registered in JUDGES.
@@ -56,11 +56,11 @@ JUDGES: Registry[type[Judge]] = Registry("judge", ["ssmclip.evaluate.zeroshot", 
 
 
 def usual_judge(kind: str) -> str:
-    """Return the name of the judge for a kind of test set. Raises ValueError where there is none."""
+    """Return the name of the judge for a kind of test set. Raises ValueError if no judge is registered for it."""
     for name, judge in JUDGES.items():
         if judge.kind == kind:
             return name
-    raise ValueError(f"no judge for a test set of kind {kind!r}: register one in ssmclip.evaluate.judge.JUDGES")
+    raise ValueError(f"no judge is registered for test sets of kind {kind!r}: add one to ssmclip.evaluate.judge.JUDGES")
 
 
 def names_of(names: str | Sequence[str]) -> list[str]:
@@ -69,7 +69,7 @@ def names_of(names: str | Sequence[str]) -> list[str]:
 
 
 def coverage(images: ImageEmbeddings, test_set: Any) -> dict[str, Any]:
-    """Return the part of the test set that was measured, where it is not all of it, and what a reader must know."""
+    """Return which part of the test set was measured, if not all of it, and other caveats."""
     extra: dict[str, Any] = {}
     whole = test_set.card.test_size or len(test_set)
     if len(images.index) != whole:

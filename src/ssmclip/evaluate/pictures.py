@@ -1,4 +1,4 @@
-"""What a report shows of a task besides numbers: small pictures, and what the model made of them."""
+"""Examples for a report: small images, and the model's answers to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 96  # pixels; about 2 kB a thumbnail
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A JPEG of at most 96 x 96 pixels, base64. Small images (digits) are enlarged by whole factors."""
+    """Return a JPEG of at most 96 x 96 pixels in base64. Small images (digits) are enlarged by whole factors."""
     image = image.convert("RGB")
     if (factor := SIDE // max(image.size)) > 1:
         image = image.resize([factor * side for side in image.size], Image.Resampling.NEAREST)
@@ -26,7 +26,7 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def thumbnails(dataset: Any, places: Sequence[int]) -> dict[str, str]:
-    """place (as text, for JSON) -> thumbnail of `dataset[place]`."""
+    """Return place (as text, for JSON) -> thumbnail of `dataset[place]`."""
     pictures = {}
     for place in dict.fromkeys(places):
         item = dataset[place]
@@ -35,17 +35,17 @@ def thumbnails(dataset: Any, places: Sequence[int]) -> dict[str, str]:
 
 
 def draw(n: int, count: int, seed: int) -> list[int]:
-    """`count` of n places, by chance alone: examples shown are not picked."""
+    """Return `count` of n places at random, so that examples are not selected."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
 def found(scores: Tensor, items: Sequence[str], right: set[int], top: int) -> list[dict[str, Any]]:
-    """The `top` best of the scores (m,) of m items: which, how high, and whether it is one of the right places."""
+    """Return the `top` items by scores (m,): which, how high, and whether it is one of the right places."""
     best = scores.topk(min(top, len(scores)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [{"item": items[place], "score": round(score, 4), "right": place in right} for place, score in pairs]
 
 
 def matrix(scores: Tensor) -> list[list[float]]:
-    """Scores (rows, columns) as numbers for a row's `extra`."""
+    """Return scores (rows, columns) as numbers for a row's `extra`."""
     return [[round(value, 4) for value in line] for line in scores.tolist()]

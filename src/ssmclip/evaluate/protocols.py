@@ -1,4 +1,4 @@
-"""Whose rules an evaluation follows: what is asked, and how pictures are brought to size."""
+"""Protocols of an evaluation: which prompts are used, and how images are resized."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def _its_own(model: nn.Module, preprocess: Any, kind: str, image_size: Size | No
 def _paper_prompts(prompts: Prompts | None) -> Prompts:
     if prompts is None:
         raise ValueError(
-            "the protocol clip-mamba asks SLIP's prompts: give --prompts FOLDER with labels.json and templates.json of "
-            "https://github.com/facebookresearch/SLIP (MIT licence)"
+            "the protocol clip-mamba needs SLIP's prompts: give --prompts FOLDER with labels.json and templates.json "
+            "from https://github.com/facebookresearch/SLIP (MIT licence)"
         )
     return prompts
 
 
 def _paper_preprocess(model: nn.Module, preprocess: Any, kind: str, image_size: Size | None) -> Any:
-    """Shorter side to size (bilinear; for retrieval bicubic), centre crop, ImageNet's mean and deviation."""
+    """Return CLIP-Mamba's preprocessing: resize the shorter side (bilinear; bicubic for retrieval), crop, normalise."""
     size = image_size or getattr(getattr(model, "visual", None), "image_size", None) or 224
     return image_transform(
         size,

@@ -60,7 +60,7 @@ class Retrieval(Judge):
 
     @cached_property
     def texts(self) -> list[Float[Tensor, "m d"]]:
-        """The captions embedded in each of the ways they are seen."""
+        """Return the embedded captions, for each truncation."""
         return [embed_texts(clip, self.flat, self.settings) for _, clip in self.seen]
 
     def right(self, seen: ImageEmbeddings) -> Right:
@@ -92,7 +92,7 @@ class Retrieval(Judge):
 def recall_rows(
     images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], owner: Int[Tensor, " m"], keys: Sequence[str], seed: int
 ) -> list[Result]:
-    """Recalls of unit vectors, rows without a model and task. owner: the image each text belongs to."""
+    """Return recalls of unit vectors, as rows without model and task. owner: the image each text belongs to."""
     counts = torch.bincount(owner, minlength=len(images)).tolist()
     everyone = torch.arange(len(images))
     to_text = first_relevant_ranks(images, texts, everyone, owner)
@@ -119,7 +119,7 @@ def _mean_recall(recalls: list[Callable[..., Tensor]], weights: Tensor | None = 
 
 
 def guessing(captions_per_image: list[int]) -> dict[str, float]:
-    """What guessing gives: k of all m captions, c of them right, and k of all n images, one of them right."""
+    """Return the chance level: k of all m captions, c of them right, and k of all n images, one of them right."""
     n, m = len(captions_per_image), sum(captions_per_image)
     to_text = {k: sum(1 - comb(m - c, k) / comb(m, k) for c in captions_per_image) / n for k in KS if k <= m}
     to_image = {k: k / n for k in KS if k <= n}

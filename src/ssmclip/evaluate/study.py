@@ -28,7 +28,7 @@ SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # settings t
 
 @dataclass(frozen=True)
 class Study:
-    """An evaluation: what `ssmclip evaluate` does, as a call.
+    """An evaluation as a call, as done by `ssmclip evaluate`.
 
     models: label -> a name or folder that `ssmclip.load` takes, or the (model, preprocessing, tokenizer) it returned;
     tasks: from `open_tasks`, or objects with the methods of `StudyTask`; protocol: one of PROTOCOLS; device,
@@ -70,7 +70,7 @@ class Study:
             yield made
 
     def _alone(self, models: Models) -> Iterator[list[Result]]:
-        """Model after model, so that one at a time is in memory."""
+        """Yield rows model by model, so that only one is in memory at a time."""
         for label in models:
             for task in self.tasks:
                 if not task.together:

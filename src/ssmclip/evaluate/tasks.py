@@ -48,7 +48,7 @@ class StudyTask(ABC):
 
 @dataclass(frozen=True)
 class Task(StudyTask):
-    """A test set before a judge.
+    """A test set and its judge.
 
     test_set: what `open_dataset` returns, or an object of one's own with the same attributes; judge: a name in JUDGES,
     "" for the usual one of the test set's kind; metrics: in place of the judge's usual ones; name: of the rows' task,
@@ -118,7 +118,7 @@ def open_tasks(
     Raises ValueError for no tasks, UnknownName, and the test sets' own errors.
     """
     if not names:
-        raise ValueError("no tasks to evaluate; `ssmclip datasets` lists the data sets")
+        raise ValueError("no tasks given: name at least one; `ssmclip datasets` lists the data sets")
     plain = task_names([name for name in names if not name.startswith(DISTORTED)], root)
     to_distort = task_names([name.removeprefix(DISTORTED) for name in names if name.startswith(DISTORTED)], root)
     asked = PROTOCOLS[protocol].prompts(prompts)
@@ -144,7 +144,7 @@ def task_names(names: Sequence[str], root: str | Path) -> list[str]:
             return False
 
     if "found" in names and not str(root).startswith(HUB) and not Path(root).is_dir():
-        raise FileNotFoundError(f"no folder {root} to find data sets under: pass another --data")
+        raise FileNotFoundError(f"data folder not found: {root}; give another --data")
     return list(dict.fromkeys(name for part in names for name in spelled.get(part, lambda part=part: [part])()))
 
 

@@ -28,15 +28,17 @@ SHOWN = 3  # best classes kept of an example
 def class_embeddings(
     encode: Callable[[list[str]], Tensor], classnames: Sequence[str | Sequence[str]], templates: Sequence[str]
 ) -> Float[Tensor, "c d"]:
-    """Every template with every name of a class: normalise each, mean, normalise.
+    """Return class embeddings: embed every template with every class name, normalise, average, normalise.
 
     encode: texts -> unit vectors (m, d). A class may have several names (synonyms). Raises ValueError for no classes,
     no templates, and templates without a {} for the name.
     """
     if not classnames or not templates:
-        raise ValueError(f"zero-shot takes classes and templates; got {len(classnames)} and {len(templates)}")
+        raise ValueError(
+            f"zero-shot needs at least one class and one template (got {len(classnames)} and {len(templates)})"
+        )
     if without := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"templates without {{}}, where the class's name goes: {without}")
+        raise ValueError(f"every template needs {{}} for the class name (got {without})")
     prompts = [
         [template.replace("{}", name) for name in names_of(names) for template in templates] for names in classnames
     ]
@@ -47,7 +49,7 @@ def class_embeddings(
 
 @JUDGES.register("zero-shot")
 class ZeroShot(Judge):
-    """The class whose prompts are nearest to a picture (Radford et al. 2021, section 3.1).
+    """Zero-shot classification by the nearest class prompts (Radford et al. 2021, section 3.1).
 
     Rows: the card's metric first, then top1, mean_per_class and (above 5 classes) top5; where the test set has groups,
     worst_group and average_group. The first row's `extra` has the classes' accuracies, the confusion matrix and
@@ -72,7 +74,9 @@ class ZeroShot(Judge):
         card, settings, names = self.test_set.card, self.settings, self.names
         scores, target = seen.features @ self.classes.T, seen.labels
         if not (0 <= target.min() and target.max() < len(names)):
-            raise ValueError(f"{task}: labels {target.min()} to {target.max()} for {len(names)} classes")
+            raise ValueError(
+                f"{task}: labels range from {target.min()} to {target.max()}, but there are {len(names)} classes"
+            )
         usual = (card.metric, "top1", "mean_per_class", *(["top5"] if len(names) > 5 else []))
         metrics = tuple(dict.fromkeys(metrics or usual))
         n = len(target)
@@ -108,7 +112,7 @@ def _right(scores: Tensor, target: Tensor) -> Tensor:
 def _group_rows(
     model: str, task: str, right: Tensor, images: ImageEmbeddings, dataset: Any, settings: Settings
 ) -> list[Result]:
-    """Accuracy in the group where it is lowest, and the mean of the groups' (Sagawa et al. 2020, section 3)."""
+    """Return the worst-group accuracy and the mean over groups (Sagawa et al. 2020, section 3)."""
     if not (groups := getattr(dataset, "groups", None)):
         return []
     names = [groups[i] for i in images.index.tolist()]

@@ -1,4 +1,4 @@
-"""Rows files -> one HTML page that needs nothing but itself: no network, no script."""
+"""Rows files -> one self-contained HTML page, without network access or scripts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PAGE = "report.html"
 def write_report(rows_files: Sequence[str | Path], out: str | Path) -> Path:
     """Write `out`/report.html from rows files and return its path.
 
-    Raises FileNotFoundError for a file that isn't there, ValueError for a line that is no row, for no rows at all and
-    for rows whose `extra` isn't what a figure draws, OSError when `out` can't be written. Writes the page whole or not.
+    Raises FileNotFoundError for a missing file, ValueError for a line that is not a row, for no rows at all and for
+    rows whose `extra` a figure cannot draw, OSError if `out` cannot be written. The page is written whole or not.
     """
     store = read_store(rows_files)
     page = Path(out) / PAGE
@@ -36,7 +36,7 @@ def write_report(rows_files: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def render(store: Store) -> str:
-    """The page's HTML. Whatever comes from rows is escaped by the template."""
+    """Return the page's HTML. The template escapes everything that comes from rows."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Rows files, read together: what a report is made of."""
+"""Rows files, read together as the input of a report."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Store:
 def read_store(files: Sequence[str | Path]) -> Store:
     """Read rows files together.
 
-    Raises FileNotFoundError, and ValueError for a line that is no row, for no rows at all, and for two training runs
-    of one name: their steps would be spliced into one curve.
+    Raises FileNotFoundError, and ValueError for a line that is not a row, for no rows at all, and for two training runs
+    of one name, whose steps would be joined into one curve.
     """
     rows: list[Result] = []
     sources = []
@@ -49,37 +49,37 @@ def read_store(files: Sequence[str | Path]) -> Store:
     same_name = Counter(path.name for path in paths)
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"there is no rows file {path}")
+            raise FileNotFoundError(f"rows file not found: {path}")
         run, found = read_rows(path)
         # Only a run's own file names its model in the first line.
         for name in {row.model for row in found if row.task == "train" and "model" in run}:
             if runs.setdefault(name, path).resolve() != path.resolve():
                 raise ValueError(
-                    f"{runs[name]} and {path} are two training runs called {name!r}: report them one by one, or give "
-                    "the model another name in the rows of one"
+                    f"{runs[name]} and {path} are two training runs called {name!r}: report them separately, or "
+                    "rename the model in the rows of one of them"
                 )
         sources.append(
             Source(path.name if same_name[path.name] == 1 else f"{path.parent.name}/{path.name}", run, len(found))
         )
         rows += found
     if not rows:
-        raise ValueError(f"no rows in {', '.join(str(path) for path in files) or 'no files'}: nothing to report")
+        raise ValueError(f"nothing to report: no rows in {', '.join(str(path) for path in files) or 'no files'}")
     kept, replaced = latest(rows)
     return Store(kept, sources, replaced)
 
 
 def by_task(rows: Iterable[Result]) -> list[Result]:
-    """The rows, those of a task together, tasks in the order of their first row: models side by side."""
+    """Return the rows grouped by task, in the order of each task's first row, so that models stand side by side."""
     rows = list(rows)
     place = {task: i for i, task in enumerate(dict.fromkeys(row.task for row in rows))}
     return sorted(rows, key=lambda row: place[row.task])
 
 
 def final(rows: Iterable[Result]) -> list[Result]:
-    """The rows that aren't part of a training curve, and aren't one of the many points of a distribution or surface."""
+    """Return the rows that are part of neither a training curve nor a distribution or surface."""
     return [row for row in rows if STEP not in row.where and not is_point(row)]
 
 
 def is_point(row: Result) -> bool:
-    """Whether a row is one of many, of a batch or of a place on a surface: too many to list."""
+    """Return whether a row is one of many, of a batch or of a point on a surface: too many to list."""
     return (row.task == HESSIAN and BATCH in row.where) or row.task in SURFACES

@@ -1,4 +1,4 @@
-"""How models look: one colour, dash, marker and hatch each, the same in every figure; and matplotlib to inline SVG.
+"""Styles of models (colour, dash, marker and hatch, the same in every figure), and matplotlib figures as inline SVG.
 
 Okabe and Ito's colours can be told apart with any colour vision; dash, marker and hatch tell them apart in grey.
 """
@@ -34,7 +34,7 @@ class Style:
 
 
 def styles(models: Sequence[str]) -> dict[str, Style]:
-    """A style for each model, by its place. With more than eight, colours repeat with other dashes and hatches."""
+    """Return a style for each model, by its place. After eight, colours repeat with other dashes and hatches."""
 
     def style(place: int) -> Style:
         turn = place // len(COLOURS)
@@ -50,7 +50,7 @@ def styles(models: Sequence[str]) -> dict[str, Style]:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """matplotlib's settings for a figure of the page. Names are drawn as they are: "$" starts no formula."""
+    """Apply matplotlib's settings for a figure of the page. Names are drawn verbatim: "$" starts no formula."""
     settings = {
         "font.size": 9,
         "font.family": "sans-serif",
@@ -83,7 +83,7 @@ def drawing() -> Iterator[None]:
 
 
 def inline_svg(figure: Figure, label: str, prefix: str, wide: bool = False) -> str:
-    """The figure as an SVG element for an HTML page: no ids that clash with another's, colours of the page.
+    """Return the figure as an SVG element for an HTML page, with unique ids and the page's colours.
 
     It shrinks with the page, unless it is `wide`: then it keeps its size, for a box that scrolls.
     """

@@ -1,4 +1,4 @@
-"""CLIP-Mamba's table of 26 data sets: the published rows, and beneath them those measured here."""
+"""CLIP-Mamba's table of 26 data sets: the published rows, followed by the measured ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ENOUGH = 2  # columns; one number next to 26 says nothing
 
 @dataclass(frozen=True)
 class Cell:
-    """A number in percent (None: not measured), whether it is its column's best, whether the data were not whole."""
+    """A number in percent (None: not measured), whether it is its column's best, whether the data were incomplete."""
 
     value: float | None
     best: bool = False
@@ -49,7 +49,7 @@ class Comparison:
 
 
 def table1(rows: Sequence[Result]) -> Comparison | None:
-    """The table, or None when fewer than two of its columns were measured.
+    """Return the table, or None if fewer than two of its columns were measured.
 
     A measured number stands in the table's metric, the data set's headline. The best of a column, published or
     measured, is marked, equals all.
@@ -82,7 +82,7 @@ def _measured(rows: Sequence[Result]) -> dict[str, dict[str, Result]]:
 
 
 def _parameters(found: dict[str, Result]) -> float | None:
-    """Millions in the image tower, which is what the paper counts."""
+    """Return the parameters of the image tower in millions, as counted in the paper."""
     counts = [row.extra["parameters"]["image"] for row in found.values() if "parameters" in row.extra]
     return counts[0] / 1e6 if counts else None
 
@@ -115,7 +115,7 @@ def _line(
 
 
 def points(rows: Sequence[Result]) -> list[dict[str, Any]]:
-    """Parameters against the average of the shared columns, a dict for each model of the table that has both."""
+    """Return parameters and average of the shared columns, a dict for each model of the table that has both."""
     comparison = table1(rows)
     if comparison is None:
         return []

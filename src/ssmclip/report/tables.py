@@ -1,4 +1,4 @@
-"""Rows as tables: for the page, and as Markdown for a README."""
+"""Rows as tables, for the page and as Markdown for a README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: a measure of a data set, and each model's row of it (None where it wasn't measured)."""
+    """A line of a table: one metric of one data set, with each model's row (None where it was not measured)."""
 
     title: str
     condition: str
@@ -63,8 +63,8 @@ def lines(rows: Sequence[Result], models: Sequence[str]) -> list[Line]:
 
 
 def blocks(rows: Sequence[Result], models: Sequence[str]) -> list[Block]:
-    """The page's lines in tables: each long family of tasks (FAMILY/TASK) has one; the others share one where they
-    have the same models. Of a long table one sees each task's first line, of a single task's the first VISIBLE."""
+    """Return the page's tables: one for each long family of tasks (FAMILY/TASK), one shared by the other tasks with the
+    same models. A long table shows the first line of each task, or the first VISIBLE lines of a single task."""
     families: dict[str, list[Line]] = {}
     for line in lines(rows, models):
         task = line.first.task
@@ -97,7 +97,7 @@ def _block(family: str, there: Sequence[int], own: Sequence[Line], models: Seque
 
 
 def speeds(rows: Sequence[Result]) -> list[Result]:
-    """The median images per second over the logged training steps of each model, as rows."""
+    """Return each model's median images per second over the logged training steps, as rows."""
     seen: dict[str, list[float]] = {}
     for row in rows:
         if row.metric == "images_per_s" and STEP in row.where:
@@ -116,7 +116,7 @@ def speeds(rows: Sequence[Result]) -> list[Result]:
 
 
 def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
-    """(model, title of the data set, what a reader must know) of data that were not measured whole, each said once.
+    """Return (model, title of the data set, note) for data that were not measured completely, without repetitions.
 
     >>> part = {"partial": {"used": 100, "of": 360}}
     >>> notes([Result("A", "digits", "", metric, 0.9, extra=part) for metric in ("top1", "top5")])
@@ -130,7 +130,7 @@ def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
 
 
 def table(rows: Sequence[Result]) -> str:
-    """Rows as a Markdown table: a line for each measure, a column for each model, 95 % intervals in brackets.
+    """Return rows as a Markdown table: a line per metric, a column per model, 95 % intervals in brackets.
 
     The training curves' rows appear as the speed of training only. Depends on nothing but the rows and their order.
 
@@ -153,12 +153,14 @@ def table(rows: Sequence[Result]) -> str:
 def update_readme(readme: str | Path, rows_files: Sequence[str | Path]) -> str:
     """Write the table of the rows files between a README's markers, and return the whole new text.
 
-    Raises ValueError unless `<!-- results -->` and `<!-- /results -->` stand there once each, in this order.
+    Raises ValueError unless `<!-- results -->` and `<!-- /results -->` occur once each, in this order.
     """
     readme = Path(readme)
     old = readme.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{readme} must have one line {BEGIN} and after it one line {END}; the table goes between")
+        raise ValueError(
+            f"{readme} must contain one line {BEGIN} followed by one line {END}; the table goes between them"
+        )
     store = read_store(rows_files)
     said = [f"- {_escaped(model)}, {_escaped(title)}: {note}." for model, title, note in notes(store.rows)]
     made = list(dict.fromkeys(_escaped(provenance(source)) for source in store.sources))
@@ -172,7 +174,7 @@ def update_readme(readme: str | Path, rows_files: Sequence[str | Path]) -> str:
 
 
 def provenance(source: Source) -> str:
-    """How a rows file came about, in one sentence, as far as its first line says."""
+    """Return one sentence on how a rows file was made, as far as its first line says."""
     run = source.run
     versions = run.get("versions") or {}
     parts = [
@@ -182,7 +184,7 @@ def provenance(source: Source) -> str:
         f"{run['cpu']}, {run.get('cores', '?')} cores" if run.get("cpu") else "",
         f"seed {run['seed']}" if run.get("seed") is not None else "",
     ]
-    return f"`{source.name}`: " + (", ".join(filter(None, parts)) or "nothing is known of how it was made") + "."
+    return f"`{source.name}`: " + (", ".join(filter(None, parts)) or "origin unknown") + "."
 
 
 def _cell(row: Result | None) -> str:

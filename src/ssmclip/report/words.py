@@ -1,4 +1,4 @@
-"""Rows in words: what a metric is called, how a number is written, what a result says."""
+"""Rows in words: names of metrics, formatting of numbers, sentences about results."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def metric_name(metric: str) -> str:
     if metric not in SHOWN and metric.endswith(DIFFERENCE):
         return f"difference in {metric_name(metric.removesuffix(DIFFERENCE))}"
     if metric.endswith(RETAINED):
-        return f"{metric_name(metric.removesuffix(RETAINED))}, share kept of that above guessing"
+        return f"{metric_name(metric.removesuffix(RETAINED))} retained above chance"
     if match := RECALL.fullmatch(metric):
         return f"{WAYS.get(match[1], match[1].replace('_', ' '))} R@{match[2]}"
     return SHOWN[metric].title if metric in SHOWN else metric.replace("_", " ")
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether a metric's values are fractions, written as percentages.
+    """Return whether a metric's values are fractions, written as percentages.
 
     >>> is_fraction("top1_difference"), is_fraction("accuracy_difference")  # a squared one
     (True, False)
@@ -64,7 +64,7 @@ def number(value: float | None, metric: str) -> str:
 
 
 def interval(row: Result) -> str:
-    """A row's 95 % interval in the unit of its value, "" when it has none."""
+    """Return a row's 95 % interval in the unit of its value, "" if it has none."""
     if row.ci_low is None or row.ci_high is None:
         return ""
     low, high = number(row.ci_low, row.metric), number(row.ci_high, row.metric)
@@ -72,26 +72,28 @@ def interval(row: Result) -> str:
 
 
 def title_of(task: str, rows: Iterable[Result]) -> str:
-    """What a task is called, by its rows."""
+    """Return the title of a task, from its rows."""
     return next((str(row.extra["title"]) for row in rows if row.task == task and "title" in row.extra), task)
 
 
 def distorted_title(row: Result) -> str:
-    """What all distortions of a data set are called together, by a row of one of them."""
+    """Return the common title of all distortions of a data set, from a row of one of them."""
     return f"{row.extra.get('title', row.task).rpartition(', ')[0]}, distorted"
 
 
 def kind_of(task: str, rows: Iterable[Result]) -> str | None:
-    """ "classification" or "retrieval", None for rows that don't say."""
+    """Return "classification" or "retrieval", None if no row says which."""
     return next((row.extra["kind"] for row in rows if row.task == task and "kind" in row.extra), None)
 
 
 def caveats(row: Result) -> list[str]:
-    """What a reader must know about a row's data: only a part was used, images could not be read."""
+    """Return what limits a row's data: only a part was used, or images could not be read."""
     said = []
     if partial := row.extra.get("partial"):
         if partial["used"] > partial["of"]:
-            said.append(f"another split: {_count(partial['used'])} images, the test set has {_count(partial['of'])}")
+            said.append(
+                f"another split: {_count(partial['used'])} images instead of the test set's {_count(partial['of'])}"
+            )
         else:
             said.append(f"partial: {_count(partial['used'])} of {_count(partial['of'])} images")
     if unreadable := row.extra.get("unreadable"):
@@ -100,12 +102,12 @@ def caveats(row: Result) -> list[str]:
         said.append(str(told))
     said += row.extra.get("doubts", [])
     if same := row.extra.get("same_names"):
-        said.append(f"classes of the same name: {', '.join(same)}")
+        said.append(f"classes that share a name: {', '.join(same)}")
     return said
 
 
 def headline(rows: Sequence[Result], task: str) -> str | None:
-    """The metric a task is summed up by: the card's own, and for retrieval the right caption among the first ten."""
+    """Return the main metric of a task: the card's own; for retrieval, image-to-text recall at 10."""
     of_task = [row for row in final(rows) if row.task == task]
     if kind_of(task, of_task) == "retrieval":
         return "image_to_text_recall@10"
@@ -113,7 +115,7 @@ def headline(rows: Sequence[Result], task: str) -> str | None:
 
 
 def summary(rows: Sequence[Result]) -> list[tuple[str, list[Said]]]:
-    """For each data set its title and sentences: how well each model does, how they compare; then their training."""
+    """Return each data set's title and sentences (the models' results, their comparison), then their training."""
     said = []
     for task in dict.fromkeys(row.task for row in final(rows)):
         of_task = [row for row in final(rows) if row.task == task]
@@ -126,7 +128,7 @@ def summary(rows: Sequence[Result]) -> list[tuple[str, list[Said]]]:
 
 
 def training(rows: Sequence[Result]) -> list[Said]:
-    """How the models were trained, a sentence each."""
+    """Return one sentence about each model's training."""
     said = []
     for model in dict.fromkeys(row.model for row in rows if row.task == "train"):
         mine = [row for row in rows if row.model == model and row.task == "train" and STEP in row.where]
@@ -137,20 +139,20 @@ def training(rows: Sequence[Result]) -> list[Said]:
         text = (
             f"was trained for {_count(losses[-1][0])} steps: loss {_significant(losses[0][1])} at step {losses[0][0]}"
         )
-        text += f", {_significant(losses[-1][1])} at the last"
-        said.append(Said(model, text + (f"; {_significant(median(speeds))} images a second" if speeds else "")))
+        text += f" and {_significant(losses[-1][1])} at the last"
+        said.append(Said(model, text + (f"; {_significant(median(speeds))} images per second" if speeds else "")))
     return said
 
 
 def _sentence(row: Result, notes: Sequence[str]) -> str:
     value, n = number(row.value, row.metric), _count(row.n)
     says = {
-        "top1": f"names {value} of {n} images right",
-        "image_to_text_recall@10": f"has one of an image's own captions among its first ten for {value} of {n} images",
+        "top1": f"classifies {value} of {n} images correctly",
+        "image_to_text_recall@10": f"retrieves a correct caption in the top 10 for {value} of {n} images",
     }.get(row.metric, f"has a {metric_name(row.metric)} of {value} on {n} images")
     facts = [f"95 % interval {interval(row)}"] if interval(row) else []
     if chance := row.extra.get("chance"):
-        facts.append(f"guessing gives {number(chance, row.metric)}")
+        facts.append(f"chance level {number(chance, row.metric)}")
     return says + (f" ({'; '.join([*facts, *notes])})" if facts or notes else "")
 
 
@@ -160,8 +162,8 @@ def _comparison(heads: Sequence[Result]) -> list[Said]:
         return []
     first, second = ranked[:2]
     if first.ci_low > second.ci_high:
-        return [Said(first.model, f"is ahead of {second.model}: their intervals do not overlap")]
-    return [Said("", f"{first.model} and {second.model} can't be told apart by this: their intervals overlap")]
+        return [Said(first.model, f"is better than {second.model}: their intervals do not overlap")]
+    return [Said("", f"{first.model} and {second.model} cannot be distinguished: their intervals overlap")]
 
 
 def _count(n: int | None) -> str:

@@ -29,7 +29,7 @@ SAID = ("A photo of 2 dogs, long ago.", "zero " * 300)  # what a tokenizer is re
 
 
 def model_hash(model: nn.Module) -> str:
-    """Of the architecture as it prints, and of every weight and buffer."""
+    """Return a hash of the printed architecture and of every weight and buffer."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(model).__qualname__} {ADDRESS.sub('', repr(model))}".encode())
     for name, value in sorted(model.state_dict().items()):
@@ -40,7 +40,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def preprocess_hash(preprocess: Any) -> str:
-    """Of what it makes of two fixed pictures of noise."""
+    """Return a hash of the preprocessing's outputs for two fixed noise images."""
     digest = hashlib.blake2b(digest_size=16)
     for number, (width, height) in enumerate(PROBES):
         pixels = np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8)
@@ -49,7 +49,7 @@ def preprocess_hash(preprocess: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of the tokens of two fixed texts."""
+    """Return a hash of the tokens of two fixed texts."""
     return hashlib.blake2b(_bytes(tokenizer(list(SAID))), digest_size=16).hexdigest()
 
 
@@ -62,7 +62,7 @@ def texts_hash(texts: Iterable[str]) -> str:
 
 
 def data_hash(dataset: Any, folder: Path) -> str:
-    """Of the bytes of the files a data set is read from, its keys and labels; of its pixels when it has no files.
+    """Return a hash of a data set: its files' bytes (pixels if it has no files), keys and labels.
 
     A file is read once: afterwards its size and time of change answer for it (kept in `folder`).
     """
@@ -75,7 +75,7 @@ def data_hash(dataset: Any, folder: Path) -> str:
 
 
 def read(path: Path, made_of: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors and notes kept at `path`; None when there are none, or not of these things, or they are damaged."""
+    """Return the tensors and notes cached at `path`; None if missing, damaged or made from something else."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
@@ -83,17 +83,17 @@ def read(path: Path, made_of: dict[str, str]) -> tuple[dict[str, Tensor], dict[s
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        log.warning("%s is damaged and is made anew: %s", path, error)
+        log.warning("%s is damaged and will be recomputed: %s", path, error)
         return None
     if about["made_of"] != made_of:
         differing = ", ".join(key for key in made_of if about["made_of"].get(key) != made_of[key])
-        log.warning("%s holds embeddings of another %s and is made anew", path, differing)
+        log.warning("%s contains embeddings of another %s and will be recomputed", path, differing)
         return None
     return tensors, about["notes"]
 
 
 def write(path: Path, made_of: dict[str, str], tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-    """Keep tensors. What can't be written is said and not kept: the numbers don't depend on it."""
+    """Cache tensors. A failed write is logged and otherwise ignored, as results do not depend on it."""
     about = json.dumps({"made_of": made_of, "notes": notes})
     partial = path.with_name(path.name + ".partial")
     try:
@@ -102,7 +102,7 @@ def write(path: Path, made_of: dict[str, str], tensors: dict[str, Tensor], notes
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        log.warning("embeddings are not kept: %s can't be written (%s)", path, error.strerror or error)
+        log.warning("embeddings are not cached: %s cannot be written (%s)", path, error.strerror or error)
 
 
 def key(made_of: dict[str, str]) -> str:
@@ -110,7 +110,7 @@ def key(made_of: dict[str, str]) -> str:
 
 
 def _file_hashes(files: Sequence[Path], folder: Path) -> list[str]:
-    """A hash of each file's bytes, from the notes of an earlier time where size and time of change are the same."""
+    """Return a hash of each file's bytes, reusing known hashes of files with unchanged size and time of change."""
     notes = folder / "files" / f"{texts_hash(map(str, files))}.json"
     try:
         known = json.loads(notes.read_text(encoding="utf-8"))

@@ -74,7 +74,7 @@ class Settings:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
-                raise ValueError(f"{name} {value}: at least {bound}")
+                raise ValueError(f"{name} must be at least {bound} (got {value})")
 
 
 @dataclass(frozen=True)
@@ -148,19 +148,19 @@ def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settin
 
 
 def _gathered(mine: list[tuple[list[int], list[int], Tensor]], unreadable: dict[int, str]):
-    """All processes' batches in the order of the data set, and what none of them could read."""
+    """Return all processes' batches in the order of the data set, and what none of them could read."""
     gathered = ranks.gather((mine, unreadable))
     found = sorted((batch for batches, _ in gathered for batch in batches), key=lambda batch: batch[0][0])
     return dict(sorted(item for _, failures in gathered for item in failures.items())), found
 
 
 def embed_texts(clip: Model, texts: Sequence[str], settings: Settings) -> Float[Tensor, "m d"]:
-    """Unit vectors of the texts, each different text encoded once. Raises ValueError for no texts and for NaN.
+    """Return unit vectors of the texts; equal texts are encoded once. Raises ValueError for no texts and for NaN.
 
     Batches are of texts of like length: what a batch is filled up to its longest text with, costs least then.
     """
     if not texts:
-        raise ValueError("there are no texts to embed")
+        raise ValueError("no texts to embed: give at least one")
     unique = list(dict.fromkeys(texts))
     place = {text: i for i, text in enumerate(unique)}
     order = torch.tensor([place[text] for text in texts])
@@ -194,7 +194,7 @@ def _embed_texts(clip: Model, unique: list[str], settings: Settings) -> Float[Te
 
 
 def encode_tokens(model: nn.Module, tokens: Int[Tensor, "b L"]) -> Float[Tensor, "b d"]:
-    """model.encode_text, without the positions that change nothing: a prompt of ten tokens then costs ten, not 77.
+    """Encode tokens without unused padding, so that a prompt of ten tokens costs ten, not 77.
 
     open_clip's CLIP attends backwards only and takes its features at the end token: what stands behind the last end
     token of the batch is left out. Every other model gets the tokens as they are. Features may have any length.
@@ -218,7 +218,7 @@ ENDS = {
 
 
 def subset(n: int, settings: Settings) -> list[int]:
-    """The places to evaluate: all, or a random `max_images` of them (data sets are often sorted by class)."""
+    """Return the places to evaluate: all, or a random `max_images` of them (data sets are often sorted by class)."""
     if settings.max_images is None or settings.max_images >= n:
         return list(range(n))
     drawn = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
@@ -227,7 +227,7 @@ def subset(n: int, settings: Settings) -> list[int]:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients; every module's own mode is restored after."""
+    """Enter evaluation mode without gradients; every module's own mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -240,7 +240,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 class _Inputs(Dataset):
-    """Preprocessed images with their places, or why one can't be read."""
+    """Preprocessed images with their places, or the reason why one cannot be read."""
 
     def __init__(self, dataset: Any, places: list[int], preprocess: Callable[[Image.Image], Tensor]):
         self.dataset, self.places, self.preprocess = dataset, places, preprocess
@@ -267,7 +267,7 @@ def _collate(items: list[tuple[int, Tensor | None, int, str]]):
 
 
 def encode_batch(clip: Model, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-    """Unit vectors of preprocessed images, float32, on the CPU. The caller sees to evaluation mode and gradients."""
+    """Return unit vectors of preprocessed images, float32, on the CPU. The caller sets mode and gradients."""
     return _unit(clip.network.encode_image(images.to(clip.device, clip.dtype)))
 
 

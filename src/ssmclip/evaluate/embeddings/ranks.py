@@ -1,4 +1,4 @@
-"""Several processes on one task: each takes whole batches in turn: every batch is what one would make."""
+"""Several processes on one task: each takes whole batches in turn, the same as a single process would."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _by_itself: ContextVar[bool] = ContextVar("ssmclip_evaluate_by_itself", default=
 
 @contextmanager
 def by_itself() -> Iterator[None]:
-    """Inside, this process does a task whole, whatever others it was launched with."""
+    """Let this process do a whole task inside the context, even if others were launched with it."""
     token = _by_itself.set(True)
     try:
         yield
@@ -28,14 +28,14 @@ def by_itself() -> Iterator[None]:
 
 
 def rank() -> tuple[int, int]:
-    """(this process's number, how many there are); (0, 1) when nothing was launched, and for a task done by itself."""
+    """Return (this process's number, number of processes); (0, 1) for a single process and inside `by_itself`."""
     if not _by_itself.get() and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def launched(device: str) -> tuple[int, str]:
-    """Join the processes `accelerate launch` or torchrun started, if one did: this one's number, and its device.
+    """Join the processes started by `accelerate launch` or torchrun, if any; return this one's number and device.
 
     device: of each, as asked for; "cuda" becomes each process's own.
     """
@@ -46,13 +46,13 @@ def launched(device: str) -> tuple[int, str]:
 
 
 def share(batches: Sequence[T]) -> Sequence[T]:
-    """This process's batches."""
+    """Return this process's batches."""
     number, count = rank()
     return batches[number::count]
 
 
 def gather(value: Any) -> list[Any]:
-    """What every process gave, in the order of the processes. Collective."""
+    """Return what every process gave, in the order of the processes. Collective."""
     _, count = rank()
     if count == 1:
         return [value]

@@ -1,1 +1,1 @@
-"""Pictures found by texts."""
+"""Search for images by text."""

@@ -1,4 +1,4 @@
-"""A model as a service: pictures and texts in, unit vectors out, in the order given, from any number of threads."""
+"""A model as a service: images and texts in, unit vectors out, in the order given, from any number of threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Picture = str | Path | Image.Image | Tensor
 
 
 class Embedder:
-    """Images and texts to unit vectors, which can be compared by their dot product.
+    """Encoder of images and texts to unit vectors, which can be compared by dot product.
 
     model: what `ssmclip.load` takes, or what it returned; device: "cpu", "cuda", ...; dtype: of the model's arithmetic
     (vectors are float32 whatever it is); batch_size: images or texts at a time; image_size: pixels, or (height, width),
@@ -49,13 +49,17 @@ class Embedder:
         image_size: int | tuple[int, int] | None = None,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}: at least 1")
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
         if not dtype.is_floating_point:
-            raise ValueError(f"dtype {dtype}: a floating-point type, such as torch.float32 or torch.bfloat16")
+            raise ValueError(
+                f"dtype must be a floating-point type, such as torch.float32 or torch.bfloat16 (got {dtype})"
+            )
         if isinstance(model, (str, Path)):
             found = load(model, image_size=image_size)
         elif image_size is not None:
-            raise ValueError("image_size is chosen when a model is loaded: give its name here, or the size to load()")
+            raise ValueError(
+                "image_size cannot be changed after loading: give the model's name, or pass image_size to load()"
+            )
         else:
             found = model if isinstance(model, Model) else Model(*model, label=type(model[0]).__name__)
         self.clip = replace(found, network=found.network.to(device, dtype).eval())
@@ -63,13 +67,13 @@ class Embedder:
         self._serving = threading.Lock()  # Numba's simplest threading layer dies of two calls at once
 
     def encode_images(self, images: Picture | Iterable[Picture]) -> Float[Tensor, "n d"]:
-        """Unit vectors of n images, float32, on the CPU.
+        """Return unit vectors of n images, float32, on the CPU.
 
-        images: paths, PIL images, or tensors (3, H, W) that are preprocessed already, in any mixture, or one of these;
-        a generator of them too. Of a picture the same comes out whether it is opened here or before.
+        images: one or an iterable of paths, PIL images or preprocessed tensors (3, H, W), in any mixture. The
+        result for an image does not depend on whether it is opened here or before.
         Those of one shape are encoded together; no more than a batch of each shape is held in memory.
-        Raises BadImage for the first that cannot be read, ValueError for no images, for tensors that are not such and
-        for NaN, TypeError for anything else, arrays among them.
+        Raises BadImage for the first that cannot be read, ValueError for no images, for other tensors and for NaN,
+        TypeError for anything else, including arrays.
         """
         one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3)
         if one or not isinstance(images, Iterable):
@@ -85,14 +89,14 @@ class Embedder:
         for batch in waiting.values():
             self._encode(batch, found)
         if not found:
-            raise ValueError("there are no images to embed")
+            raise ValueError("no images to embed: give at least one")
         places = range(len(found))
         features = torch.stack([found[place] for place in places])
         require_finite(features, "image", [str(place) for place in places])
         return features
 
     def encode_texts(self, texts: str | Iterable[str]) -> Float[Tensor, "m d"]:
-        """Unit vectors of m texts, or of one, float32, on the CPU; those of like length are encoded together.
+        """Return unit vectors of m texts, or of one, float32, on the CPU; texts of similar length share a batch.
 
         Raises ValueError for no texts and for NaN.
         """
@@ -104,9 +108,9 @@ class Embedder:
         if isinstance(image, Tensor):
             if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
                 raise ValueError(
-                    "an image tensor is preprocessed already, of floating-point numbers (3, height, width), got "
-                    f"{tuple(image.shape)} of {image.dtype}; raw pixels go as a PIL image, which "
-                    "torchvision.transforms.functional.to_pil_image makes of them"
+                    "an image tensor must be preprocessed floating-point values of shape (3, height, width) (got "
+                    f"{tuple(image.shape)} of {image.dtype}); pass raw pixels as a PIL image, made by "
+                    "torchvision.transforms.functional.to_pil_image"
                 )
             return image
         if isinstance(image, (str, Path)):
@@ -114,8 +118,8 @@ class Embedder:
         if isinstance(image, Image.Image):
             return self.clip.preprocess(to_rgb(image))
         raise TypeError(
-            f"an image is a path, a PIL image or a tensor (3, height, width), got {type(image).__name__}; "
-            "PIL.Image.fromarray makes an image of an array"
+            f"an image must be a path, a PIL image or a tensor (3, height, width) (got {type(image).__name__}); "
+            "PIL.Image.fromarray converts an array"
         )
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A folder of pictures as an index of unit vectors, one Parquet file, and search in it by text.
+"""An index of unit vectors of a folder of images, one Parquet file, and its search by text.
 
 Columns: path (relative to the folder), embedding (d numbers, float32). The schema's metadata says, as JSON under
 "ssmclip", which model made it, with a fingerprint of its weights, the folder, and which pictures could not be read.
@@ -45,21 +45,20 @@ class Index:
 
 
 def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Index:
-    """Embed every picture below a folder and write the index. What cannot be read is left out, and named in `about`.
+    """Embed every image below a folder and write the index. Unreadable images are left out and listed in `about`.
 
-    So is a name that is not UTF-8, which Parquet cannot hold: there its odd bytes are written as backslash escapes.
-    Parts are written beside `out` on the way; when it is run again after an interruption it goes on from them, where
-    the pictures are as they were.
-    Raises FileNotFoundError for a folder that is not there, ValueError when it holds no picture that can be read.
+    So are names that are not UTF-8, which Parquet cannot store; they are listed with backslash escapes.
+    Parts are written next to `out`; after an interruption, parts whose images are unchanged are reused.
+    Raises FileNotFoundError for a missing folder, ValueError if none of its images can be read.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
+        raise FileNotFoundError(f"folder not found: {folder}")
     paths = sorted(
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower().removeprefix(".") in SUFFIXES
     )
     if not paths:
-        raise ValueError(f"no pictures in {folder}; known are {', '.join(SUFFIXES)}")
+        raise ValueError(f"no images in {folder}; supported formats: {', '.join(SUFFIXES)}")
     unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
     named = [path for path in paths if _is_utf8(path)]
     model = {
@@ -70,7 +69,7 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     parts = out.with_name(out.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     tables = []
-    for start in tqdm(range(0, len(named), PART), desc="pictures", unit=f"x{PART}", disable=None):
+    for start in tqdm(range(0, len(named), PART), desc="images", unit=f"x{PART}", disable=None):
         own = named[start : start + PART]
         made_of = [model, str(folder.resolve()), [(path, *_state(folder / path)) for path in own]]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -83,7 +82,7 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     if not any(map(len, tables)):
         shutil.rmtree(parts)
         path, why = next(iter(unreadable.items()))
-        raise ValueError(f"none of the {len(paths)} pictures in {folder} could be read; the first: {path} ({why})")
+        raise ValueError(f"none of the {len(paths)} images in {folder} could be read; the first: {path} ({why})")
     table = pa.concat_tables(tables)
     _write(_described(table, {**model, "folder": str(folder.resolve()), "unreadable": unreadable}), out)
     shutil.rmtree(parts)
@@ -91,34 +90,34 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
 
 
 def read_index(path: str | Path) -> Index:
-    """An index that `build_index` wrote. Raises FileNotFoundError, and ValueError for a file that is none."""
+    """Read an index written by `build_index`. Raises FileNotFoundError, and ValueError for another file."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no index {path}: make one with ssmclip embed FOLDER --out {path}")
+        raise FileNotFoundError(f"index not found: {path}; make one with `ssmclip embed FOLDER --out {path}`")
     try:
         table = pq.read_table(path)
         about = _about(table)
         vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
         return Index(table["path"].to_pylist(), vectors, about)
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no index that ssmclip embed wrote ({error})") from error
+        raise ValueError(f"{path} is not an index written by `ssmclip embed` ({error})") from error
 
 
 def nearest(
     vectors: Float[np.ndarray, "n d"], queries: Float[np.ndarray, "m e"], k: int
 ) -> tuple[Float[np.ndarray, "m k2"], Int[np.ndarray, "m k2"]]:
-    """The k vectors with the largest dot product, best first, for each query: (scores, places), exactly.
+    """Return (scores, places) of the k vectors with the largest dot product for each query, best first, exactly.
 
-    By FAISS (`pip install faiss-cpu`), or where that is missing by NumPy, which says so. Fewer where n < k.
-    Raises ValueError for k below 1 and for vectors of another length than the queries'.
+    Uses FAISS (`pip install faiss-cpu`) if installed, else NumPy, which is logged. Returns fewer if n < k.
+    Raises ValueError for k below 1 and for queries of another length than the vectors.
     """
     if k < 1:
-        raise ValueError(f"k {k}: at least 1 result")
+        raise ValueError(f"k must be at least 1 (got {k})")
     if vectors.shape[1] != queries.shape[1]:
-        raise ValueError(f"the index holds vectors of {vectors.shape[1]} numbers, the query has {queries.shape[1]}")
+        raise ValueError(f"the query must have {vectors.shape[1]} dimensions, like the index (got {queries.shape[1]})")
     k = min(k, len(vectors))
     if importlib.util.find_spec("faiss") is None:
-        log.info("faiss is not installed (pip install faiss-cpu): the search is exact, in NumPy")
+        log.info("faiss is not installed (pip install faiss-cpu): using exact search in NumPy")
         scores = queries @ vectors.T
         places = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, places, axis=1), places
@@ -142,7 +141,7 @@ def _printable(path: str) -> str:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    """Size and time of change, which answer for a file's content; of what is not there, -1 both."""
+    """Return size and time of change, which identify a file's content; -1 for both if it is missing."""
     try:
         found = file.stat()
     except OSError:
@@ -151,7 +150,7 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
-    """A part of the index: rows of the pictures that can be read, the others in its metadata."""
+    """Return a part of the index: rows of readable images, with the others in its metadata."""
     read, unreadable, vectors = [], {}, []
     for start in range(0, len(paths), embedder.batch_size):
         pictures = {}

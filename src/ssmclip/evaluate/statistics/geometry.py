@@ -1,4 +1,4 @@
-"""How two sets of unit vectors lie to each other, apart from who finds whom.
+"""Geometry of two sets of unit vectors, independent of retrieval.
 
 n images · m texts · d embedding dimensions · q queries
 """
@@ -16,7 +16,7 @@ BLOCK = 1024
 def geometry(
     images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"], owner: Int[Tensor, " m"]
 ) -> list[tuple[str, float]]:
-    """(name, value) of each measure. owner: the image a text belongs to. Those that need more points are left out."""
+    """Return (name, value) of each measure; those that need more points are omitted. owner: the image of each text."""
     measures = [("alignment", alignment(images[owner], texts)), ("modality_gap", modality_gap(images, texts))]
     for name, points, queries in (("image", images, texts), ("text", texts, images)):
         if len(points) > 1:
@@ -27,7 +27,7 @@ def geometry(
 
 
 def k_occurrence(queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"], k: int = K) -> Int[Tensor, " m"]:
-    """How many queries have each item among their k nearest (by dot product), `BLOCK` queries at a time."""
+    """Return how many queries have each item among their k nearest (by dot product), `BLOCK` queries at a time."""
     counts = torch.zeros(len(items), dtype=torch.int64)
     for block in queries.split(BLOCK):
         counts += torch.bincount((block @ items.T).topk(k, dim=1).indices.flatten(), minlength=len(items))
@@ -35,7 +35,7 @@ def k_occurrence(queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"], k: 
 
 
 def hubness(queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"], k: int = K) -> float:
-    """The skewness of the k-occurrence (Radovanovic et al. 2010): above 0, a few items are near to everything.
+    """Return the skewness of the k-occurrence (Radovanovic et al. 2010): above 0, a few items are near to everything.
 
     0 when every item occurs equally often.
     """
@@ -46,12 +46,12 @@ def hubness(queries: Float[Tensor, "q d"], items: Float[Tensor, "m d"], k: int =
 
 
 def alignment(first: Float[Tensor, "m d"], second: Float[Tensor, "m d"]) -> float:
-    """The mean squared distance of the two of a pair (Wang and Isola 2020, equation 1 with alpha = 2)."""
+    """Return the mean squared distance between the two of a pair (Wang and Isola 2020, equation 1 with alpha = 2)."""
     return (first - second).double().square().sum(dim=1).mean().item()
 
 
 def uniformity(points: Float[Tensor, "n d"], t: float = 2.0) -> float:
-    """log of the mean of exp(-t |x - y|^2) over different points (Wang and Isola 2020, equation 2); low: even."""
+    """Return log mean exp(-t |x - y|^2) over different points (Wang and Isola 2020, equation 2); low: even."""
     n = len(points)
     total = 0.0
     for block in points.split(BLOCK):
@@ -63,5 +63,5 @@ def uniformity(points: Float[Tensor, "n d"], t: float = 2.0) -> float:
 
 
 def modality_gap(images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> float:
-    """The distance between the two centres (Liang et al. 2022, section 2)."""
+    """Return the distance between the two centres (Liang et al. 2022, section 2)."""
     return (images.double().mean(dim=0) - texts.double().mean(dim=0)).norm().item()

@@ -1,4 +1,4 @@
-"""What is measured, as pure functions of scores.
+"""Metrics as pure functions of scores.
 
 n images · c classes · q queries · m items · d embedding dimensions · r bootstrap resamples
 
@@ -58,7 +58,7 @@ def metric(
 def top1(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
-    """The fraction of images whose class scores highest (the first of equals counts as highest)."""
+    """Return the fraction of images whose class scores highest (the first of equals counts as highest)."""
     return _weighted_mean(_hits(scores, target, 1), weights)
 
 
@@ -66,9 +66,9 @@ def top1(
 def top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
-    """The fraction of images whose class is among the five that score highest. Raises ValueError below five classes."""
+    """Return the fraction of images whose class is among the five best. Raises ValueError below five classes."""
     if scores.shape[1] < 5:
-        raise ValueError(f"top5 of {scores.shape[1]} classes says nothing: it takes at least 5")
+        raise ValueError(f"top5 needs at least 5 classes (got {scores.shape[1]})")
     return _weighted_mean(_hits(scores, target, 5), weights)
 
 
@@ -76,7 +76,7 @@ def top5(
 def mean_top1_top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
-    """The mean of the two, by which Kinetics-700 is summed up. Raises ValueError below five classes."""
+    """Return the mean of the two, the main metric of Kinetics-700. Raises ValueError below five classes."""
     return (top1(scores, target, weights) + top5(scores, target, weights)) / 2
 
 
@@ -84,7 +84,7 @@ def mean_top1_top5(
 def mean_per_class(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
-    """The mean of the classes' accuracies, over the classes that occur (scikit-learn's balanced accuracy)."""
+    """Return the mean of the classes' accuracies, over the classes that occur (scikit-learn's balanced accuracy)."""
     hits = _hits(scores, target, 1)
     weights = torch.ones_like(hits) if weights is None else weights.to(hits)
     member = torch.nn.functional.one_hot(target.long(), scores.shape[1]).to(hits)
@@ -96,12 +96,12 @@ def mean_per_class(
 def roc_auc(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
-    """Area under the ROC curve of (score of class 1 - score of class 0): how often a positive outranks a negative.
+    """Return the area under the ROC curve of (score of class 1 - score of class 0).
 
     Ties count half. NaN when there are no positives or no negatives. Raises ValueError unless there are two classes.
     """
     if scores.shape[1] != 2:
-        raise ValueError(f"roc_auc is for two classes, these scores have {scores.shape[1]}")
+        raise ValueError(f"roc_auc needs exactly two classes (got {scores.shape[1]})")
     score = (scores[:, 1] - scores[:, 0]).double()
     weights = torch.ones_like(score) if weights is None else weights.to(score)
     _, level = score.unique(return_inverse=True)  # equal scores share a level
@@ -120,7 +120,7 @@ def recall_at_k(
     image: Int[Tensor, " q"] | None = None,
     weights: Float[Tensor, "*r n"] | None = None,
 ) -> Float[Tensor, "*r"]:
-    """The fraction of queries with a relevant item among their first k, from `first_relevant_ranks`.
+    """Return the fraction of queries with a relevant item among their first k, from `first_relevant_ranks`.
 
     image: the image a query belongs to, so that resampling images takes all captions of an image along; left out,
     query i is image i.
@@ -143,7 +143,7 @@ def first_relevant_ranks(
     *,
     block: int = 1024,
 ) -> Int[Tensor, " q"]:
-    """For each query, how many irrelevant items score at least as high as its best relevant one (0: found first).
+    """Return, for each query, how many irrelevant items score at least as high as its best relevant one.
 
     An item is relevant to a query of the same group: image to text, an image's captions have the image's number; text
     to image, a caption's group is its image. Equal scores count against the query, so a model that maps everything to
@@ -151,7 +151,7 @@ def first_relevant_ranks(
     queries that have no relevant item.
     """
     if missing := sorted(set(query_group.tolist()) - set(item_group.tolist())):
-        raise ValueError(f"nothing is relevant to the queries of groups {missing[:10]} ({len(missing)} in all)")
+        raise ValueError(f"no item is relevant to the queries of groups {missing[:10]} ({len(missing)} in all)")
     ranks = []
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ items.T
@@ -164,7 +164,7 @@ def first_relevant_ranks(
 def bootstrap_interval(
     statistic: Callable[[Tensor], Tensor], n: int, *, seed: int, resamples: int = 1000, chunk: int = 2**23
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of `statistic` over n images drawn with replacement.
+    """Return the 95 % percentile interval of `statistic` over n images drawn with replacement.
 
     statistic: weights (r, n) -> values (r,), such as `lambda w: top1(scores, target, w)`. Resamples whose value is NaN
     (no positives drawn) are left out. At most about `chunk` weights are held at a time. Where every image agrees (all

@@ -22,19 +22,19 @@ from ssmclip.rows import Result
 
 
 def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> dict[str, Any]:
-    """What a row keeps of which images were right: a bit each, and a hash of which images they are."""
+    """Return what a row keeps of which images were right: a bit each, and a hash of the images' keys."""
     bits = np.packbits(right.cpu().numpy()).tobytes()
     return {"right": base64.b64encode(bits).decode("ascii"), "images": texts_hash(keys)}
 
 
 def unmarked(row: Result) -> Bool[Tensor, " n"]:
-    """The inverse of `marked`, from a row whose n is the number of images."""
+    """Return the inverse of `marked`, from a row whose n is the number of images."""
     bits = np.frombuffer(base64.b64decode(row.extra["right"]), np.uint8)
     return torch.from_numpy(np.unpackbits(bits, count=row.n).astype(bool))
 
 
 def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> float:
-    """Two-sided exact p value: of the images that only one model has right, each is as likely the one's as the other's.
+    """Return the two-sided exact p value of McNemar's test, from the images that only one model has right.
 
     >>> mcnemar(torch.tensor([True] * 9 + [False]), torch.tensor([False] * 9 + [True]))
     0.021484375
@@ -45,7 +45,7 @@ def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> float:
 
 
 def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
-    """A row for each two models with a measure of the same images: model is the first, against is the second.
+    """Return a row for each two models with the same metric on the same images (`model`, and `against` the second).
 
     The value is the difference of the fractions right, its interval resamples the images both saw; `extra` has the
     exact p value of McNemar's test and how many images only one of the two had right. Rows that don't say which images

@@ -1,4 +1,4 @@
-"""What every figure is, and what several draw with."""
+"""The base class of figures, their registry and shared drawing functions."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class Drawing:
 
     @classmethod
     def each(cls, rows: Sequence[Result], looks: dict[str, Style]) -> Iterator[Drawing]:
-        """The figures of this kind that these rows give."""
+        """Yield the figures of this kind that the rows allow."""
         raise NotImplementedError  # each kind of figure has its own
 
     def frame(self) -> list[dict[str, Any]]:
-        """The numbers shown, a dict for each."""
+        """Return the numbers shown, one dict each."""
         raise NotImplementedError  # each kind of figure has its own
 
     def plot(self) -> Figure:
-        """A matplotlib figure of `.frame()`."""
+        """Return a matplotlib figure of `.frame()`."""
         raise NotImplementedError  # each kind of figure has its own
 
 
@@ -64,7 +64,7 @@ def figure(name: str):
 
 
 def drawings(store: Store) -> list[Drawing]:
-    """Every figure that has something to show. Raises ValueError when a row's `extra` isn't what its figure draws."""
+    """Return every figure that has something to show. Raises ValueError if its figure cannot draw a row's `extra`."""
     looks, found = styles(store.models), []
     for name, cls in FIGURES.items():
         with explained(f"figure {name!r} draws"):
@@ -74,15 +74,15 @@ def drawings(store: Store) -> list[Drawing]:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn what goes wrong with a row's `extra`, which may hold anything, into a ValueError that says where."""
+    """Turn errors caused by a row's `extra`, which may contain anything, into a ValueError that says where."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, UndefinedError) as error:
-        raise ValueError(f"the extra of a row is not what {what}: {error!r}") from error
+        raise ValueError(f"the `extra` of a row does not contain what {what}: {error!r}") from error
 
 
 class Bars(Drawing):
-    """A bar with its interval for each model in each group, and a mark where guessing would be."""
+    """A bar with its interval for each model in each group, and a mark at chance level."""
 
     def group(self, row: Result) -> str:
         raise NotImplementedError  # each kind of figure has its own
@@ -106,7 +106,7 @@ class Bars(Drawing):
 
 
 def canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, in inches. Its size is the axes' own: labels come on top of it."""
+    """Return a figure with one pair of axes. Its size in inches is that of the axes; labels add to it."""
     with drawing():
         picture = Figure(figsize=(width, height), layout="constrained")
         return picture, picture.subplots()
@@ -117,7 +117,7 @@ def models_of(frame: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool = True) -> Figure:
-    """Horizontal bars, grouped; the value beside each, its interval as a whisker, chance as a tick across the group."""
+    """Draw grouped horizontal bars with their values, intervals as whiskers and chance as a tick across the group."""
     models, groups = models_of(frame), list(dict.fromkeys(entry["group"] for entry in frame))
     thickness = 0.8 / len(models)
     picture, axes = canvas(0.6 + len(groups) * (0.2 + 0.2 * len(models)))
@@ -154,25 +154,25 @@ def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool
 
 
 def legend(axes: Axes, models: int = 1) -> None:
-    """Above the axes, where it hides no point; in two columns from four models on, for short names."""
+    """Draw the legend above the axes, where it hides no point; in two columns from four models with short names."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
 
 
 def plain_numbers(axis) -> None:
-    """For axes that aren't linear: their own labels are formulas, which are not drawn (a name may look like one)."""
+    """Label non-linear axes with plain numbers: their default labels are formulas, which are not drawn."""
     large = ticker.EngFormatter(sep=" ")
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: large(value) if value >= 1e6 else f"{value:,.6g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def scale(axis, metric: str) -> None:
-    """Percent on the axis of a fraction."""
+    """Label the axis of a fraction in percent."""
     if is_fraction(metric):
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
 
 
 def wrapped(text: str, width: int = 22) -> str:
-    """Text on lines of about `width` letters, broken between words."""
+    """Return the text wrapped at about `width` letters."""
     rows = [""]
     for word in text.split():
         if rows[-1] and len(rows[-1]) + 1 + len(word) > width:

@@ -1,4 +1,4 @@
-"""Figures of the loss landscape: where eigenvalues are, how many of each size, over training, and loss surfaces.
+"""Figures of the loss landscape: distribution of eigenvalues, their evolution in training, and loss surfaces.
 
 The first is Figure 3 of CLIP-Mamba, after Park and Kim (2022): the eigenvalues of largest magnitude of every batch.
 """
@@ -22,12 +22,12 @@ POINTS = 300  # along the axis of a density
 
 
 def measured(rows: Iterable[Result], end: str) -> list[Result]:
-    """The rows of eigenvalues at one end."""
+    """Return the rows of eigenvalues at one end."""
     return [row for row in rows if row.task == "hessian" and (m := PLACE.fullmatch(row.metric)) and m[1] == end]
 
 
 def where_of(row: Result) -> str:
-    """What was differentiated by, and how it was measured where that is not Lanczos, in words.
+    """Return the tower in words, and the protocol if it is not Lanczos.
 
     >>> where_of(Result("m", "hessian", "by_magnitude_1", 2.0, where={"tower": "image", "protocol": "park-kim"}))
     'image, usual power iteration'
@@ -36,7 +36,7 @@ def where_of(row: Result) -> str:
 
 
 def protocol_of(row: Result) -> str:
-    """What its eigenvalues were found by, in words."""
+    """Return the protocol of a row in words."""
     return dict(zip(PROTOCOLS, MARKERS, strict=True))[row.where.get(PROTOCOL, LANCZOS)]
 
 
@@ -45,14 +45,14 @@ def _of_batch(row: Result) -> tuple[str, tuple]:
 
 
 def bandwidth(values: np.ndarray) -> float:
-    """Silverman's rule, with the quartiles in place of the spread where a few values lie far out."""
+    """Return the bandwidth by Silverman's rule, using the quartiles if a few values are outliers."""
     quartiles = np.subtract(*np.quantile(values, [0.75, 0.25])) / 1.34
     spread = min(values.std(), quartiles) or values.std() or max(abs(values).max(), 1e-12) * 0.05
     return float(0.9 * spread * len(values) ** -0.2)
 
 
 def kernel_density(values: Sequence[float] | np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density estimate of the values, at these points."""
+    """Return the Gaussian kernel density estimate of the values at these points."""
     values = np.asarray(values, float)
     width = bandwidth(values)
     return np.exp(-0.5 * ((at[:, None] - values) / width) ** 2).mean(axis=1) / (width * np.sqrt(2 * np.pi))
@@ -60,14 +60,14 @@ def kernel_density(values: Sequence[float] | np.ndarray, at: np.ndarray) -> np.n
 
 @figure("hessian_eigenvalues")
 class Eigenvalues(Drawing):
-    """How the eigenvalues of largest magnitude are distributed over the batches, model by model."""
+    """The distribution of the eigenvalues of largest magnitude over the batches, for each model."""
 
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in measured(rows, "by_magnitude") if STEP not in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
-            yield cls(f"Hessian: the largest eigenvalues of every batch, {where}", there, looks)
+            yield cls(f"Hessian: largest eigenvalues of every batch, {where}", there, looks)
 
     def frame(self):
         return [{"model": row.model, "value": row.value, "converged": row.extra.get("converged")} for row in self.rows]
@@ -98,7 +98,7 @@ class Eigenvalues(Drawing):
             axes.plot(back(at), kernel_density(values, at), look.dash, color=look.colour, label=label)
         axes.set_xlim(back(low - margin), back(high + margin))
         axes.set_xlabel("eigenvalue of the Hessian (shaded: negative)")
-        axes.set_ylabel("density on this axis")
+        axes.set_ylabel("density (per unit of the axis)")
         legend(axes, 1)  # a line for each: its share is said there
         return picture
 
@@ -112,7 +112,7 @@ class SpectralDensity(Drawing):
         mine = [row for row in rows if row.task == "hessian" and "nodes" in row.extra and STEP not in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
-            yield cls(f"Hessian: density of all eigenvalues, {where}", there, looks)
+            yield cls(f"Hessian: spectral density, {where}", there, looks)
 
     def frame(self):
         probes: dict[str, list[tuple[list[float], list[float]]]] = {}
@@ -150,8 +150,8 @@ class SpectralDensity(Drawing):
 
 @figure("hessian_protocols")
 class Protocols(Drawing):
-    """What power iterations and Lanczos spend on the eigenvalues of largest magnitude of the same batches, and
-    how far from eigenvalues the worst of what they return is."""
+    """Products and worst residual of power iterations and Lanczos, for the eigenvalues of largest magnitude of the
+    same batches."""
 
     @classmethod
     def each(cls, rows, looks):
@@ -159,7 +159,7 @@ class Protocols(Drawing):
         usual = {_of_batch(row) for row in mine if protocol_of(row) != "Lanczos"}
         both = [row for row in mine if _of_batch(row) in usual]
         if any(protocol_of(row) == "Lanczos" for row in both):
-            yield cls("Hessian: the usual power iteration and Lanczos on the same batches", both, looks)
+            yield cls("Hessian: power iteration and Lanczos on the same batches", both, looks)
 
     def frame(self):
         batches: dict[tuple[str, tuple], list[Result]] = {}
@@ -212,7 +212,7 @@ class EigenvaluesOverTraining(Drawing):
         mine = [row for row in rows if row.metric in cls.shows and row.task == "hessian" and STEP in row.where]
         for where in dict.fromkeys(map(where_of, mine)):
             there = [row for row in mine if where_of(row) == where]
-            yield cls(f"Hessian: the extreme eigenvalues over training, {where}", there, looks)
+            yield cls(f"Hessian: extreme eigenvalues over training, {where}", there, looks)
 
     def frame(self):
         groups: dict[tuple[str, str, int], list[float]] = {}
@@ -256,7 +256,7 @@ class Surfaces(Drawing):
         ]
 
     def grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x (n,), y (m,) and the loss (m, n), NaN where it was not measured."""
+        """Return x (n,), y (m,) and the loss (m, n), NaN where it was not measured."""
         frame = self.frame()
         x, y = (sorted({entry[axis] for entry in frame}) for axis in "xy")
         loss = np.full((len(y), len(x)), np.nan)

@@ -1,4 +1,4 @@
-"""What models cost against image size and text length, on logarithmic axes: how it grows, where two models cross."""
+"""Cost of models against image size and text length, on logarithmic axes, with growth exponents and crossings."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ Point = tuple[int | float, float]  # (pixels of an image or tokens of a text, va
 
 @figure("efficiency")
 class Efficiency(Drawing):
-    """One measure against the side of the image or the length of the text, a line for each model."""
+    """One metric against image size or text length, a line for each model."""
 
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in rows if row.task == EFFICIENCY]
-        for kind, against in ((IMAGE, "the size of the image"), (TOKENS, "the length of the text")):
+        for kind, against in ((IMAGE, "image size"), (TOKENS, "text length")):
             for metric in METRICS:
                 found = [row for row in mine if row.metric == metric and kind in row.where]
                 yield cls(f"{metric_name(metric)} against {against}", found, looks)
 
     def frame(self):
-        """inputs: pixels of the image or tokens of the text; x: its side (of a square as large), or the tokens."""
+        """Return the points. inputs: pixels or tokens; x: side of a square image of that size, or tokens."""
         return [_point(row) for row in self.rows if row.value > 0]
 
     def growth(self) -> dict[str, float]:
-        """Of each line the exponent p in value ~ inputs^p, least squares in the logarithms."""
+        """Return each line's exponent p in value ~ inputs^p, by least squares in the logarithms."""
         return {name: exponent(points) for name, points in self._lines().items() if len(points) > 1}
 
     def crossings(self) -> list[dict[str, Any]]:
@@ -93,8 +93,8 @@ class Efficiency(Drawing):
         axes.set(xscale="log", yscale="log")
         # Of two models or three a reader asks about each pair.
         apart = [c for c in crossings if c["lower"]] if len(growth) < 4 else []
-        said = [f"{c['lower']} lower throughout, {_other(c)} higher" for c in apart]
-        axes.set_xlabel("\n".join(["side of the image, pixels" if image else "tokens", *said]))
+        said = [f"{c['lower']} below {_other(c)} throughout" for c in apart]
+        axes.set_xlabel("\n".join(["image side, pixels" if image else "tokens", *said]))
         places = sorted({point["x"] for point in frame})
         axes.set_xticks(places, [f"{x:.0f}" for x in places], size=8)
         axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -110,7 +110,7 @@ CLIMP_PIXELS = 896  # where CLIMP (Shabtay et al. 2025) says VMamba-B takes a fi
 
 @figure("memory")
 class Memory(Drawing):
-    """The peak memory of models side by side at one size of image: CLIMP's, or else the largest measured."""
+    """The peak memory of models side by side at one image size: CLIMP's, else the largest measured."""
 
     shows: ClassVar[tuple[str, ...]] = ("inference_memory_mb", "training_memory_mb")
 
@@ -122,10 +122,10 @@ class Memory(Drawing):
             side = CLIMP_PIXELS if CLIMP_PIXELS in sides.values() else max(sides.values(), default=None)
             there = [row for row in found if sides[row.place] == side]
             if len(there) > 1:
-                yield cls(f"{metric_name(metric)}, images of {side:.0f} pixels", there, looks)
+                yield cls(f"{metric_name(metric)}, {side:.0f}-pixel images", there, looks)
 
     def frame(self):
-        """value: MB; times: over the least of all."""
+        """Return the bars. value: MB; times: relative to the smallest."""
         least = min(row.value for row in self.rows)
         return [{**_point(row), "times": row.value / least} for row in self.rows]
 
@@ -145,7 +145,7 @@ class Memory(Drawing):
 
 
 def exponent(points: Sequence[Point]) -> float:
-    """The slope of the values' logarithms over the inputs'.
+    """Return the slope of log(values) over log(inputs).
 
     >>> round(exponent([(10, 3.0), (20, 12.0), (40, 48.0)]), 6)
     2.0
@@ -157,7 +157,7 @@ def exponent(points: Sequence[Point]) -> float:
 
 
 def crossing(first: Sequence[Point], second: Sequence[Point]) -> int | float | None:
-    """The inputs at which two lines cross, straight between the inputs both were measured at, in the logarithms.
+    """Return the inputs at which two lines cross, interpolated linearly in the logarithms.
 
     Lines that only touch, or are the same from some point on, do not cross.
 

@@ -37,7 +37,7 @@ WRITTEN_COUNTS = 12  # classes up to which a confusion matrix has its numbers wr
 
 @figure("training_curves")
 class TrainingCurves(Drawing):
-    """A measure over the steps, a line for each model."""
+    """A metric over the training steps, a line for each model."""
 
     shows: ClassVar[tuple[str, ...]] = ("loss", "top1", "mean_recall")
 
@@ -47,7 +47,7 @@ class TrainingCurves(Drawing):
         for task, metric in dict.fromkeys((row.task, row.metric) for row in curves):
             where = "training" if task == "train" else title_of(task, rows)
             mine = [row for row in curves if (row.task, row.metric) == (task, metric)]
-            yield cls(f"{where}: {metric_name(metric)} over the steps", mine, looks)
+            yield cls(f"{where}: {metric_name(metric)} over training steps", mine, looks)
 
     def frame(self):
         return [{"model": row.model, "step": row.where[STEP], "value": row.value} for row in self.rows]
@@ -68,7 +68,7 @@ class TrainingCurves(Drawing):
 
 @figure("zero_shot")
 class ZeroShot(Bars):
-    """The accuracy each classification set is summed up by."""
+    """The main accuracy metric of each classification set."""
 
     @classmethod
     def each(cls, rows, looks):
@@ -83,7 +83,7 @@ class ZeroShot(Bars):
 
 @figure("retrieval")
 class Recalls(Bars):
-    """Recall at 1, 5 and 10, both ways."""
+    """Recall at 1, 5 and 10 in both directions."""
 
     @classmethod
     def each(cls, rows, looks):
@@ -98,7 +98,7 @@ class Recalls(Bars):
 
 @figure("accuracy_per_parameter")
 class AccuracyPerParameter(Drawing):
-    """The size of the image tower against the average over the data sets of CLIP-Mamba's table, published and here."""
+    """Image tower size against the average over the data sets of CLIP-Mamba's table, published and measured."""
 
     @classmethod
     def each(cls, rows, looks):
@@ -119,7 +119,7 @@ class AccuracyPerParameter(Drawing):
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
         axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("million parameters of the image tower")
+        axes.set_xlabel("parameters of the image tower (millions)")
         axes.margins(x=0.1, y=0.15)
         scale(axes.yaxis, "top1")
         named_beside(axes, self.frame())
@@ -127,7 +127,7 @@ class AccuracyPerParameter(Drawing):
 
 
 def named_beside(axes: Axes, frame: Sequence[dict[str, Any]]) -> None:
-    """The points' names in a column to the right of the axes, a line to each: models of one size lie close together."""
+    """Draw the points' names in a column right of the axes, as models of one size lie close together."""
     low, high = axes.get_ylim()
     ordered = sorted(frame, key=lambda point: (point["average"], -point["parameters"]))
     places: list[float] = []
@@ -145,14 +145,14 @@ def named_beside(axes: Axes, frame: Sequence[dict[str, Any]]) -> None:
 
 @figure("throughput")
 class Throughput(Drawing):
-    """Images a second in training: the median over the logged steps, and the middle half of them."""
+    """Images per second in training: the median over the logged steps, with quartiles."""
 
     shows: ClassVar[tuple[str, ...]] = ("images_per_s",)
 
     @classmethod
     def each(cls, rows, looks):
         mine = [row for row in rows if row.task == "train" and row.metric in cls.shows and STEP in row.where]
-        yield cls("training: images per second", mine, looks)
+        yield cls("Training throughput (images per second)", mine, looks)
 
     def frame(self):
         speeds: dict[str, list[float]] = {}
@@ -182,7 +182,7 @@ class Throughput(Drawing):
 
 @figure("per_class")
 class PerClass(Drawing):
-    """The accuracy of each class, the best on top. Of many classes, the best and the worst."""
+    """The accuracy of each class, best first; for many classes, only the best and the worst."""
 
     section = "details"
 
@@ -234,7 +234,7 @@ class PerClass(Drawing):
 
 @figure("confusion")
 class Confusion(Drawing):
-    """Which class was taken for which, where there are few enough to see."""
+    """The confusion matrix, for few enough classes to be legible."""
 
     section = "details"
 
@@ -242,7 +242,7 @@ class Confusion(Drawing):
     def each(cls, rows, looks):
         for row in by_task(final(rows)):
             if row.extra.get("confusion"):
-                yield cls(f"{title_of(row.task, rows)}: what {row.model} took for what", [row], looks)
+                yield cls(f"{title_of(row.task, rows)}: confusion matrix ({row.model})", [row], looks)
 
     def frame(self):
         confusion = self.rows[0].extra["confusion"]
@@ -268,7 +268,7 @@ class Confusion(Drawing):
                     axes.text(j, i, count or "", ha="center", va="center", color=ink, size=min(8, 90 / side))
         axes.set_xticks(range(side), [shortened(name, 14) for name in names], rotation=90)
         axes.set_yticks(range(side), [shortened(name, 14) for name in names])
-        axes.set_xlabel("taken for")
+        axes.set_xlabel("predicted class")
         axes.set_ylabel("is")
         axes.grid(False)
         return picture

@@ -1,4 +1,4 @@
-"""Figures with pictures in them: what a model found for an image and for a text, and how alike it holds pairs to be."""
+"""Figures that contain images: retrieval examples and image-text similarity."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ MAX_SIDE = 512  # pixels of a thumbnail; more is none
 
 
 def picture(encoded: str) -> Image.Image:
-    """A row's thumbnail: base64 of a small JPEG. Raises ValueError for anything else."""
+    """Return a row's thumbnail from the base64 of a small JPEG. Raises ValueError for anything else."""
     try:
         image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["JPEG"])
         if max(image.size) > MAX_SIDE:
             raise ValueError(f"{image.size} pixels")
         image.load()
     except (OSError, ValueError, TypeError, SyntaxError, binascii.Error) as error:
-        raise ValueError(f"a row's thumbnail is no small JPEG in base64: {str(encoded)[:40]!r} ({error})") from error
+        raise ValueError(
+            f"a row's thumbnail must be a small JPEG in base64 (got {str(encoded)[:40]!r}: {error})"
+        ) from error
     return image
 
 
@@ -39,11 +41,11 @@ class Pictured(Drawing):
     def each(cls, rows, looks):
         for row in by_task(final(rows)):
             if row.extra.get(cls.key):
-                yield cls(f"{title_of(row.task, rows)}: {cls.says} {row.model}", [row], looks)
+                yield cls(f"{title_of(row.task, rows)}: {cls.says} ({row.model})", [row], looks)
 
     @property
     def thumbnails(self) -> dict[str, str]:
-        """The thumbnails, checked to be small JPEGs. A text is no image, so no picture is simply missing."""
+        """Return the thumbnails, checked to be small JPEGs."""
         found = self.rows[0].extra["thumbnails"]
         for encoded in found.values():
             picture(encoded)
@@ -52,10 +54,10 @@ class Pictured(Drawing):
 
 @figure("similarity")
 class Similarity(Pictured):
-    """The cosine of each image with each text; the true pairs are on the diagonal."""
+    """Cosine similarity of each image and text; true pairs are on the diagonal."""
 
     key = "similarity"
-    says = "how alike images and texts are to"
+    says = "image–text similarity"
     section = "details"
     wide = True
 
@@ -90,7 +92,7 @@ class Similarity(Pictured):
         axes.set_xticks([])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("cosine x 100; the true pairs are on the diagonal")
+        axes.set_xlabel("cosine × 100; true pairs are on the diagonal")
         axes.grid(False)
         return fig
 
@@ -100,7 +102,7 @@ class Examples(Pictured):
     """The texts found for images, and the images found for texts. The page sets them as text and pictures."""
 
     key = "image_to_text"
-    says = "examples of"
+    says = "examples"
     section = "examples"
 
     def frame(self):

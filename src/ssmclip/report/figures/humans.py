@@ -1,6 +1,6 @@
-"""Figures of models beside people out of distribution, after Geirhos et al. 2021 (arXiv:2106.07411), figures 1 to 4.
+"""Figures of models and people out of distribution, after figures 1 to 4 of Geirhos et al. 2021 (arXiv:2106.07411).
 
-People are drawn in the ink of the page, so that no model's colour, marker or hatch is theirs.
+People are drawn in the text colour of the page, which no model has.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ssmclip.rows.condition import AVERAGE, LEVEL
 from ssmclip.rows.tasks import HUMANS, OOD, family_of, is_distorted, is_ood_set
 
 MEASURES = {  # and which way is better
-    "ood_accuracy": "more is better",
-    "accuracy_difference": "less is better",
-    "observed_consistency": "more is better",
-    "error_consistency": "more is better",
+    "ood_accuracy": "higher is better",
+    "accuracy_difference": "lower is better",
+    "observed_consistency": "higher is better",
+    "error_consistency": "higher is better",
 }
 COLUMNS = 2
 
@@ -39,12 +39,12 @@ def _humans_first(rows: Sequence[Result]) -> list[Result]:
 
 
 def _set(row: Result) -> str:
-    """The data set of stimuli, or the distortion."""
+    """Return the data set of stimuli, or the distortion."""
     return row.task.removeprefix(family_of(row.task)).removeprefix("/")
 
 
 def _family(row: Result) -> str | None:
-    """The data set that was distorted, None for rows of another kind."""
+    """Return the distorted data set, None for rows of another kind."""
     return family_of(row.task) if is_distorted(row.task) else None
 
 
@@ -58,8 +58,8 @@ def _point(row: Result, **more: Any) -> dict[str, Any]:
 
 @figure("ood_accuracy_by_level")
 class AccuracyByLevel(Drawing):
-    """Accuracy over the level of distortion, a panel for each data set of stimuli, or for each distortion of a data
-    set; dotted, what guessing gives."""
+    """Accuracy at each level of distortion, with a panel for each data set of stimuli or each distortion of a data set;
+    chance level is dotted."""
 
     shows: ClassVar[tuple[str, ...]] = ("accuracy", "top1", "image_to_text_recall@10")
 
@@ -67,10 +67,10 @@ class AccuracyByLevel(Drawing):
     def each(cls, rows, looks):
         mine = [row for row in rows if row.metric in cls.shows and LEVEL in row.where]
         published = [row for row in mine if is_ood_set(row.task)]
-        yield cls("Out of distribution: accuracy over the level of distortion", _humans_first(published), looks)
+        yield cls("Out of distribution: accuracy by level of distortion", _humans_first(published), looks)
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
-            what = f"{metric_name(of_these[0].metric)} over the level of distortion"
+            what = f"{metric_name(of_these[0].metric)} by level of distortion"
             yield cls(f"{distorted_title(of_these[0])}: {what}", of_these, looks)
 
     def frame(self):
@@ -106,7 +106,7 @@ class AccuracyByLevel(Drawing):
 
 @figure("stimuli")
 class Stimuli(Drawing):
-    """What was tested: a picture at each level of each distortion, or a stimulus of each condition of each data set."""
+    """The stimuli: an image at each level of each distortion, or one of each condition of each data set."""
 
     shows: ClassVar[tuple[str, ...]] = ("accuracy", "ood_accuracy", "top1", "image_to_text_recall@10")
 
@@ -117,10 +117,10 @@ class Stimuli(Drawing):
     def each(cls, rows, looks):
         mine = [row for row in rows if row.metric in cls.shows and row.extra.get("stimuli")]
         published = [row for row in mine if is_ood_set(row.task)]
-        yield cls("Out of distribution: a stimulus of each condition", published, looks)
+        yield cls("Out of distribution: one stimulus per condition", published, looks)
         for family in _families(mine):
             of_these = [row for row in mine if _family(row) == family]
-            yield cls(f"{distorted_title(of_these[0])}: one picture at each level", of_these, looks)
+            yield cls(f"{distorted_title(of_these[0])}: one image per level", of_these, looks)
 
     def frame(self):
         return [
@@ -148,7 +148,7 @@ class Stimuli(Drawing):
 
 
 def curve(axes, points: Sequence[dict[str, Any]], levels: Sequence[str], look: Style) -> None:
-    """A line over the levels, and its interval as a band."""
+    """Draw a line over the levels, with its interval as a band."""
     if not points:
         return
     points = sorted(points, key=lambda point: levels.index(point["level"]))
@@ -174,7 +174,7 @@ def short_level(label: str) -> str:
 
 @figure("ood_sets")
 class WithoutLevels(Bars):
-    """Accuracy on the data sets that have no levels."""
+    """Accuracy on the data sets without levels."""
 
     shows: ClassVar[tuple[str, ...]] = ("ood_accuracy",)
 
@@ -192,7 +192,7 @@ class WithoutLevels(Bars):
 
 @figure("ood_overall")
 class Overall(Drawing):
-    """The four measures, averaged over data sets, a bar for each model; what people reach is a line across."""
+    """The four metrics averaged over data sets, a bar for each model and a line for people."""
 
     shows: ClassVar[tuple[str, ...]] = tuple(MEASURES)
 
@@ -242,7 +242,7 @@ class Overall(Drawing):
 
 @figure("shape_bias")
 class ShapeBias(Drawing):
-    """Shape bias of each category, and of all (the vertical line): left decides texture, right shape."""
+    """Shape bias of each category and overall (vertical line): 0 is texture only, 1 shape only."""
 
     shows: ClassVar[tuple[str, ...]] = ("shape_bias",)
 
@@ -279,7 +279,7 @@ class ShapeBias(Drawing):
             axes.axvline(everything, color=look.colour, linestyle=look.dash, linewidth=1)
         axes.set_yticks(range(len(categories)), categories)
         axes.set_xlim(-0.03, 1.03)
-        axes.set_xlabel("decided by shape, of all decided by shape or texture")
+        axes.set_xlabel("decisions by shape, as a share of decisions by shape or texture")
         scale(axes.xaxis, "shape_bias")
         legend(axes, len(models_of(frame)))
         return picture
@@ -287,7 +287,7 @@ class ShapeBias(Drawing):
 
 @figure("consistency_matrix")
 class ConsistencyMatrix(Drawing):
-    """Error consistency of each with each; of people with people where their row and column meet."""
+    """Pairwise error consistency; the cell of people with people is their agreement with each other."""
 
     shows: ClassVar[tuple[str, ...]] = ("error_consistency",)
 
@@ -301,7 +301,7 @@ class ConsistencyMatrix(Drawing):
         for task, average in groups:
             these = [row for row in mine if (row.task, row.where.get(AVERAGE, "")) == (task, average)]
             where = f"{title_of(task, rows)}, {average}" if average else title_of(task, rows)
-            yield cls(f"{where}: error consistency of each with each", _humans_first(these), looks)
+            yield cls(f"{where}: pairwise error consistency", _humans_first(these), looks)
 
     def frame(self):
         cells = []
@@ -335,7 +335,7 @@ class ConsistencyMatrix(Drawing):
 
 
 def grid(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of many axes as wide as a phone, each row of them `height` inches."""
+    """Return a figure of many axes as wide as a phone, each row `height` inches high."""
     with drawing():
         picture = Figure(figsize=(WIDTH, 0.5 + height * rows), layout="constrained")
         return picture, list(picture.subplots(rows, columns, squeeze=False).flat)
