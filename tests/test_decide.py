@@ -232,16 +232,16 @@ def test_decisions_are_the_models(root, tmp_path):
 def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp_path, vit, caplog):
     out = tmp_path / "d.parquet"
     stimuli = open_stimuli(root)
-    with pytest.raises(ValueError, match="m gives 999 logits, not 1,000"):
+    with pytest.raises(ValueError, match="m must give 1,000 logits \(got 999\)"):
         decide(imagenet_decider(Brightest(999), see, "m"), stimuli, out, QUICK)
-    with pytest.raises(ValueError, match="r gives 999 logits, not 1,000"):
+    with pytest.raises(ValueError, match="r must give 1,000 logits \(got 999\)"):
         decide(imagenet_decider(timm.create_model("test_resnet", num_classes=999), see, "r"), stimuli, out, QUICK)
     assert not out.exists()
     broken = Brightest()
     broken.weight.data[3, 0] = torch.nan
     with pytest.raises(ValueError, match=r"m: the logits of .*\.png are not finite"):
         decide(imagenet_decider(broken, see, "m"), stimuli, out, QUICK)
-    with pytest.raises(ValueError, match="unknown prompts 'all'; there are imagenet, categories"):
+    with pytest.raises(ValueError, match="unknown prompts 'all'; known: imagenet, categories"):
         clip_decider(vit, QUICK, prompts="all")
     with pytest.raises(FileNotFoundError, match="no data set of stimuli under"):
         open_stimuli(tmp_path / "nowhere")
@@ -252,9 +252,9 @@ def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp
     caplog.set_level(logging.WARNING)
     assert decide(imagenet_decider(Brightest(), see, "m"), open_stimuli(root), out, QUICK) == 17
     assert "1 stimuli could not be read; the first" in caplog.text
-    assert "edge: 1 files have no name of the set and are left out; the first: bird/budgie1.png" in caplog.text
+    assert "edge: ignoring 1 files whose names do not follow the set's form; the first: bird/budgie1.png" in caplog.text
     (tmp_path / "old.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"old.parquet is no file of decisions"):
+    with pytest.raises(ValueError, match=r"old.parquet is not a file of decisions"):
         decide(imagenet_decider(Brightest(), see, "m"), stimuli, tmp_path / "old.parquet", QUICK)
 
 

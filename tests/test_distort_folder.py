@@ -213,10 +213,10 @@ def test_the_real_recipe_names_files_as_people_saw_them(shared, imagenet, tmp_pa
 
 def test_recipes_that_cannot_be(tmp_path, imagenet):
     table = humans(tmp_path / "humans.parquet", "image_id")
-    with pytest.raises(ValueError, match="no stimulus of contrast"):
+    with pytest.raises(ValueError, match="contains no stimulus of contrast"):
         rebuild_jobs(table, imagenet, tmp_path, ["contrast"])
-    with pytest.raises(FileNotFoundError, match="no folders n01234567"):
+    with pytest.raises(FileNotFoundError, match="must contain class folders such as n01234567"):
         rebuild_jobs(table, tmp_path / "nowhere", tmp_path, ["high-pass"])
     pq.write_table(pa.table({"dataset": ["high-pass"]}), tmp_path / "bare.parquet")
-    with pytest.raises(ValueError, match="no column category, condition, imagename"):
+    with pytest.raises(ValueError, match="lacks the columns category, condition, imagename"):
         rebuild_jobs(tmp_path / "bare.parquet", imagenet, tmp_path, ["high-pass"])

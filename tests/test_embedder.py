@@ -299,7 +299,7 @@ def test_the_nearest_are_the_largest_dot_products(library, monkeypatch):
     assert nearest(vectors[:2], queries, 5)[1].shape == (3, 2)
     with pytest.raises(ValueError, match=r"k must be at least 1 \(got 0\)"):
         nearest(vectors, queries, 0)
-    with pytest.raises(ValueError, match="must have 24 dimensions, like the index \(got 23\)"):
+    with pytest.raises(ValueError, match=r"must have 24 dimensions, like the index \(got 23\)"):
         nearest(vectors, queries[:, 1:], 1)
 
 

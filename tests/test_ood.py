@@ -323,21 +323,23 @@ def test_decisions_that_make_no_sense_are_refused(tmp_path):
         score(tmp_path, PEOPLE, [*MODELS, *MODELS[:48]])
     with pytest.raises(ValueError, match=r"contrast: 1 trials have another category.*'car' or 'airplane'"):
         score(tmp_path, PEOPLE, [MODELS[0] | {"category": "car"}, *MODELS[1:]])
-    with pytest.raises(ValueError, match=r"no decision is of a stimulus that people saw.*48 of 48"):
+    with pytest.raises(ValueError, match=r"none of the decisions is on a stimulus that people saw.*48 of 48"):
         score(tmp_path, PEOPLE, [row | {"image_id": "n01_1"} for row in MODELS[:48]])
     pq.write_table(pa.table({"subject": ["m"], "answer": ["cat"], "dataset": ["edge"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match="no column image_id, object_response; it has subject, answer, dataset"):
+    with pytest.raises(
+        ValueError, match="lacks the columns image_id, object_response; it has subject, answer, dataset"
+    ):
         read_trials(tmp_path / "x.parquet")
     (tmp_path / "answers.csv").write_text("subj,imagename,object_response\nm,cat1.png,cat\n")
-    with pytest.raises(ValueError, match=r"answers.csv does not say its data set"):
+    with pytest.raises(ValueError, match=r"answers.csv does not name its data set"):
         read_trials(tmp_path / "answers.csv")
     (tmp_path / "broken.parquet").write_text("PAR1")
-    with pytest.raises(ValueError, match=r"broken.parquet is no table"):
+    with pytest.raises(ValueError, match=r"broken.parquet is not a valid table"):
         read_trials(tmp_path / "broken.parquet")
     with pytest.raises(FileNotFoundError, match="no file of trials"):
         read_trials(tmp_path / "none.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no csv"):
+    with pytest.raises(FileNotFoundError, match="contains no csv"):
         read_trials(tmp_path / "empty")
 
 
@@ -353,11 +355,11 @@ def test_what_cannot_be_used_is_named_and_counted(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     rows = score(tmp_path, people, models)
     said = caplog.text
-    assert "edge: left out, 48 decisions but no trials of people" in said
-    assert "contrast: 3 of 139 decisions are of stimuli no person saw, such as n01_1" in said
+    assert "edge: ignored, as its 48 decisions have no trials of people" in said
+    assert "contrast: 3 of 139 decisions are on stimuli no person saw, such as n01_1" in said
     assert "contrast: bad has 42 of 48 stimuli" in said
-    assert "1 responses are no category ('Sofa'); they count as errors" in said
-    assert "bad: no average over 17 data sets; missing or not whole: colour, contrast" in said
+    assert "1 responses are not categories ('Sofa') and count as errors" in said
+    assert "bad: no average over 17 data sets; missing or incomplete: colour, contrast" in said
     row = find(rows, "bad", "ood/contrast", "ood_accuracy")
     assert row.extra["partial"] == {"used": 42, "of": 48}
     lacking = {"n02690373_7", "n02690373_17", "n02690373_27", "n02690373_37", "n02690373_47", "n02690373_3"}

@@ -1,4 +1,4 @@
-"""What a model answers to stimuli: one of 16 categories, from 1,000 ImageNet logits or from prompts; rows in parquet.
+"""Decisions of a model on stimuli: one of 16 categories, from 1,000 ImageNet logits or from prompts, in parquet.
 
 n stimuli · k classes scored
 
@@ -112,7 +112,7 @@ def clip_decider(
     Raises ValueError for other prompts.
     """
     if prompts not in PROMPTS:
-        raise ValueError(f"unknown prompts {prompts!r}; there are {', '.join(PROMPTS)}")
+        raise ValueError(f"unknown prompts {prompts!r}; known: {', '.join(PROMPTS)}")
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES  # seconds to import
 
     templates = tuple(templates or (template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
@@ -132,7 +132,7 @@ def clip_decider(
 
 
 def category_probabilities(logits: Float[Tensor, "n k"], columns: Sequence[Sequence[int]]) -> Float[Tensor, "n c"]:
-    """The mean softmax probability over each category's classes, as shares of their sum, in float64.
+    """Return the mean softmax probability of each category's classes, as shares of their sum, in float64.
 
     >>> category_probabilities(torch.tensor([[0.0, 0.0, 0.0, 5.0]]), [[0], [1, 2]]).tolist()
     [[0.5, 0.5]]
@@ -145,9 +145,9 @@ def category_probabilities(logits: Float[Tensor, "n k"], columns: Sequence[Seque
 
 
 def open_stimuli(root: str | Path, names: Sequence[str] | None = None) -> list[Stimulus]:
-    """The stimuli of the named data sets under `root`, or of those that are there; misnamed files are counted, logged.
+    """Return the stimuli of the named data sets under `root` (default: all found); misnamed files are logged.
 
-    Raises UnknownName, and FileNotFoundError for a named set that isn't there, or where none is.
+    Raises UnknownName, and FileNotFoundError for a missing named set and if there is none at all.
     """
     found: list[Stimulus] = []
     missing = []
@@ -161,15 +161,18 @@ def open_stimuli(root: str | Path, names: Sequence[str] | None = None) -> list[S
             missing.append(str(error))
         if rejected:
             log.warning(
-                "%s: %d files have no name of the set and are left out; the first: %s", name, len(rejected), rejected[0]
+                "%s: ignoring %d files whose names do not follow the set's form; the first: %s",
+                name,
+                len(rejected),
+                rejected[0],
             )
     if not found:
-        raise FileNotFoundError(f"no data set of stimuli under {root}. Looked for\n  " + "\n  ".join(missing))
+        raise FileNotFoundError(f"no data set of stimuli under {root}; searched for\n  " + "\n  ".join(missing))
     return found
 
 
 def decide(decider: Decider, stimuli: Sequence[Stimulus], out: str | Path, settings: Settings) -> int:
-    """Add the model's decisions on `stimuli`, but for those it holds, to the parquet file `out`; return how many.
+    """Add the model's missing decisions on `stimuli` to the parquet file `out`; return how many were added.
 
     Columns: dataset, subject (the decider's name), image_id, condition, category, object_response, probabilities (of
     the 16 categories, alphabetical, as shares). Saved every half minute and however it ends, whole or not at all.
@@ -181,8 +184,8 @@ def decide(decider: Decider, stimuli: Sequence[Stimulus], out: str | Path, setti
     old, marks = _open_decisions(out)
     if marks.setdefault(decider.name, decider.fingerprint) != decider.fingerprint:
         raise ValueError(
-            f"{out} has decisions of another {decider.name!r} (weights, prompts or preprocessing differ): give this "
-            "one another name, or the decisions another file"
+            f"{out} has decisions of another {decider.name!r} (weights, prompts or preprocessing differ): rename "
+            "this model, or write to another file"
         )
     keys = zip(*(old[name].to_pylist() for name in ("subject", "dataset", "image_id", "condition")), strict=True)
     done = {key[1:] for key in keys if key[0] == decider.name}
@@ -233,8 +236,8 @@ def _decisions(decider: Decider, stimuli: Sequence[Stimulus], settings: Settings
 def _check_logits(decider: Decider, logits: Tensor, stimuli: Sequence[Stimulus]) -> None:
     if logits.ndim != 2 or logits.shape[1] != decider.classes:
         raise ValueError(
-            f"{decider.name} gives {'x'.join(map(str, logits.shape[1:]))} logits, not {decider.classes:,}: deciding "
-            "takes the classes of ImageNet-1k in their usual order, or a CLIP"
+            f"{decider.name} must give {decider.classes:,} logits (got {'x'.join(map(str, logits.shape[1:]))}): use a "
+            "model with the classes of ImageNet-1k in their usual order, or a CLIP"
         )
     if not logits.isfinite().all():
         first = int((~logits.isfinite().all(dim=1)).nonzero()[0])
@@ -242,7 +245,7 @@ def _check_logits(decider: Decider, logits: Tensor, stimuli: Sequence[Stimulus])
 
 
 class _Inputs(Dataset):
-    """Preprocessed stimuli with their places, or why one can't be read."""
+    """Preprocessed stimuli with their places, or the reason why one cannot be read."""
 
     def __init__(self, stimuli: Sequence[Stimulus], preprocess: Callable[[Any], Tensor]):
         self.stimuli, self.preprocess = stimuli, preprocess
@@ -265,7 +268,7 @@ def _collate(items: list[tuple[int, Tensor | None, str]]):
 
 
 def _open_decisions(path: Path) -> tuple[pa.Table, dict[str, str]]:
-    """The table (empty where there is none) and who made it. Raises ValueError for a file that is not of `decide`."""
+    """Return the table (empty if there is none) and who made it. Raises ValueError for a file not made by `decide`."""
     if not path.exists():
         return SCHEMA.empty_table(), {}
     try:
@@ -273,7 +276,9 @@ def _open_decisions(path: Path) -> tuple[pa.Table, dict[str, str]]:
         marks = json.loads(table.schema.metadata[MADE_BY])
         return table.select(SCHEMA.names).cast(SCHEMA), marks
     except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of decisions that could be continued ({error}); give another") from error
+        raise ValueError(
+            f"{path} is not a file of decisions written by `ssmclip ood decide` ({error}); give another file"
+        ) from error
 
 
 def _save(path: Path, old: pa.Table, rows: Sequence[dict[str, Any]], marks: dict[str, str]) -> None:

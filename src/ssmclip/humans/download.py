@@ -21,7 +21,7 @@ SUMS = "SHA256SUMS"
 def download_stimuli(
     dataset: str, root: Path | str, *, sha256: str | None = None, url: str = RELEASE
 ) -> list[Stimulus]:
-    """The stimuli of the data set under `root`; they are downloaded unless all are there.
+    """Return the stimuli of the data set under `root`, downloading them unless all are there.
 
     sha256: of the archive; default: what root/SHA256SUMS says of it, where it says anything.
     Raises OSError when it cannot be fetched, ValueError when it is another file than before, or holds other stimuli
@@ -42,7 +42,9 @@ def download_stimuli(
         recorded = _recorded(root / SUMS)
         expected = sha256 or recorded.get(archive.name, digest)
         if digest != expected:
-            raise ValueError(f"{archive.name} has the SHA-256 {digest}, and should have {expected}")
+            raise ValueError(
+                f"{archive.name} should have the SHA-256 {expected} (got {digest}); check the URL and the checksum"
+            )
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(folder, filter="data")
@@ -50,7 +52,9 @@ def download_stimuli(
         except (tarfile.TarError, EOFError, FileNotFoundError) as error:
             raise ValueError(f"{url.format(name=dataset)} is not an archive of {dataset}: {error}") from error
         if len(found) != known.count:
-            raise ValueError(f"{url.format(name=dataset)} holds {len(found)} stimuli of {dataset}'s {known.count}")
+            raise ValueError(
+                f"{url.format(name=dataset)} should contain {known.count} stimuli of {dataset} (got {len(found)})"
+            )
         for stimulus in found:
             target = root / stimulus.path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,11 +71,11 @@ def _fetch(url: str, target: Path) -> None:
         download_url_to_file(url, str(target))
     except OSError as error:
         raise OSError(
-            f"{url} cannot be fetched: {error}. Fetch it elsewhere and unpack it in {target.parents[1]}"
+            f"{url} cannot be downloaded: {error}. Download it elsewhere and unpack it in {target.parents[1]}"
         ) from error
 
 
 def _recorded(sums: Path) -> dict[str, str]:
-    """Name -> digest, of a file that need not be there."""
+    """Read name -> digest from a file, which may be missing."""
     lines = read_lines(sums) if sums.is_file() else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -37,7 +37,7 @@ Table = Mapping[int, Mapping[str, Float64[np.ndarray, "..."]]]  # place of a con
 
 @dataclass(frozen=True)
 class Design:
-    """The stimuli that some subjects were shown, and what the bootstrap draws.
+    """The stimuli shown to some subjects, and the bootstrap draws.
 
     conditions: of each stimulus, a place in the data set's conditions; weights: how often each stimulus counts in each
     resample; share: each person's share in each resample.
@@ -50,7 +50,7 @@ class Design:
 
     @property
     def counted(self) -> list[int]:
-        """The conditions that count and that have stimuli here."""
+        """Return the conditions that count and have stimuli here."""
         present = set(np.unique(self.conditions).tolist())
         return [place for place in counted_conditions(self.dataset) if place in present]
 
@@ -94,12 +94,12 @@ class Scores:
 
     @property
     def n(self) -> dict[str, int]:
-        """Subject -> how many stimuli it was shown."""
+        """Return subject -> number of stimuli it was shown."""
         return {name: group.n for group in self.groups for name in group.names}
 
     @property
     def whole(self) -> list[str]:
-        """The subjects that were shown every stimulus."""
+        """Return the subjects that were shown every stimulus."""
         return [name for name, n in self.n.items() if n == self.total]
 
     def samples(self, measure: str, subject: str) -> Float64[np.ndarray, "3 r"]:
@@ -224,7 +224,7 @@ def _by_condition(
     conditions: Int[np.ndarray, " n"],
     weights: Float64[np.ndarray, "r n"],
 ) -> Table:
-    """Cells (r, a, b) of each condition; of ood_accuracy, which is of a alone, (r, a)."""
+    """Return cells (r, a, b) of each condition; (r, a) for ood_accuracy, which depends on a alone."""
     table = {}
     for place in np.unique(conditions).tolist():
         here = conditions == place
@@ -237,13 +237,13 @@ def _by_condition(
 def _means(
     names: Sequence[str], table: Table, shares: Mapping[str, Float64[np.ndarray, "r _"]], design: Design
 ) -> tuple[dict[str, Samples], dict[str, dict[int, Samples]]]:
-    """Means of cells (r, k, h) over people, over all conditions that count and in each condition.
+    """Return means of cells (r, k, h) over people, over all conditions that count and in each condition.
 
     shares: measure -> each person's share in each resample; where there are no people, of one who has it all.
     """
     counts, counted = np.bincount(design.conditions), design.counted
     if not counted:
-        raise ValueError(f"{design.dataset}: {', '.join(names)} answered to no stimulus of a condition that counts")
+        raise ValueError(f"{design.dataset}: {', '.join(names)} answered no stimulus of a condition that counts")
     values, levels = {}, {}
     for measure, share in shares.items():
         levels[measure] = {place: _over_people(cells[measure], share) for place, cells in table.items()}
@@ -253,14 +253,14 @@ def _means(
 
 
 def _over_people(cells: Float64[np.ndarray, "r k h"], share: Float64[np.ndarray, "r h"]) -> Samples:
-    """The mean over people, for what OVER names."""
+    """Return the mean over people, for the measures in OVER."""
     images = cells.mean(axis=2)
     humans = share @ cells[0].T
     return np.stack([images, humans, np.einsum("rkh,rh->rk", cells, share)]).transpose(2, 0, 1)
 
 
 def _shape_bias(answers: Answers, design: Design) -> ShapeBias:
-    """S / (S + T) over the stimuli whose shape and texture are of different categories; people are pooled."""
+    """Return S / (S + T) over the stimuli whose shape and texture differ in category; people are pooled."""
     textures = [re.match("[a-z]+", name.rpartition("-")[2]).group() for name in answers.images]
     truth = {"shape": answers.categories, "texture": np.array([CATEGORIES.index(name) for name in textures])}
     conflict = truth["shape"] != truth["texture"]
@@ -279,7 +279,7 @@ def _shape_bias(answers: Answers, design: Design) -> ShapeBias:
 def _count(
     hits: Bool[np.ndarray, "s n"], member: Bool[np.ndarray, "c n"], weights: Float64[np.ndarray, "r n"]
 ) -> Float64[np.ndarray, "r s c"]:
-    """How often each subject hits, over the members of each class."""
+    """Return how often each subject hits, over the members of each class."""
     counted = (hits[:, None] & member).reshape(-1, hits.shape[1]).astype(float)
     return (weights @ counted.T).reshape(len(weights), len(hits), len(member))
 
@@ -290,12 +290,12 @@ def _fraction(part: Float64[np.ndarray, "*s"], other: Float64[np.ndarray, "*s"])
 
 
 def _same_for_people(samples: Float64[np.ndarray, "c r"]) -> Float64[np.ndarray, "c 3 r"]:
-    """Samples over images, for what OVER names, where resampling people makes no difference."""
+    """Return samples over images for the measures in OVER, if resampling people makes no difference."""
     return np.stack([samples, np.repeat(samples[:, :1], samples.shape[1], axis=1), samples], axis=1)
 
 
 def _draw(groups: Num[np.ndarray, " n"], resamples: int, rng: np.random.Generator) -> Float64[np.ndarray, "r n"]:
-    """How often each is drawn, with replacement within its group; in the first of 1 + resamples, once."""
+    """Return how often each is drawn with replacement within its group; once in the first of 1 + resamples."""
     weights = np.ones((1 + resamples, len(groups)))
     rows = np.arange(resamples)[:, None]
     for group in np.unique(groups) if resamples else ():

@@ -26,7 +26,7 @@ class Recipe:
 def rebuild_jobs(
     humans: Path, imagenet: Path, out: Path, datasets: Iterable[str] | None = None, seed: int = 0
 ) -> Recipe:
-    """The parametric sets of Geirhos et al. 2021 from ILSVRC2012's training images, by the ids in the human data.
+    """Return jobs that rebuild the parametric sets of Geirhos et al. 2021 from ILSVRC2012's training images.
 
     humans: a parquet file with dataset, condition, category and image_id (or imagename): every stimulus that anyone
     saw. imagenet: a folder with n01234567/n01234567_89.JPEG, or with train/ or ILSVRC/Data/CLS-LOC/train/ above that.
@@ -59,19 +59,19 @@ def rebuild_jobs(
 
 
 def _stimuli(humans: Path, names: list[str]) -> dict[str, list[tuple[str, str, str]]]:
-    """name -> (condition, category, image id) of its stimuli, sorted."""
+    """Return name -> (condition, category, image id) of its stimuli, sorted."""
     columns = pq.read_schema(humans).names
     key = "image_id" if "image_id" in columns else "imagename"
     wanted = ["dataset", "condition", "category", key]
     if absent := set(wanted) - set(columns):
-        raise ValueError(f"{humans} has no column {', '.join(sorted(absent))}; it has {', '.join(columns)}")
+        raise ValueError(f"{humans} lacks the columns {', '.join(sorted(absent))}; it has {', '.join(columns)}")
     stimuli: dict[str, set[tuple[str, str, str]]] = {name: set() for name in names}
     for row in pq.read_table(humans, columns=wanted).to_pylist():
         if row["dataset"] in stimuli:
             image_id = "_".join(row[key].split("_")[-2:])
             stimuli[row["dataset"]].add((row["condition"], row["category"], image_id))
     if empty := [name for name, found in stimuli.items() if not found]:
-        raise ValueError(f"{humans} has no stimulus of {', '.join(empty)}")
+        raise ValueError(f"{humans} contains no stimulus of {', '.join(empty)}")
     order = {name: STIMULUS_SETS[name].conditions for name in names}
     return {
         name: sorted(found, key=lambda s, name=name: (order[name].index(s[0]), *s[1:]))
@@ -83,4 +83,4 @@ def _image_root(imagenet: Path) -> Path:
     for root in (imagenet, imagenet / "train", imagenet / "ILSVRC" / "Data" / "CLS-LOC" / "train"):
         if root.is_dir() and any(root.glob("n[0-9]*")):
             return root
-    raise FileNotFoundError(f"{imagenet} has no folders n01234567, nor train/n01234567")
+    raise FileNotFoundError(f"{imagenet} must contain class folders such as n01234567 or train/n01234567")

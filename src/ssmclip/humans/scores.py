@@ -38,17 +38,17 @@ def score_decisions(humans: Trials, models: Trials, *, resamples: int = 0, seed:
 
 def score_sets(humans: Trials, models: Trials, *, resamples: int = 0, seed: int = 0) -> Iterator[list[Result]]:
     """Yield every measure of every model, and of people (the model "humans"): averages, then one data set's after
-    another. What could not be used is logged.
+    another. Unused data are logged.
 
     Averages are rows of the task "ood"; a data set's are of "ood/SET", and have its conditions too. resamples: of the
     bootstrap, 0 for no intervals. Stimuli are drawn within their condition, people within their data set; an interval
-    is over both at once, `extra` has it over each alone. A model that lacks stimuli of a data set is scored on the
-    others, and its rows say so ("partial"); averages are given where nothing lacks. Raises ValueError as `match_trials`
-    does, and when no decision is of a stimulus people saw.
+    is over both at once, `extra` has it over each alone. A model without some stimuli of a data set is scored on
+    the others, and its rows say so ("partial"); averages are given if nothing is missing. Raises ValueError as
+    `match_trials` does, and if no decision is on a stimulus people saw.
     """
     matched, notes = match_trials(humans, models)
     if not any(answers.models for answers in matched):
-        raise ValueError("; ".join(["no decision is of a stimulus that people saw", *notes]))
+        raise ValueError("; ".join(["none of the decisions is on a stimulus that people saw", *notes]))
     scored = {
         answers.dataset: score_dataset(answers, resamples, np.random.default_rng([seed, i]))
         for i, answers in enumerate(matched)
@@ -64,9 +64,9 @@ def score_sets(humans: Trials, models: Trials, *, resamples: int = 0, seed: int 
 def _without_average(matched: Sequence[Answers], scored: Mapping[str, Scores]) -> Iterator[str]:
     """Yield a note for each model that was not asked all of the 17 data sets."""
     for name in dict.fromkeys(name for answers in matched for name in answers.models):
-        lacking = [dataset for dataset in GEIRHOS_2021 if dataset not in scored or name not in scored[dataset].whole]
-        if lacking:
-            yield f"{name}: no average over 17 data sets; missing or not whole: {', '.join(lacking)}"
+        incomplete = [dataset for dataset in GEIRHOS_2021 if dataset not in scored or name not in scored[dataset].whole]
+        if incomplete:
+            yield f"{name}: no average over 17 data sets; missing or incomplete: {', '.join(incomplete)}"
 
 
 def average_rows(label: str, names: Sequence[str], scored: dict[str, Scores]) -> list[Result]:
@@ -111,7 +111,7 @@ def dataset_rows(scores: Scores) -> list[Result]:
 
 
 def _about(scores: Scores, group: Group, place: int, measure: str) -> dict[str, Any]:
-    """What else a row says of a measure of the subject at that place of the group."""
+    """Return further fields of the row for a measure of the subject at that place of the group."""
     if group.names == (HUMANS,):
         return {"humans": len(scores.humans)}
     if measure != "error_consistency":

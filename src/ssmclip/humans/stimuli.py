@@ -110,7 +110,7 @@ _add("cue-conflict", "s5n", "0", 1280, folders=("style-transfer-preprocessed-512
 
 
 def parse_stimulus_name(name: str, dataset: str) -> Stimulus:
-    """What the file name says. Raises BadName for what does not follow the data set's form, UnknownName for the set.
+    """Parse a file name. Raises BadName if it does not follow the data set's form, UnknownName for the set.
 
     >>> parse_stimulus_name("0001_nse_s01_0.90_knife_10_n03041632_82878.png", "uniform-noise").condition
     '0.9'
@@ -122,22 +122,24 @@ def parse_stimulus_name(name: str, dataset: str) -> Stimulus:
         return Stimulus(dataset, name, None, known.code, None, known.conditions[0], *_category(name, name, known))
     fields = name.split("_", maxsplit=6)
     if len(fields) < 7:
-        raise BadName(f"{name!r} has {len(fields)} fields of NUMBER_{known.code}_SUBJECT_CONDITION_CATEGORY_K_IMAGEID")
+        raise BadName(
+            f"{name!r} must be NUMBER_{known.code}_SUBJECT_CONDITION_CATEGORY_K_IMAGEID (got {len(fields)} fields)"
+        )
     number, code, subject, condition, category, count, image_id = fields
     if not (number.isdigit() and count.isdigit()):
-        raise BadName(f"{name!r}: {number if count.isdigit() else count!r} should be a number")
+        raise BadName(f"{name!r}: {number if count.isdigit() else count!r} must be a number")
     if code != known.code:
-        raise BadName(f"{name!r}: the code {code!r} is not that of {dataset}, {known.code!r}")
+        raise BadName(f"{name!r}: the code of {dataset} must be {known.code!r} (got {code!r})")
     found, image_id = _category(name, image_id, known)
     if category not in CATEGORIES or found not in (category, ""):
-        raise BadName(f"{name!r}: {category!r} is not its category; there are {', '.join(CATEGORIES)}")
+        raise BadName(f"{name!r}: {category!r} is not its category; known: {', '.join(CATEGORIES)}")
     return Stimulus(dataset, name, int(number), code, subject, _condition(name, condition, known), category, image_id)
 
 
 def _category(name: str, image_id: str, known: StimulusSet) -> tuple[str, str]:
-    """(category that the image id begins with, "" where it begins with none; image id)."""
+    """Return (category that the image id begins with, or ""; image id)."""
     if not known.image_id.fullmatch(image_id):
-        raise BadName(f"{name!r}: {image_id!r} is no image id of {known.name}")
+        raise BadName(f"{name!r}: {image_id!r} is not an image id of {known.name}")
     category = "" if known.image_id is PARAMETRIC else re.match("[a-z]+", image_id, re.IGNORECASE).group().lower()
     if category and category not in CATEGORIES:
         raise BadName(f"{name!r}: {category!r} is not one of {', '.join(CATEGORIES)}")
@@ -145,11 +147,11 @@ def _category(name: str, image_id: str, known: StimulusSet) -> tuple[str, str]:
 
 
 def _condition(name: str, text: str, known: StimulusSet) -> str:
-    """The label of the human data: files say 0.90, 3 and false for 0.9, 3.0 and False."""
+    """Return the label used in the human data: files write 0.90, 3 and false for 0.9, 3.0 and False."""
     for label in known.conditions:
         if text.lower() == label.lower() or _number(text) == _number(label) is not None:
             return label
-    raise BadName(f"{name!r}: {text!r} is no condition of {known.name}; there are {', '.join(known.conditions)}")
+    raise BadName(f"{name!r}: {text!r} is not a condition of {known.name}; known: {', '.join(known.conditions)}")
 
 
 def _number(text: str) -> float | None:
@@ -157,7 +159,7 @@ def _number(text: str) -> float | None:
 
 
 def find_stimuli(root: Path | str, dataset: str, *, rejected: list[str] | None = None) -> list[Stimulus]:
-    """The data set's files under `root`, in order of their names: dnn/session-1/*.png or CATEGORY/*.png.
+    """Return the data set's files under `root`, sorted by name: dnn/session-1/*.png or CATEGORY/*.png.
 
     root: the folder of all data sets (`datasets/`, `stimuli/`), or of this one. rejected: a list that takes a message
     for each PNG whose name does not parse; without one, such files raise BadName, which names five and counts all.
@@ -183,13 +185,13 @@ def find_stimuli(root: Path | str, dataset: str, *, rejected: list[str] | None =
     if bad and rejected is None:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise BadName(
-            f"{len(bad)} of {len(files)} files in {folder} have no name of {dataset}: {'; '.join(bad[:5])}{more}"
+            f"{len(bad)} of {len(files)} files in {folder} are not named as in {dataset}: {'; '.join(bad[:5])}{more}"
         )
     if rejected is not None:
         rejected += bad
     if not stimuli:
         raise FileNotFoundError(
-            f"{folder} holds no stimulus of {dataset} ({len(files)} PNG files, none with its names)"
+            f"{folder} contains no stimulus of {dataset} ({len(files)} PNG files, none with its names)"
         )
     _refuse_twice(stimuli, folder)
     return stimuli
@@ -203,7 +205,7 @@ def _folder(root: Path, known: StimulusSet) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise FileNotFoundError(f"{known.name}: none of {', '.join(map(str, places))} is a folder")
+    raise FileNotFoundError(f"{known.name} not found: none of {', '.join(map(str, places))} is a folder")
 
 
 def _refuse_twice(stimuli: list[Stimulus], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Models compared with people, from names of models to rows.
 
-The models decide about the stimuli, into a parquet file that a later run continues (`Experiment`); then all decisions
-in the file are scored beside people's (`score_sets`).
+The models' decisions on the stimuli go to a parquet file that a later run continues (`Experiment`); then all decisions
+in the file are compared with people's (`score_sets`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Experiment:
     image_size: int | tuple[int, int] | None = None
 
     def decider(self, label: str, model: Any, settings: Settings) -> Decider:
-        """Return what decides: a CLIP from prompts, an image encoder from its ImageNet logits.
+        """Return the decider of a model: a CLIP decides from prompts, an image encoder from ImageNet logits.
 
         model: any name that `ssmclip.find` takes, or what it returned. Raises what `find` and `clip_decider` raise.
         """
@@ -106,7 +106,7 @@ def with_stimuli(rows: Sequence[Result], stimuli: Sequence[Stimulus], seed: int)
 
 
 def _one_of_each(name: str, stimuli: Sequence[Stimulus], seed: int) -> dict[str, str]:
-    """Condition -> a random stimulus of it, small."""
+    """Return condition -> a thumbnail of a random stimulus of it."""
     order = [stimuli[place] for place in draw(len(stimuli), len(stimuli), seed)]
     first = {stimulus.condition: stimulus for stimulus in reversed(order)}
     present = [label for label in STIMULUS_SETS[name].conditions if label in first]

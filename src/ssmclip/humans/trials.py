@@ -1,4 +1,4 @@
-"""Who said what of which stimulus: the trials of people and of models on the sets of `stimuli.py`, as arrays.
+"""The trials (subject, stimulus, response) of people and of models on the sets of `stimuli.py`, as arrays.
 
 h people · m models · n stimuli · t trials · i images
 
@@ -65,7 +65,7 @@ class Trials:
 
 @dataclass(frozen=True)
 class Answers:
-    """One data set: the stimuli people saw, in the order of conditions and image ids, and what each subject said.
+    """One data set: the stimuli people saw, in the order of conditions and image ids, and each subject's responses.
 
     conditions, categories: places in the set's conditions and in CATEGORIES.
     humans, models: names; human, model: their responses, places in CATEGORIES, NO_ANSWER or NOT_SHOWN.
@@ -82,7 +82,7 @@ class Answers:
 
 
 def read_trials(source: str | Path | Iterable[str | Path]) -> Trials:
-    """The trials in a parquet or csv file, in a folder of them (with folders in it), or in several of these.
+    """Read the trials from a parquet or csv file, a folder of them (searched recursively), or several of these.
 
     A csv file without a column `dataset` is of the set its name begins with, or its folder's. Raises
     FileNotFoundError, and ValueError for columns that are missing, data sets nobody knows and category names that are
@@ -90,12 +90,12 @@ def read_trials(source: str | Path | Iterable[str | Path]) -> Trials:
     """
     files = [file for one in ([source] if isinstance(source, (str, Path)) else source) for file in _files(Path(one))]
     if not files:
-        raise ValueError("no file of trials given")
+        raise ValueError("no file of trials given: name at least one")
     return _joined([_trials(_read(file), str(file)) for file in files])
 
 
 def match_trials(humans: Trials, models: Trials) -> tuple[list[Answers], list[str]]:
-    """The models' trials beside the people's, data set by data set; and what could not be used, with counts.
+    """Return the models' and people's trials for each data set, and notes on what could not be used.
 
     A trial is matched by data set, image id and, where the set has several and the table gives it, condition. People
     are told by their names (subject-01, s01, 1), so both tables may be one. Left out and noted: data sets and stimuli
@@ -104,7 +104,7 @@ def match_trials(humans: Trials, models: Trials) -> tuple[list[Answers], list[st
     stimulus different categories.
     """
     notes = [*humans.notes, *models.notes]
-    humans = _named(humans, True, "the table of people has subjects that are no people by their names", notes)
+    humans = _named(humans, True, "the table of people has subjects whose names are not those of people", notes)
     models = _named(models, False, "the table of decisions has people", notes)
     images = np.unique(np.concatenate([humans.images, models.images]))
     humans, models = (_recoded(trials, images) for trials in (humans, models))
@@ -113,11 +113,11 @@ def match_trials(humans: Trials, models: Trials) -> tuple[list[Answers], list[st
         seen, asked = _select(humans, humans.dataset == code), _select(models, models.dataset == code)
         if not len(seen):
             if len(asked):
-                notes.append(f"{name}: left out, {len(asked):,} decisions but no trials of people")
+                notes.append(f"{name}: ignored, as its {len(asked):,} decisions have no trials of people")
             continue
         found.append(_matched(name, seen, asked, notes))
     if not found:
-        raise ValueError("the table of people has no trial of a data set: there is nothing to compare with")
+        raise ValueError("nothing to compare with: the table of people has no trials of a known data set")
     return found, notes
 
 
@@ -127,7 +127,7 @@ def _named(trials: Trials, people: bool, says: str, notes: list[str]) -> Trials:
     if not fits.all():
         others = [name for name, other in zip(trials.subjects, person != people, strict=True) if other]
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        notes.append(f"{says}, left out: {', '.join(others[:5])}{more} ({(~fits).sum():,} trials)")
+        notes.append(f"{says}; ignored: {', '.join(others[:5])}{more} ({(~fits).sum():,} trials)")
     return _select(trials, fits)
 
 
@@ -141,11 +141,11 @@ def _matched(name: str, seen: Trials, asked: Trials, notes: list[str]) -> Answer
     stimuli, first = np.unique(keys, return_index=True)
     place_human = np.searchsorted(stimuli, keys)
     human = _responses(name, seen, place_human, len(stimuli))
-    if (lacking := (human == NOT_SHOWN).sum(axis=1)).any():
-        who = _used(seen)[int(lacking.argmax())]
+    if (unseen := (human == NOT_SHOWN).sum(axis=1)).any():
+        who = _used(seen)[int(unseen.argmax())]
         raise ValueError(
-            f"{name}: person {who} has {len(stimuli) - lacking.max():,} of the {len(stimuli):,} stimuli of the others; "
-            "agreement with people takes people who all saw the same"
+            f"{name}: person {who} saw {len(stimuli) - unseen.max():,} of the {len(stimuli):,} stimuli of the others; "
+            "all people must have seen the same stimuli"
         )
     categories = seen.category[first]
     _same_category(name, seen, place_human, categories)
@@ -153,7 +153,7 @@ def _matched(name: str, seen: Trials, asked: Trials, notes: list[str]) -> Answer
     if strangers := (place < 0).sum():
         example = seen.images[asked.image[place < 0][0]]
         notes.append(
-            f"{name}: {strangers:,} of {len(asked):,} decisions are of stimuli no person saw, such as {example}"
+            f"{name}: {strangers:,} of {len(asked):,} decisions are on stimuli no person saw, such as {example}"
         )
     asked, place = _select(asked, place >= 0), place[place >= 0]
     _same_category(name, asked, place, categories)
@@ -171,7 +171,7 @@ def _keys(trials: Trials) -> np.ndarray:
 
 
 def _places(asked: Trials, stimuli: np.ndarray) -> np.ndarray:
-    """Each trial's place among the stimuli people saw, -1 where they saw none; without a condition, by the image."""
+    """Return each trial's place among the stimuli people saw, or -1; without a condition, by the image."""
     keys = _keys(asked)
     if (unknown := asked.condition == UNKNOWN).any():
         image_of = stimuli % len(asked.images)
@@ -192,7 +192,7 @@ def _responses(name: str, trials: Trials, place: np.ndarray, n: int) -> np.ndarr
         raise ValueError(
             f"{name}: {len(twice):,} stimuli have more than one trial of the same subject; the first: "
             f"{trials.subjects[trials.subject[trial]]}, {trials.images[trials.image[trial]]}. Remove the repetitions, "
-            "or name the subjects apart"
+            "or give the subjects different names"
         )
     responses = np.full(len(codes) * n, NOT_SHOWN, np.int8)
     responses[cell] = trials.response
@@ -255,15 +255,15 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".csv", ".parquet"))
         if not found:
-            raise FileNotFoundError(f"{path} holds no csv and no parquet file")
+            raise FileNotFoundError(f"{path} contains no csv or parquet file")
         return found
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of trials {path}")
+        raise FileNotFoundError(f"file of trials not found: {path}")
     return [path]
 
 
 def _read(file: Path) -> pa.Table:
-    """The file's table, its columns named as here; a csv file's values as text, as they stand there."""
+    """Read the file's table with the column names used here; values of a csv file stay text."""
     try:
         if file.suffix.lower() == ".csv":
             Delimited(file, unpack(file)).check()
@@ -275,7 +275,7 @@ def _read(file: Path) -> pa.Table:
             table = pq.read_table(file)
             table = table.drop_columns([name for name in table.column_names if name.lower() == "probabilities"])
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is no table: {error}") from error
+        raise ValueError(f"{file} is not a valid table: {error}") from error
     names = [NAMES.get(name.strip().lower(), name.strip().lower()) for name in table.column_names]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{file} has more than one column for {', '.join(twice)}")
@@ -286,14 +286,14 @@ def _read(file: Path) -> pa.Table:
 
 
 def _set_of(file: Path) -> str:
-    """The data set a csv file is of: its name's beginning, contrast_subject-01_session_1.csv, or its folder."""
+    """Return the data set of a csv file: the start of its name, contrast_subject-01_session_1.csv, or its folder."""
     known = _set_codes()
     for word in (file.name.split("_")[0], file.parent.name):
         if _plain(word) in known:
             return word
     raise ValueError(
-        f"{file} does not say its data set: it takes a column `dataset`, a name that begins with SET_ or a folder SET; "
-        f"there are {', '.join(STIMULUS_SETS)}"
+        f"{file} does not name its data set: add a column `dataset`, or rename it to SET_… or its folder to SET; "
+        f"known: {', '.join(STIMULUS_SETS)}"
     )
 
 
@@ -309,7 +309,7 @@ def _trials(table: pa.Table, where: str) -> Trials:
     if "object_response" not in table.column_names and any(map(PERSON.fullmatch, table.column_names)):
         table = _long(table, where)
     if missing := [name for name in NEEDED if name not in table.column_names]:
-        raise ValueError(f"{where} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
+        raise ValueError(f"{where} lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}")
     sets, of_set = _encoded(table["dataset"])
     known = _set_codes()
     if unknown := [name for name in sets if _plain(name) not in known]:
@@ -336,7 +336,7 @@ def _trials(table: pa.Table, where: str) -> Trials:
 
 
 def _long(table: pa.Table, where: str) -> pa.Table:
-    """One row per person and stimulus, of a table with a column of response codes for each person."""
+    """Return one row per person and stimulus, from a table with a column of response codes for each person."""
     people = [name for name in table.column_names if PERSON.fullmatch(name)]
     rest = table.drop_columns(people)
     words = pa.array([*CATEGORIES, "na"])
@@ -358,7 +358,7 @@ def _long(table: pa.Table, where: str) -> pa.Table:
 
 
 def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """A column as (its different values as text, "" for none; each row's place among them)."""
+    """Return a column as (its distinct values as text, "" for none; each row's place among them)."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # of several dictionaries
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], pa.string())
@@ -370,7 +370,7 @@ def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
 
 
 def _subjects(names: list[str], codes: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names that differ in case and in marks only (swag-vit-b16, SWAG_ViT_B16) are one; the first spelling stands."""
+    """Return the subjects; names that differ in case and punctuation only (swag-vit-b16, SWAG_ViT_B16) are one."""
     kept: dict[str, str] = {}
     for name in names:
         kept.setdefault(_plain(name), name)
@@ -381,7 +381,7 @@ def _subjects(names: list[str], codes: np.ndarray) -> tuple[tuple[str, ...], np.
 def _by_source(
     subjects: tuple[str, ...], subject: np.ndarray, dataset: np.ndarray, sources: list[str], source: np.ndarray
 ) -> tuple[tuple[str, ...], np.ndarray]:
-    """Who has trials of one data set from several sources is one subject for each: "resnet50 (their@fork)"."""
+    """Split subjects with trials of one data set from several sources: "resnet50 (their@fork)"."""
     triples = np.unique(np.stack([subject, dataset, source]), axis=1)
     pairs, times = np.unique(triples[:2], axis=1, return_counts=True)
     split = np.unique(pairs[0, times > 1])
@@ -407,7 +407,7 @@ def _image_ids(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndar
 
 
 def _conditions(table: pa.Table, dataset: np.ndarray, where: str, notes: list[str]) -> np.ndarray:
-    """The place of each trial's label among its set's. Files write 0.90, 3 and true for 0.9, 3.0 and True."""
+    """Return the place of each trial's label in its set. Files write 0.90, 3 and true for 0.9, 3.0 and True."""
     condition = np.full(len(dataset), UNKNOWN, np.int16)
     labels, codes = (
         _encoded(table["condition"]) if "condition" in table.column_names else ([""], np.zeros_like(dataset))
@@ -424,7 +424,7 @@ def _conditions(table: pa.Table, dataset: np.ndarray, where: str, notes: list[st
         unknown = [labels[c] for c in np.unique(codes[here]) if place[c] == UNKNOWN and not _nothing(labels[c])]
         if unknown:
             raise ValueError(
-                f"{where}: {sets[code]} has no condition {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+                f"{where}: {sets[code]} has no condition {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
             )
     return condition
 
@@ -437,7 +437,7 @@ def _condition(label: str, known: Sequence[str]) -> int:
 
 
 def _spelled(label: str) -> tuple[str, float | None]:
-    """A label but for its case and the way its number is written.
+    """Return a label independent of case and number format.
 
     >>> _spelled("0.90") == _spelled("0.9"), _spelled("c05") == _spelled("C5"), _spelled("True") == _spelled("true")
     (True, True, True)
@@ -458,7 +458,7 @@ def _categories(table: pa.Table, where: str) -> np.ndarray:
     place = {name: i for i, name in enumerate(CATEGORIES)}
     used = [names[code] for code in np.unique(codes)]
     if unknown := [name for name in used if name.strip().lower() not in place and not _nothing(name)]:
-        raise ValueError(f"{where}: {unknown[:5]} are none of the categories {', '.join(CATEGORIES)}")
+        raise ValueError(f"{where}: unknown categories {unknown[:5]}; known: {', '.join(CATEGORIES)}")
     return np.array([place.get(name.strip().lower(), UNKNOWN) for name in names], np.int8)[codes]
 
 
@@ -470,5 +470,5 @@ def _object_responses(column: pa.ChunkedArray, where: str, notes: list[str]) -> 
     if odd:
         count = int(np.isin(codes, list(odd)).sum())
         words = ", ".join(map(repr, list(odd.values())[:5]))
-        notes.append(f"{where}: {count:,} responses are no category ({words}); they count as errors")
+        notes.append(f"{where}: {count:,} responses are not categories ({words}) and count as errors")
     return coded[codes]
