@@ -557,7 +557,7 @@ def test_a_landscape_takes_shards_that_begin_again(tmp_path, url):
     assert sorted(map(tuple, texts.tolist())) == [(shard, key) for shard in range(3) for key in range(8)]
     broken = {f"{key}.{suffix}": data for key in EIGHT for suffix, data in (("png", b"broken"), ("txt", b"2 0"))}
     write_tar(tmp_path / "2.tar", broken)
-    with pytest.raises(ValueError, match=r"fewer than 20 usable samples, 20 were asked for: take at most 3 batches"):
+    with pytest.raises(ValueError, match=r"fewer than 20 usable samples, but 20 are needed: use at most 3 batches"):
         batches(4, 5)
 
 

@@ -232,9 +232,9 @@ def test_decisions_are_the_models(root, tmp_path):
 def test_what_cannot_decide_is_refused_and_what_cannot_be_read_counted(root, tmp_path, vit, caplog):
     out = tmp_path / "d.parquet"
     stimuli = open_stimuli(root)
-    with pytest.raises(ValueError, match="m must give 1,000 logits \(got 999\)"):
+    with pytest.raises(ValueError, match=r"m must give 1,000 logits \(got 999\)"):
         decide(imagenet_decider(Brightest(999), see, "m"), stimuli, out, QUICK)
-    with pytest.raises(ValueError, match="r must give 1,000 logits \(got 999\)"):
+    with pytest.raises(ValueError, match=r"r must give 1,000 logits \(got 999\)"):
         decide(imagenet_decider(timm.create_model("test_resnet", num_classes=999), see, "r"), stimuli, out, QUICK)
     assert not out.exists()
     broken = Brightest()

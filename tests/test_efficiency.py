@@ -245,7 +245,7 @@ def test_rows_of_other_settings_are_refused_before_anything_is_measured(name, ot
     default = getattr(Job(""), name)
     run()
     run(**{name: default})
-    with pytest.raises(ValueError, match=f"has rows of {name} {default}, not {other}: give another --out"):
+    with pytest.raises(ValueError, match=f"contains rows with {name} {default} instead of {other}: give another --out"):
         run(**{name: other})
     run(modes=[], **{name: other})  # counts depend on none of them
     assert len(jobs) == 1
@@ -281,7 +281,7 @@ def test_a_size_out_of_time_is_measured_by_the_next_command(tmp_path, capsys):
     [
         (["--model", "CLIP-VMamba-Nanno", "--lengths", "77"], "CLIP-VMamba-Nano"),
         (["--models", "test_vmamb", "--sizes", "32"], "test_vmamba"),
-        (["--models", "test_vmamba", "--lengths", "0"], "a text has at least 1"),
+        (["--models", "test_vmamba", "--lengths", "0"], "must be at least 1 token (got 0)"),
         (["--models", "test_vmamba", "--sizes", "0"], "must be pixels or HEIGHTxWIDTH"),
         (
             ["--models", "test_vmamba", "--sizes", "big"],

@@ -137,7 +137,7 @@ def test_synonyms_are_averaged_with_the_templates(vit):
 def test_classes_and_templates_that_say_nothing_are_refused(vit):
     with pytest.raises(ValueError, match=r"every template needs \{\}.*'a photo'"):
         class_embeddings(lambda texts: pytest.fail("encoded"), CLASSES, ["a {}", "a photo"])
-    with pytest.raises(ValueError, match="at least one class and one template \(got 6 and 0\)"):
+    with pytest.raises(ValueError, match=r"at least one class and one template \(got 6 and 0\)"):
         class_embeddings(lambda texts: pytest.fail("encoded"), CLASSES, [])
 
 

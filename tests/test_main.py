@@ -123,9 +123,9 @@ def test_a_size_that_is_none_is_told_with_its_reason(capsys, command):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("analyze hessian --model no/model --data x --k 0", "k=0: wanted at least one eigenvalue"),
-        ("analyze hessian --model no/model --data x --which foo", "which='foo': wanted 'both', 'largest', 'smallest'"),
-        ("analyze landscape --model no/model --data x --points 1", "1 points over"),
+        ("analyze hessian --model no/model --data x --k 0", "k must be at least 1 (got 0)"),
+        ("analyze hessian --model no/model --data x --which foo", "which must be 'both', 'largest', 'smallest'"),
+        ("analyze landscape --model no/model --data x --points 1", "a surface needs at least 2 points"),
         ("analyze efficiency --model A --batch-size 0", "--batch-size must be at least 1 (got 0)"),
         ("ood score --decisions none --humans none", ""),
     ],

@@ -300,11 +300,11 @@ def test_csv_files_are_read_as_they_are(raw_data, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda rows: rows[:-5], "edge: person subject-03 has 14 of the 16 stimuli"),
+        (lambda rows: rows[:-5], "edge: person subject-03 saw 14 of the 16 stimuli"),
         (lambda rows: [*rows, rows[0]], "contrast: 1 stimuli have more than one trial.*subject-01, n02690373_0"),
         (lambda rows: [rows[0] | {"category": "car"}, *rows[1:]], "another category.*n02690373_0"),
-        (lambda rows: [rows[0] | {"category": "table"}, *rows[1:]], r"\['table'\] are none of the categories"),
-        (lambda rows: [rows[0] | {"condition": "c51"}, *rows[1:]], "contrast has no condition 'c51'; it has c100"),
+        (lambda rows: [rows[0] | {"category": "table"}, *rows[1:]], r"unknown categories \['table'\]"),
+        (lambda rows: [rows[0] | {"condition": "c51"}, *rows[1:]], "contrast has no condition 'c51'; known: c100"),
         (lambda rows: [rows[0] | {"dataset": "contrasts"}, *rows[1:]], r"unknown data sets \['contrasts'\]"),
         (lambda rows: [rows[0] | {"condition": None}, *rows[1:]], "1 trials of people have no condition"),
         (
@@ -336,7 +336,7 @@ def test_decisions_that_make_no_sense_are_refused(tmp_path):
     (tmp_path / "broken.parquet").write_text("PAR1")
     with pytest.raises(ValueError, match=r"broken.parquet is not a valid table"):
         read_trials(tmp_path / "broken.parquet")
-    with pytest.raises(FileNotFoundError, match="no file of trials"):
+    with pytest.raises(FileNotFoundError, match="file of trials not found"):
         read_trials(tmp_path / "none.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="contains no csv"):

@@ -152,7 +152,7 @@ def test_downloads_that_cannot_be(release, tmp_path):
     (root / "SHA256SUMS").unlink()
     with tarfile.open(archive, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("silhouette/bird/bird1.png"), io.BytesIO(b""))
-    with pytest.raises(ValueError, match="should contain 160 stimuli of silhouette \(got 1\)"):
+    with pytest.raises(ValueError, match=r"should contain 160 stimuli of silhouette \(got 1\)"):
         download_stimuli("silhouette", root, url=release)
 
 

@@ -1,1 +1,1 @@
-"""Model x data -> rows: what a model costs, and what its loss looks like around it."""
+"""Model x data -> rows: the cost of a model, and the loss around its weights."""

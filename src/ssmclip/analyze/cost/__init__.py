@@ -1,1 +1,1 @@
-"""What a model costs: operations, memory, time."""
+"""The cost of a model: operations, memory, time."""

@@ -1,6 +1,6 @@
-"""What models cost at each image size and text length, measured, as rows.
+"""The measured cost of models at each image size and text length, as rows.
 
-where: IMAGE (224, or "224x448"), or TOKENS of a text, and ATTENTION where another was asked for.
+where: IMAGE (224, or "224x448"), or TOKENS of a text, and ATTENTION if it is not the default.
 metrics: parameters (of the tower) · macs (see `count_macs`; extra: the parts) · long_sequence_ratio (MambaOut's r, of
 towers that attend; extra: threshold, side) · inference_memory_mb, training_memory_mb (peak for a batch) · latency_ms
 (batch of 1; extra: quartiles) · images_per_s, texts_per_s, training_images_per_s, training_texts_per_s · energy_j,
@@ -62,9 +62,9 @@ def sweep(
     out, settings = Path(out), settings or {}
     sizes = [towers.as_size(size) for size in sizes]
     if bad := [length for length in lengths if length < 1]:
-        raise ValueError(f"texts of {bad[0]} tokens: a text has at least 1")
+        raise ValueError(f"text lengths must be at least 1 token (got {bad[0]})")
     if unknown := set(modes) - {"inference", "training"}:
-        raise ValueError(f"modes {sorted(unknown)}: inference, training")
+        raise ValueError(f"unknown modes {sorted(unknown)}; known: inference, training")
     texts = {label: bool(lengths) and names.reads_text(name) for label, name in models.items()}
     known = [row for row in read_rows(out)[1] if row.task == TASK] if out.exists() else []
     if modes:
@@ -107,18 +107,20 @@ def _require_same_settings(known: Sequence[Result], job: Job, out: Path) -> None
             if name == "attention" or (name == "batch_size" and row.metric == "latency_ms"):
                 continue  # `where` has it; always 1
             if row.extra.get(name, value) != value:
-                raise ValueError(f"{out} has rows of {name} {row.extra[name]}, not {value}: give another --out")
+                raise ValueError(
+                    f"{out} contains rows with {name} {row.extra[name]} instead of {value}: give another --out"
+                )
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    """What the extra of a measured row says of how."""
+    """Return the settings that a measured row records in `extra`."""
     return {name: getattr(job, name) for name in ("batch_size", "device", "precision", "attention")}
 
 
 def _may_fit_now(row: Result, settings: dict[str, Any]) -> bool:
-    """Whether a row says that something did not fit, which now it may.
+    """Return whether a row says that something did not fit which may fit now.
 
-    A size that is beyond a CPU's memory takes minutes to fail each time: only more memory is a reason to try again.
+    A size beyond a CPU's memory takes minutes to fail, so only more memory is a reason to try again.
     """
     if row.metric != "fits":
         return False
@@ -129,7 +131,7 @@ def _may_fit_now(row: Result, settings: dict[str, Any]) -> bool:
 
 
 def _add(out: Path, rows: Sequence[Result], run: dict[str, Any] | None) -> None:
-    """Append a part's rows; the row that says it did not fit before goes."""
+    """Append a part's rows, replacing the row that says it did not fit before."""
     keys = {_key(row) for row in rows}
     head, known = read_rows(out) if out.exists() else ({}, [])
     kept = [row for row in known if not (row.task == TASK and row.metric == "fits" and _key(row) in keys)]
@@ -154,7 +156,7 @@ def where_of(job: Job) -> dict[str, int | str]:
 
 
 def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
-    """`measure(job)` in a new interpreter; {"failed": why} where that was killed, as happens when memory runs out."""
+    """Run `measure(job)` in a new interpreter; return {"failed": why} if it was killed, as when memory runs out."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "ssmclip.analyze.cost.measure"],
@@ -174,7 +176,7 @@ def in_fresh_process(job: Job, timeout: float | None = None) -> dict[str, Any]:
 
 
 def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iterator[list[Result]]:
-    """The rows of each part, COUNT or a mode, as they come."""
+    """Yield the rows of each part, COUNT or a mode."""
     where, kind = where_of(job), "text" if job.length is not None else "image"
 
     def row(metric: str, value: float, n: int | None = None, **extra: Any) -> Result:
@@ -203,7 +205,7 @@ def _parts(label: str, job: Job, parts: Sequence[str], measure: Measure) -> Iter
 
 
 def _counted(job: Job, kind: str, row: Callable[..., Result]) -> list[Result]:
-    """What needs no measuring."""
+    """Return the rows that need no measuring."""
     size = job.image_size or names.own_size(job.model)
     count = count_macs(job.model, size, text_length=job.length)
     parts = getattr(count, kind)

@@ -1,4 +1,4 @@
-"""What a model computes, counted: multiply-accumulates by kind of layer, and MambaOut's measure of a long sequence.
+"""Counts of a model's multiply-accumulates by kind of layer, and MambaOut's criterion of a long sequence.
 
 Nothing is computed: the model runs on PyTorch's `meta` device, where tensors have shapes and no numbers.
 
@@ -50,7 +50,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Macs:
-    """What `count_macs` returns: the parts of one image and of one text, and their sum.
+    """The result of `count_macs`: the parts of one image and of one text, and their sum.
 
     image_size: (height, width) in pixels; text_length: tokens, None where no text was counted;
     image_parameters, text_parameters: of the towers; parameters: of the whole model.
@@ -66,7 +66,7 @@ class Macs:
 
     @property
     def parts(self) -> dict[str, int]:
-        """kind -> image and text together."""
+        """Return kind -> image and text together."""
         return {f.name: getattr(self.image, f.name) + getattr(self.text, f.name) for f in fields(Parts)}
 
     @property
@@ -80,7 +80,7 @@ def count_macs(
     *,
     text_length: int | None = None,
 ) -> Macs:
-    """Multiply-accumulates (MACs) of one image of this size and, with text_length, of one text of so many tokens.
+    """Count the MACs of one image of this size and, with text_length, of one text of that many tokens.
 
     name_or_model: a CLIP by name (`list_clips()`, `open_clip:NAME`, a checkpoint folder), a timm model by name, or any
     module, which is left as it is; image_size: pixels, or (height, width).
@@ -110,7 +110,9 @@ def count_macs(
     text = Parts()
     if text_length is not None:
         if not towers.is_clip(model):
-            raise ValueError(f"text_length={text_length} for {type(model).__name__}, which reads no text")
+            raise ValueError(
+                f"text_length cannot be given for {type(model).__name__}, which reads no text (got {text_length})"
+            )
         tokens = towers.tokens_of(model, 1, text_length, "meta")
         text = _count(model, lambda: model.encode_text(tokens), f"{text_length} tokens")
     image_parameters = sum(p.numel() for p in towers.tower_parameters(model, "image"))
@@ -120,7 +122,7 @@ def count_macs(
 
 
 def transformer_macs(width: int, depth: int, tokens: int, *, causal: bool = False) -> int:
-    """Equation 6 of MambaOut (arXiv:2405.07992) for `depth` blocks: (24 D^2 L + 4 D L^2) / 2 MACs each, MLP ratio 4.
+    """Return equation 6 of MambaOut (arXiv:2405.07992) for `depth` blocks: (24 D^2 L + 4 D L^2) / 2 each, MLP ratio 4.
 
     Patch embedding, class token, norms and head are left out. causal: only pairs a causal mask leaves, 2 D L^2.
     """
@@ -128,7 +130,7 @@ def transformer_macs(width: int, depth: int, tokens: int, *, causal: bool = Fals
 
 
 def long_sequence(width: int, tokens: int, *, causal: bool = False) -> float:
-    """Equation 7 of MambaOut: r = 4 D L^2 / (24 D^2 L) = L / (6 D), with a causal mask L / (12 D).
+    """Return equation 7 of MambaOut: r = 4 D L^2 / (24 D^2 L) = L / (6 D), with a causal mask L / (12 D).
 
     Above 1, attention's quadratic part is the larger one and the sequence counts as long.
 
@@ -141,7 +143,7 @@ def long_sequence(width: int, tokens: int, *, causal: bool = False) -> float:
 def sequence_criterion(
     name_or_model: str | nn.Module, image_size: int | tuple[int, int] = 224, *, text_length: int | None = 77
 ) -> list[dict[str, Any]]:
-    """MambaOut's criterion for each transformer tower of a model, a dict for each; none for a model without attention.
+    """Return MambaOut's criterion as a dict for each transformer tower; none for a model without attention.
 
     tower: "image" | "text"; width: D; tokens: L, of the patches or of the text; causal; ratio: r, see `long_sequence`;
     threshold: the tokens at which it is 1; side: the square image's side in pixels at which it is (None for texts).
@@ -180,9 +182,9 @@ def _criterion(tower: str, width: int, tokens: int, causal: bool) -> dict[str, A
 
 
 def _on_meta(name_or_model: str | nn.Module, size: tuple[int, int], text_length: int | None) -> nn.Module:
-    """The model without memory, in evaluation mode, at this image size and text length."""
+    """Return the model on the meta device, in evaluation mode, at this image size and text length."""
     if text_length is not None and text_length < 1:
-        raise ValueError(f"texts of {text_length} tokens: a text has at least 1")
+        raise ValueError(f"text_length must be at least 1 token (got {text_length})")
     if isinstance(name_or_model, str):
         return names.build_model_on_meta(name_or_model, size, text_length)
     # The copy shares no numbers: every parameter and buffer is replaced on the way.
@@ -211,7 +213,7 @@ def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up every operator that passes. A matrix that comes from weights alone makes its product a linear layer."""
+    """A mode that adds up every operator. A product with a matrix made from weights alone counts as a linear layer."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -235,7 +237,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _remember(self, args: tuple, out: Any) -> None:
-        """What is made of weights alone is a weight."""
+        """Mark a tensor as a weight if it is made of weights alone."""
         tensors = [x for x in args if isinstance(x, Tensor)]
         if tensors and isinstance(out, Tensor) and all(self.is_weight(x) for x in tensors):
             self.weights.append(out)
@@ -250,13 +252,13 @@ def _memory(x: Tensor) -> int:
 
 
 def _product(counter: _Counter, a: Tensor, b: Tensor) -> tuple[str, int]:
-    """(..., m, k) x (..., k, n)."""
+    """Count a product (..., m, k) x (..., k, n)."""
     kind = "linear" if counter.is_weight(a) or counter.is_weight(b) else "attention"
     return kind, a.numel() * b.shape[-1] * (4 if a.is_complex() else 1)
 
 
 def _convolution(counter: _Counter, args: tuple, out: Tensor) -> tuple[str, int]:
-    """Every number of the result is a sum over one filter; transposed, every number of the input meets one."""
+    """Count a convolution: each output is a sum over one filter; transposed, each input meets one filter."""
     x, weight, transposed = args[0], args[1], args[6]
     return "conv", (x if transposed else out).numel() * weight[0].numel()
 

@@ -58,7 +58,7 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """What one job gave: {"memory_mb": ..., "time": {...}, ...}, or {"failed": why} where memory did not suffice.
+    """Return one job's results: {"memory_mb": ..., "time": {...}, ...}, or {"failed": why} if memory ran out.
 
     memory_mb: peak in 10^6 bytes, weights included: on the CPU weights, optimiser state and the growth of this
     process's resident memory; on a GPU the allocator's. batch, single: seconds of a run of batch_size and of 1 (not for
@@ -104,7 +104,7 @@ def _measure(job: Job) -> dict[str, Any]:
 
 
 def _inputs(model: nn.Module, job: Job, batch: int, small: bool = False) -> Tensor:
-    """small: as little as compiles the same kernels."""
+    """Return the inputs of a job. small: the smallest that compile the same kernels."""
     if job.length is not None:
         fixed = hasattr(getattr(model, "text", model), "attn_mask")
         return towers.tokens_of(model, batch, min(job.length, 8) if small and not fixed else job.length, job.device)
@@ -129,7 +129,7 @@ def _run(model: nn.Module, inputs: Tensor, job: Job, optimiser: torch.optim.Opti
 
 
 def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[int, str]:
-    """Bytes, and what they are. kept: of weights and optimiser state, there before."""
+    """Return (bytes, how measured). kept: bytes of weights and optimiser state, allocated before."""
     gc.collect()
     if job.device != "cpu":
         torch.cuda.reset_peak_memory_stats(job.device)
@@ -144,7 +144,7 @@ def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[int, str
 
 
 def _forget_peak() -> bool:
-    """Let the peak of resident memory begin anew, where the system can."""
+    """Reset the peak of resident memory, if the system supports it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -172,7 +172,7 @@ def _peak_resident() -> int:
 
 
 def memory_limit(job: Job) -> int | None:
-    """The bytes a job may take: its own, or nine tenths of what is free. None where nothing limits it.
+    """Return the bytes a job may take: its own limit, or nine tenths of what is free; None without a limit.
 
     That is on a GPU (CUDA reserves addresses by the terabyte), and where there is no Linux.
     """
@@ -188,7 +188,7 @@ def memory_limit(job: Job) -> int | None:
 
 
 def _limit_memory(limit: int) -> None:
-    """Let allocations fail before the system starts killing processes: this many more bytes may be taken."""
+    """Let allocations beyond this many more bytes fail, before the system kills processes."""
     try:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + limit, hard))
@@ -197,7 +197,7 @@ def _limit_memory(limit: int) -> None:
 
 
 def _timed(run: Callable[[], None], job: Job) -> dict[str, Any]:
-    """{"batch": {median, low, high, n}, and energy_j or no_energy} of one run; the first run is not counted."""
+    """Return {"batch": {median, low, high, n}, and energy_j or no_energy} of one run; the first is not counted."""
     run()
     times, start, energy = [], time.perf_counter(), _energy(job.device)
     while len(times) < 3 or (time.perf_counter() - start < job.seconds and len(times) < 100):
@@ -210,12 +210,12 @@ def _timed(run: Callable[[], None], job: Job) -> dict[str, Any]:
     if energy is not None and after is not None and after > energy:  # the counter starts again at its maximum
         found["energy_j"] = (after - energy) / 1e6 / len(times)
     else:
-        found["no_energy"] = f"no counter in {POWER}" if job.device == "cpu" else "NVML does not tell, or no pynvml"
+        found["no_energy"] = f"no counter in {POWER}" if job.device == "cpu" else "NVML or pynvml is missing"
     return found
 
 
 def _energy(device: str) -> float | None:
-    """Microjoules all packages, or the card, have used; None where the machine does not tell."""
+    """Return the microjoules used by all packages, or the card; None if the machine does not report them."""
     if device != "cpu":
         return _energy_of_card(device)
     counters = [p / "energy_uj" for p in POWER.glob("*-rapl:*") if p.name.count(":") == 1]
@@ -241,7 +241,7 @@ def _energy_of_card(device: str) -> float | None:
 @contextlib.contextmanager
 def _attention(kind: str):
     if kind not in ("fused", "plain"):
-        raise ValueError(f"attention {kind!r}: 'fused' or 'plain'")
+        raise ValueError(f"attention must be 'fused' or 'plain' (got {kind!r})")
     with sdpa_kernel(SDPBackend.MATH) if kind == "plain" else contextlib.nullcontext():
         yield
 

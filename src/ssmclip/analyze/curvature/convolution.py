@@ -21,7 +21,7 @@ CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 @contextmanager
 def grouped_convolutions_by_convolutions() -> Iterator[None]:
-    """Inside, convolutions with more than one group are `convolution`: the same values and derivatives."""
+    """Replace grouped convolutions by `convolution` inside the context, with the same values and derivatives."""
     with _Mode():
         yield
 
@@ -34,7 +34,7 @@ class _Mode(TorchFunctionMode):
 
 
 def convolution(own: Callable, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-    """own(x, weight, ...) of PyTorch's convolutions, any number of times differentiable without loops over groups."""
+    """Return own(x, weight, ...) of PyTorch's convolutions, differentiable repeatedly without loops over groups."""
     sides = weight.ndim - 2
     if groups == 1 or isinstance(padding, str) or x.ndim != weight.ndim:
         return own(x, weight, bias, stride, padding, dilation, groups)

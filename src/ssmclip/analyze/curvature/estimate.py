@@ -1,4 +1,4 @@
-"""What random vectors tell of a whole spectrum: the trace (Hutchinson 1989) and the density (stochastic Lanczos
+"""Estimates of a whole spectrum from random vectors: the trace (Hutchinson 1989) and the density (stochastic Lanczos
 quadrature, Golub and Welsch 1969; Ubaru, Chen and Saad 2017, doi:10.1137/16M1104974).
 """
 
@@ -36,22 +36,22 @@ class Density:
     size: int
 
     def mean(self, f) -> Estimate:
-        """The mean of f over the eigenvalues, with the error of having so few probes."""
+        """Return the mean of f over the eigenvalues, with the error of having so few probes."""
         return _estimate((self.weights * f(self.nodes)).sum(axis=1))
 
     def share_below(self, threshold: float) -> Estimate:
-        """The share of eigenvalues under `threshold`. Near zero, where most are, it is noisy: stay away from it."""
+        """Return the share of eigenvalues under `threshold`. It is noisy near zero, where most of them are."""
         return self.mean(lambda x: x < threshold)
 
     @property
     def negative_mass(self) -> float:
-        """The sum of the negative eigenvalues' magnitudes as a share of the sum of all magnitudes."""
+        """Return the sum of the negative eigenvalues' magnitudes as a share of the sum of all magnitudes."""
         absolute = (self.weights * np.abs(self.nodes)).sum()
         return float(-(self.weights * np.minimum(self.nodes, 0)).sum() / absolute) if absolute else 0.0
 
 
 def trace(hessian: Hessian, probes: int = 30, seed: int = 0) -> Estimate:
-    """Hutchinson's estimate of the sum of all eigenvalues: the mean of z'Hz over vectors z of random signs.
+    """Return Hutchinson's estimate of the sum of all eigenvalues: the mean of z'Hz over random sign vectors z.
 
     One product per probe. Raises ValueError for no probes.
     """
@@ -65,7 +65,10 @@ def trace(hessian: Hessian, probes: int = 30, seed: int = 0) -> Estimate:
 
 
 def density(hessian: Hessian, probes: int = 4, steps: int = 40, seed: int = 0) -> Density:
-    """Stochastic Lanczos quadrature with probes x steps products. Raises ValueError for no probes or steps."""
+    """Return the density by stochastic Lanczos quadrature with probes x steps products.
+
+    Raises ValueError for no probes or steps.
+    """
     _check("probes", probes)
     _check("steps", steps)
     steps = min(steps, hessian.size)
@@ -93,4 +96,4 @@ def _estimate(samples: np.ndarray) -> Estimate:
 
 def _check(name: str, given: int) -> None:
     if given < 1:
-        raise ValueError(f"{name}={given}: wanted at least 1")
+        raise ValueError(f"{name} must be at least 1 (got {given})")

@@ -45,7 +45,7 @@ class SpectrumSettings:
 
     def __post_init__(self):
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol {self.protocol!r}: wanted one of {', '.join(PROTOCOLS)}")
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)} (got {self.protocol!r})")
         check_k(self.k)
         check_search(self.tol, self.which)
 
@@ -62,7 +62,7 @@ def batch_rows(
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = contrastive_loss,
     progress: Callable[[int], None] | None = None,
 ) -> list[Result]:
-    """A row for every eigenvalue found on one batch, with its residual and products, and rows of density and trace.
+    """Return a row for every eigenvalue of one batch, with its residual and products, and rows of density and trace.
 
     model: in the mode it is to be measured in (evaluation); images (B, 3, H, W), texts (B, context) or whatever `loss`
     takes. Embeddings of words that the batch has not are left out: their rows and columns of H are zero.
@@ -89,7 +89,11 @@ def batch_rows(
         fits = largest_fitting(lambda size: Hessian(lambda: objective(size), parameters), len(images))
         raise OutOfMemory(
             f"a Hessian-vector product of a batch of {len(images)} does not fit into memory ({error}). "
-            + (f"A batch of {fits} fits: --batch-size {fits}" if fits else "Nor does one of 2")
+            + (
+                f"A batch of {fits} fits: use --batch-size {fits}"
+                if fits
+                else "A batch of 2 does not fit either: use a smaller model or image"
+            )
         ) from error
 
 
@@ -149,7 +153,7 @@ def _estimate_rows(hessian: Hessian, study: SpectrumSettings, model_name: str, w
 
 
 def largest_fitting(attempt: Callable[[int], Callable[[Tensor], Tensor]], size: int) -> int:
-    """The largest of size / 2, size / 4, ... (at least 2) whose Hessian-vector product fits into memory; 0 for none."""
+    """Return the largest of size / 2, size / 4, ... (at least 2) whose Hessian-vector product fits; 0 if none."""
     while (size := size // 2) >= 2:
         try:
             hessian = attempt(size)

@@ -18,7 +18,7 @@ Unit = tuple[Where, Callable[[], list[Result]]]  # where something is measured, 
 
 
 def filter_normalised_direction(parameters: Mapping[str, Tensor], seed: int) -> Direction:
-    """A normal direction in which every filter (all weights of one output) is as long as the model's own.
+    """Return a normal direction in which every filter (all weights of one output) has the norm of the model's own.
 
     Biases, norms' scales and other parameters of fewer than two dimensions stay where they are, as in the paper.
     """
@@ -39,7 +39,7 @@ def filter_normalised_direction(parameters: Mapping[str, Tensor], seed: int) -> 
 def loss_at(
     loss: Callable[[], Tensor], parameters: Mapping[str, Tensor], directions: list[Direction], steps: list[float]
 ) -> float:
-    """loss() with every parameter moved by the sum of steps x directions, and put back exactly after."""
+    """Return loss() with every parameter moved by the sum of steps x directions, then restored exactly."""
     before = {name: p.detach().clone() for name, p in parameters.items()}
     try:
         with torch.no_grad():
@@ -54,13 +54,15 @@ def loss_at(
 
 
 def grid(points: int, distance: float) -> list[float]:
-    """`points` places from -distance to distance, rounded so that their names are short.
+    """Return `points` places from -distance to distance, rounded so that their names are short.
 
     >>> grid(5, 1.0)
     [-1.0, -0.5, 0.0, 0.5, 1.0]
     """
     if points < 2 or not distance > 0:
-        raise ValueError(f"{points} points over a distance of {distance}: wanted at least 2, and a distance above 0")
+        raise ValueError(
+            f"a surface needs at least 2 points and a distance above 0 (got {points} points, distance {distance})"
+        )
     return [round(-distance + 2 * distance * i / (points - 1), 6) + 0.0 for i in range(points)]
 
 

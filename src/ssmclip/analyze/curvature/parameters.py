@@ -1,4 +1,4 @@
-"""Which parameters a Hessian is of."""
+"""The parameters of a Hessian."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ TOWERS = ("whole", "image", "text")
 
 
 def tower_parameters(model: nn.Module, tower: str) -> dict[str, nn.Parameter]:
-    """name -> parameter: of the image encoder, of the text encoder (neither has the logit scale), or all.
+    """Return name -> parameter of the image encoder, the text encoder (both without the logit scale), or all.
 
     Raises ValueError for another name.
     """
     if tower not in TOWERS:
-        raise ValueError(f"tower {tower!r}: wanted one of {', '.join(TOWERS)}")
+        raise ValueError(f"tower must be one of {', '.join(TOWERS)} (got {tower!r})")
     kept = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tower == "whole":
         return kept
@@ -31,7 +31,7 @@ def tower_parameters(model: nn.Module, tower: str) -> dict[str, nn.Parameter]:
 def only_read_rows(
     model: nn.Module, parameters: Mapping[str, Tensor], loss: Callable[[], Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """Inside, name -> tensor to differentiate `loss()` by: `parameters`, of embeddings only the rows that it reads.
+    """Yield name -> tensor to differentiate `loss()` by: `parameters`, with only the rows that are read of embeddings.
 
     The other rows have no gradient and no curvature: what is left out of the Hessian is zero, and of a vocabulary of
     50,000 that is nearly all. The model computes with the rows given. An embedding that is used in another way as
@@ -60,7 +60,7 @@ def only_read_rows(
 
 
 def _rows_read(tables: Mapping[str, nn.Embedding], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """name -> rising numbers of the rows that `loss()` looks up, of the tables whose weight it uses in no other way."""
+    """Return name -> sorted rows that `loss()` looks up, for tables whose weight it uses in no other way."""
     read: dict[str, list[Tensor]] = {}
     with ExitStack() as hooks:
         for name, module in tables.items():

@@ -38,7 +38,7 @@ def power_iteration(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> PowerIteration:
-    """The k eigenvalues of largest magnitude, one after the other, each until its quotient changes by less than tol.
+    """Return the k eigenvalues of largest magnitude in turn, each iterated until its quotient changes by less than tol.
 
     Returned is the quotient before the last, as PyHessian does. progress(products) is called after every product.
     Raises ValueError for k < 1 or above n.
@@ -81,7 +81,7 @@ def power_to_residual(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> PowerIteration:
-    """The same iteration gone on with until the residual is tol: what the usual one would take to converge.
+    """Continue the same iteration until the residual is tol, to count the products it takes to converge.
 
     That residual is of the matrix without the vectors found before: their own errors no later vector can mend, so that
     the residuals returned, of the matrix itself, may be larger. After max_products the rest is left as it is.
@@ -116,7 +116,7 @@ def power_to_residual(
 
 
 def penalty(parameters: Iterable[Tensor], weight_decay: float) -> Tensor:
-    """weight_decay / 2 times the sum of squares: the L2 term of "NLL + L2". It shifts every eigenvalue by weight_decay.
+    """Return weight_decay / 2 times the sum of squares: the L2 term of "NLL + L2". It shifts all eigenvalues by it.
 
     Which form the authors used is not known. The sum of the tensors' norms, as their notebook of loss surfaces has it,
     has no second derivative at a bias of zero, where every model starts.

@@ -61,11 +61,11 @@ class Hessian:
         self.gradient = self._flat(gradients)
         self._require_finite(self.gradient, "the gradient")
         if all(g is None for g in gradients):
-            raise ValueError("the loss does not depend on any of the parameters given")
+            raise ValueError("the loss does not depend on any of the given parameters")
         self._firsts = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
 
     def __call__(self, vector: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """H @ vector, of the parameters' type and device. Raises ValueError when it is not finite."""
+        """Return H @ vector, with the parameters' type and device. Raises ValueError if it is not finite."""
         self.products += 1
         product = self._product(vector)
         if self.products == 1:
@@ -86,7 +86,7 @@ class Hessian:
         return product
 
     def _compare_with_differences(self, vector: Tensor, product: Tensor) -> None:
-        """Raise NotTwiceDifferentiable when the gradient changes otherwise along the vector, and a module is why.
+        """Raise NotTwiceDifferentiable if the gradient's change along the vector differs and a module is the cause.
 
         A backward without a graph in the last module of all gives a matrix that is symmetric, and wrong.
         """
@@ -131,17 +131,19 @@ class Hessian:
         if bad:
             raise ValueError(
                 f"{what} is not finite in {len(bad)} of {len(self.names)} parameters, the first: {bad[0]}. "
-                "A square root or a norm at zero does this, and so do overflowing activations: try float64"
+                "Causes are a square root or norm at zero and overflowing activations: try float64"
             )
 
     def refuse(self, asymmetry: float) -> None:
         """Raise NotTwiceDifferentiable for products that are not those of a symmetric matrix, naming the module."""
-        culprit = find_culprit(self._loss) or "No module shows it by itself: look at what the loss calls besides"
-        raise NotTwiceDifferentiable(f"u'Hv and v'Hu differ by {asymmetry:.1e} of |Hv|: this is no Hessian. {culprit}")
+        culprit = find_culprit(self._loss) or "No single module is at fault: check the other operations of the loss"
+        raise NotTwiceDifferentiable(
+            f"u'Hv and v'Hu differ by {asymmetry:.1e} of |Hv|, so this is not a Hessian. {culprit}"
+        )
 
 
 def named_parameters(parameters: Any) -> dict[str, Tensor]:
-    """name -> tensor of those that ask for a gradient, each tensor once. Raises TypeError and ValueError."""
+    """Return name -> tensor of those with requires_grad, each tensor once. Raises TypeError and ValueError."""
     if isinstance(parameters, Tensor):
         pairs: Iterable[Any] = [parameters]
     elif isinstance(parameters, nn.Module):
@@ -155,44 +157,48 @@ def named_parameters(parameters: Any) -> dict[str, Tensor]:
     for place, entry in enumerate(pairs):
         name, tensor = entry if isinstance(entry, tuple) else (f"parameter {place}", entry)
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}; parameters are tensors, or a module that has some")
+            raise TypeError(
+                f"parameters must be tensors or a module that has some (got a {type(tensor).__name__} as {name})"
+            )
         if tensor.requires_grad and id(tensor) not in seen and tensor.numel():
             seen.add(id(tensor))
             named[name] = tensor
     if not named:
-        raise ValueError("no parameter asks for a gradient (requires_grad): there is nothing to differentiate by")
+        raise ValueError("nothing to differentiate: no parameter has requires_grad set")
     if wrong := {str(p.dtype) for p in named.values()} - {str(dtype) for dtype in DTYPES}:
-        raise ValueError(f"parameters of {', '.join(sorted(wrong))}; second derivatives take float32 or float64")
+        raise ValueError(
+            f"parameters must be float32 or float64 for second derivatives (got {', '.join(sorted(wrong))})"
+        )
     if len(devices := {str(p.device) for p in named.values()}) > 1:
-        raise ValueError(f"parameters on {', '.join(sorted(devices))}: move them to one device")
+        raise ValueError(f"parameters must be on one device (got {', '.join(sorted(devices))})")
     return named
 
 
 def call(loss: Callable[[], Tensor]) -> Tensor:
-    """loss(), of operations that can be differentiated twice. Raises TypeError, ValueError."""
+    """Return loss(), made of operations that can be differentiated twice. Raises TypeError, ValueError."""
     with torch.enable_grad(), made_for_second_derivatives():
         value = loss()
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-        raise TypeError(f"loss() returned {given}; wanted a scalar tensor")
+        raise TypeError(f"loss() must return a scalar tensor (got {given})")
     if not value.isfinite():
-        raise ValueError(f"the loss is {value.item()}: there is no landscape there. Look at the weights and the batch")
+        raise ValueError(f"the loss must be finite (got {value.item()}): check the weights and the batch")
     if not value.requires_grad:
-        raise ValueError("loss() returned a tensor without a graph: it was computed under no_grad, or detached")
+        raise ValueError("loss() must return a tensor with a graph: it was computed under no_grad, or detached")
     with torch.enable_grad():
         return value.reshape(())
 
 
 @contextmanager
 def made_for_second_derivatives() -> Iterator[None]:
-    """Inside, attention is plain: its fused forms have no second derivative. Of grouped convolutions it is fast."""
+    """Use plain attention, as the fused one has no second derivative, and fast second derivatives of convolutions."""
     with sdpa_kernel(SDPBackend.MATH), grouped_convolutions_by_convolutions():
         yield
 
 
 @contextmanager
 def explained(loss: Callable[[], Tensor]) -> Iterator[None]:
-    """Turn autograd's and the allocator's errors into ones that say where and what to do."""
+    """Turn autograd's and the allocator's errors into ones that say where they arose and what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -200,10 +206,10 @@ def explained(loss: Callable[[], Tensor]) -> Iterator[None]:
         if is_out_of_memory(error):
             raise OutOfMemory(f"out of memory: {said.splitlines()[0] if said else type(error).__name__}") from error
         if "not implemented" in said or "differentiate twice" in said or "once_differentiable" in said:
-            where = find_culprit(loss) or "no module by itself shows it"
+            where = find_culprit(loss) or "no single module is at fault"
             raise NotTwiceDifferentiable(f"{where} ({said.splitlines()[0]})") from error
         if "not have been used in the graph" in said or "does not require grad" in said:
-            raise ValueError("the loss does not depend on any of the parameters given") from error
+            raise ValueError("the loss does not depend on any of the given parameters") from error
         raise
 
 
@@ -212,7 +218,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def find_culprit(loss: Callable[[], Tensor]) -> str:
-    """The innermost module that `loss` calls whose second derivative raises or is wrong, in a sentence; "" for none.
+    """Return, as a sentence, the innermost module whose second derivative raises or is wrong; "" if there is none.
 
     Every module is run again by itself on the inputs it had. The product of its own Hessian (of a curved function of
     its outputs, by inputs and parameters) is compared with differences of the gradient, which needs no second graph.
@@ -240,7 +246,7 @@ def find_culprit(loss: Callable[[], Tensor]) -> str:
 
 
 def _second_derivative_is_wrong(module: nn.Module, args: tuple, kwargs: dict) -> str:
-    """What is wrong with the module's second derivative, "" when nothing is."""
+    """Return what is wrong with the module's second derivative, "" if nothing is."""
     args = tuple(_leaf(a) for a in args)
     kwargs = {key: _leaf(a) for key, a in kwargs.items()}
     leaves = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
@@ -292,13 +298,13 @@ def _second_derivative_is_wrong(module: nn.Module, args: tuple, kwargs: dict) ->
 
 
 def random_like(x: Tensor, seed: int) -> Tensor:
-    """Normal numbers that depend on the shape and the seed only."""
+    """Return normal numbers that depend on the shape and the seed only."""
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
 
 
 @contextmanager
 def moved(tensors: Iterable[Tensor], directions: Iterable[Tensor], step: float) -> Iterator[None]:
-    """Inside, every tensor is at x + step d; after, exactly where it was."""
+    """Move every tensor to x + step d inside the context, and restore it exactly afterwards."""
     tensors = list(tensors)
     before = [x.detach().clone() for x in tensors]
     try:

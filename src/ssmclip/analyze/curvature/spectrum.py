@@ -76,7 +76,7 @@ def hessian_eigenvalues(
     vectors: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Spectrum:
-    """The k most positive, k most negative and k largest (by magnitude) eigenvalues of the loss's Hessian.
+    """Return the k most positive, k most negative and k largest (by magnitude) eigenvalues of the loss's Hessian.
 
     loss() -> scalar tensor; parameters: a module, tensors, (name, tensor) pairs or a mapping.
     tol: relative residual that makes an eigenvalue converged; those that are not after max_products are marked.
@@ -109,7 +109,7 @@ def extreme_eigenvalues(
     vectors: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Spectrum:
-    """`hessian_eigenvalues` of a Hessian that is there already."""
+    """Return `hessian_eigenvalues` of an existing Hessian."""
     check_k(k, hessian.size)
     check_search(tol, which)
     before = hessian.products
@@ -151,21 +151,21 @@ def extreme_eigenvalues(
 def check_search(tol: float, which: str) -> None:
     """Raise ValueError unless `hessian_eigenvalues` takes these."""
     if not tol > 0:
-        raise ValueError(f"tol={tol}: wanted a relative residual to reach, such as 1e-3")
+        raise ValueError(f"tol must be a relative residual above 0, such as 1e-3 (got {tol})")
     if which not in ("both", "largest", "smallest", "magnitude"):
-        raise ValueError(f"which={which!r}: wanted 'both', 'largest', 'smallest' or 'magnitude'")
+        raise ValueError(f"which must be 'both', 'largest', 'smallest' or 'magnitude' (got {which!r})")
 
 
 def check_k(k: int, size: int | None = None) -> None:
     """Raise ValueError unless 1 <= k, and k <= size where the size is known."""
     if k < 1:
-        raise ValueError(f"k={k}: wanted at least one eigenvalue")
+        raise ValueError(f"k must be at least 1 (got {k})")
     if size is not None and k > size:
-        raise ValueError(f"k={k}: a Hessian of {size} parameters has {size} eigenvalues; ask for at most {size}")
+        raise ValueError(f"k must be at most {size}, the number of parameters (got {k})")
 
 
 def places(values: np.ndarray, k: int, which: str) -> list[int]:
-    """Where in the rising `values` those that are asked for stand."""
+    """Return the places of the requested eigenvalues in the rising `values`."""
     ranked = range(len(values))
     chosen = {
         "largest": list(ranked)[-k:],
@@ -214,12 +214,12 @@ class Basis:
 
     @property
     def rounding(self) -> float:
-        """The size of a residual, or of a difference of eigenvalues, that may be nothing but rounding."""
+        """Return the size of a residual, or of a difference of eigenvalues, that may be nothing but rounding."""
         return 100 * torch.finfo(self.hessian.dtype).eps * self.scale
 
     @property
     def exhausted(self) -> bool:
-        """Whether the vector that would come next is nothing but rounding: the basis spans an invariant space."""
+        """Return whether the next vector would be nothing but rounding: the basis spans an invariant space."""
         return self._next is not None and _norm(self._pending[self._next]) <= self.rounding
 
     @property
@@ -227,7 +227,7 @@ class Basis:
         return self.size == self.capacity < self.hessian.size
 
     def expand(self) -> None:
-        """Add a vector and take the product with it. Raises NotTwiceDifferentiable for what is no symmetric matrix."""
+        """Add a vector and take the product with it. Raises NotTwiceDifferentiable if the matrix is not symmetric."""
         v = self._new_vector()
         m = self.size
         along = np.array([_dot(v, r) for r in self._pending])
@@ -272,7 +272,7 @@ class Basis:
         raise RuntimeError(f"found no vector outside a basis of {self.size} in {self.hessian.size} dimensions")
 
     def _orthogonal(self, w: Tensor) -> tuple[Tensor, np.ndarray]:
-        """w without its part in V, and the coefficients of that part. Gram-Schmidt, twice."""
+        """Return w without its part in V, and the coefficients of that part, by Gram-Schmidt applied twice."""
         blocks, block = self._V.shape[1:]
         w = torch.nn.functional.pad(w, (0, blocks * block - len(w))).clone()
         total = np.zeros(self.size)
@@ -287,7 +287,7 @@ class Basis:
         return w[: self.hessian.size], total
 
     def ritz(self, tol: float) -> Ritz:
-        """The eigenvalues of T and what is known of their being H's."""
+        """Return the eigenvalues of T and their residuals as eigenvalues of H."""
         m = self.size
         values, vectors = np.linalg.eigh(self._T[:m, :m])
         shares = self._C @ vectors
@@ -300,17 +300,17 @@ class Basis:
         return Ritz(values, vectors, residuals, np.sqrt(np.diag(gram))[:, None] * np.abs(shares))
 
     def aim(self, ritz: Ritz, late: list[int]) -> None:
-        """Go on from the pending vector that contributes most to the residuals of the eigenvalues `late`."""
+        """Continue from the pending vector that contributes most to the residuals of the eigenvalues `late`."""
         if late:
             self._next = int(ritz.shares[:, late].max(axis=1).argmax())
 
     def chain_ends(self) -> tuple[float, float]:
-        """The extreme eigenvalues of H as seen in the present chain."""
+        """Return the extreme eigenvalues of H as seen in the present chain."""
         inner = np.linalg.eigvalsh(self._T[self._chain : self.size, self._chain : self.size])
         return min(self._seen[0], *inner), max(self._seen[1], *inner)
 
     def begin_chain(self) -> None:
-        """Go on from a random vector."""
+        """Continue from a random vector."""
         self._next = None
         self._chain = self.size
         self.chain_steps, self._seen = 0, (math.inf, -math.inf)
@@ -332,7 +332,7 @@ class Basis:
         self.size = self._chain = keep
 
     def combine(self, columns: np.ndarray) -> Tensor:
-        """(j, n): the vectors whose coefficients in the basis are the j columns."""
+        """Return (j, n): the vectors whose coefficients in the basis are the j columns."""
         S = torch.from_numpy(columns).to(self._V.dtype).to(self._V.device)
         return (S.T @ self._V[: self.size].flatten(1))[:, : self.hessian.size]
 
@@ -342,7 +342,7 @@ SYMMETRIC = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
 def _chance_of_a_copy(basis: Basis, values: np.ndarray, k: int, which: str) -> float:
-    """A bound on the probability that an eigenvalue beyond the wanted ones has no part in the basis."""
+    """Return a bound on the probability that an eigenvalue beyond the requested ones has no part in the basis."""
     low, high = values[0], values[-1]
     level = np.sort(np.abs(values))[-k]
     levels = {
@@ -382,7 +382,7 @@ def _ends(values: np.ndarray, k: int) -> dict[str, list[int]]:
 
 
 def _note(found: dict[tuple[str, int], int], ritz: Ritz, k: int, tol: float, taken: int) -> None:
-    """Write down since when the eigenvalue at each place has been converged."""
+    """Record since when the eigenvalue at each place has been converged."""
     for end, chosen in _ends(ritz.values, k).items():
         for place, i in enumerate(chosen):
             if ritz.residuals[i] > tol:

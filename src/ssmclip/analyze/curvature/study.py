@@ -58,7 +58,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The model's name in the rows."""
+        """Return the model's name in the rows."""
         if self.label or isinstance(self.model, str | Path):
             return self.label or Path(self.model).name
         network, *_ = self.model
@@ -145,7 +145,9 @@ def _steps(subject: Subject, along_training: bool) -> list[tuple[dict[str, int],
     run = Path(subject.model) if isinstance(subject.model, (str, Path)) else None
     found = checkpoints(run) if run else []
     if not found:
-        raise ValueError(f"{subject.model} has no checkpoints; keep more of them with --set checkpoint.keep=100")
+        raise ValueError(
+            f"{subject.model} has no checkpoints; train with --set checkpoint.keep=100 to keep more of them"
+        )
     return [({STEP: 0}, None), *(({STEP: int(folder.name.removeprefix("step_"))}, folder) for folder in found)]
 
 
@@ -191,9 +193,9 @@ def _collect(
     summarise: Callable[[list[Result]], list[Result]],
     out: str | Path | None,
 ) -> list[Result]:
-    """Measure what the rows file does not hold, this process's share of it, adding rows as they come; then sum up.
+    """Measure this process's share of what the rows file lacks, adding rows as they come; then summarise.
 
-    What the file has of other models stays, and is compared with in the summary.
+    Rows of other models in the file are kept, and compared with in the summary.
     """
     state = PartialState(cpu=subject.device == "cpu")
     shared = {
@@ -236,5 +238,5 @@ def _collect(
 
 
 def _is_measured(row: Result) -> bool:
-    """Whether a row was measured on a batch or at a point, and does not sum others up."""
+    """Return whether a row was measured on a batch or at a point, and is not a summary of others."""
     return BATCH in row.where or "x" in row.where

@@ -1,4 +1,4 @@
-"""What all batches say together: each model, two models on the same batches, two protocols on the same batches."""
+"""Summaries over batches: of each model, and of two models or two protocols on the same batches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def summary_rows(rows: Sequence[Result], k: int, seed: int = 0) -> list[Result]:
 
 
 def _grouped(rows: Iterable[Result]) -> dict[tuple, dict[str, Batches]]:
-    """Return what `where` says besides the batch -> model -> its batches."""
+    """Return `where` without the batch -> model -> its batches."""
     groups: dict[tuple, dict[str, Batches]] = {}
     for row in rows:
         if row.task == HESSIAN and BATCH in row.where:
@@ -57,7 +57,7 @@ def _without_batch(where: Where) -> tuple:
 
 
 def measures(batches: Batches, k: int) -> dict[str, dict[int, float]]:
-    """metric -> batch -> value, of those metrics that some batch has."""
+    """Return metric -> batch -> value, for metrics that some batch has."""
     found: dict[str, dict[int, float]] = {}
 
     def add(metric: str, batch: int, value: float) -> None:
@@ -82,12 +82,12 @@ def measures(batches: Batches, k: int) -> dict[str, dict[int, float]]:
 
 
 def top_of(batch: Mapping[str, Result], k: int) -> list[Result]:
-    """The rows of a batch's k eigenvalues of largest magnitude; none where it has fewer."""
+    """Return the rows of a batch's k eigenvalues of largest magnitude; none if it has fewer."""
     return [batch[f"by_magnitude_{i}"] for i in range(1, k + 1)] if f"by_magnitude_{k}" in batch else []
 
 
 def beside(batches: Batches, usual: Batches, k: int) -> dict[str, dict[int, float]]:
-    """What a power iteration returns beside converged eigenvalues, on the batches that have both.
+    """Compare a power iteration with converged eigenvalues, on the batches that have both.
 
     products, residual (the largest of the k), error (the largest, relative to the eigenvalue at the same place), missed
     (the share of the k eigenvalues that none of its values is within 1 % of), and products_over_lanczos: how many times
@@ -127,7 +127,7 @@ def _mean(
 
 
 def bootstrap(values: Iterable[float], seed: int, draws: int = 2000) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of the mean over resampled batches."""
+    """Return the 2.5 and 97.5 % quantiles of the mean over resampled batches."""
     values = np.asarray(list(values))
     picked = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     low, high = np.quantile(values[picked].mean(axis=1), [0.025, 0.975])
