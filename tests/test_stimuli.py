@@ -173,7 +173,7 @@ def test_the_command_downloads_from_a_server(release, tmp_path, capsys, caplog):
         (tmp_path / "later/SHA256SUMS").write_text(f"{digest[::-1]}  silhouette.tar.gz\n")
         assert main([*words, str(tmp_path / "later")]) == 1
         assert main(["ood", "download", "silhouette,edge", "--url", url, "--out", str(tmp_path / "datasets")]) == 1
-        assert "edge.tar.gz cannot be fetched: HTTP Error 404" in capsys.readouterr().err
+        assert "edge.tar.gz cannot be downloaded: HTTP Error 404" in capsys.readouterr().err
         server.shutdown()
     assert main(["ood", "download", "edges", "--out", str(tmp_path / "x")]) == 1
     assert "unknown stimulus set 'edges'" in capsys.readouterr().err
