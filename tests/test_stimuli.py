@@ -178,7 +178,7 @@ def test_the_command_downloads_from_a_server(release, tmp_path, capsys, caplog):
     assert main(["ood", "download", "edges", "--out", str(tmp_path / "x")]) == 1
     assert "unknown stimulus set 'edges'" in capsys.readouterr().err
     assert main(["ood", "download", "all", "--sha256", digest, "--out", str(tmp_path / "x")]) == 1
-    assert "--sha256 is of one archive, and 17 are named" in capsys.readouterr().err
+    assert "--sha256 applies to a single data set (got 17)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
