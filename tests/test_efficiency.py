@@ -273,7 +273,7 @@ def test_a_size_out_of_time_is_measured_by_the_next_command(tmp_path, capsys):
     assert "images_per_s" in said
     assert "fits" not in said
     assert main([*command, "--precision", "bfloat16"]) == 1
-    assert f"{out} has rows of precision float32, not bfloat16" in capsys.readouterr().err
+    assert f"{out} contains rows with precision float32 instead of bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

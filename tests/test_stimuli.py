@@ -168,17 +168,17 @@ def test_the_command_downloads_from_a_server(release, tmp_path, capsys, caplog):
         digest = hashlib.sha256((tmp_path / "release/silhouette.tar.gz").read_bytes()).hexdigest()
         assert main([*words, str(tmp_path / "again"), "--sha256", digest]) == 0
         assert main([*words, str(tmp_path / "wrong"), "--sha256", digest[::-1]]) == 1
-        assert f"has the SHA-256 {digest}, and should have {digest[::-1]}" in capsys.readouterr().err
+        assert f"should have the SHA-256 {digest[::-1]} (got {digest})" in capsys.readouterr().err
         (tmp_path / "later").mkdir()
         (tmp_path / "later/SHA256SUMS").write_text(f"{digest[::-1]}  silhouette.tar.gz\n")
         assert main([*words, str(tmp_path / "later")]) == 1
         assert main(["ood", "download", "silhouette,edge", "--url", url, "--out", str(tmp_path / "datasets")]) == 1
-        assert "edge.tar.gz cannot be fetched: HTTP Error 404" in capsys.readouterr().err
+        assert "edge.tar.gz cannot be downloaded: HTTP Error 404" in capsys.readouterr().err
         server.shutdown()
     assert main(["ood", "download", "edges", "--out", str(tmp_path / "x")]) == 1
     assert "unknown stimulus set 'edges'" in capsys.readouterr().err
     assert main(["ood", "download", "all", "--sha256", digest, "--out", str(tmp_path / "x")]) == 1
-    assert "--sha256 is of one archive, and 17 are named" in capsys.readouterr().err
+    assert "--sha256 applies to a single data set (got 17)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of bootstrap resamples; 0: no intervals (default: %(default)s)",
     )
     score.add_argument("--seed", type=int, default=0, help="random seed for the intervals (default: %(default)s)")
-    says = "the decisions of models on stimuli, as a parquet file"
+    says = "decisions of models on stimuli, as a parquet file"
     decide = commands.add_parser("decide", help=says, description=says)
     decide.add_argument(
         "--model",

@@ -1,6 +1,6 @@
 """The published stimuli, fetched by name from model-vs-human's release.
 
-The release names no checksums. What was fetched first is written to SHA256SUMS beside the data, in the form that
+The release names no checksums. The first download is recorded in SHA256SUMS next to the data, in the form that
 `sha256sum --check` reads, and later copies have to be the same; commit that file and others get the same stimuli.
 """
 

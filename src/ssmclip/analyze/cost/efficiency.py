@@ -50,7 +50,7 @@ def sweep(
 ) -> list[Result]:
     """Measure every model at every size, and its text tower at every length; append the rows to `out` as they come.
 
-    models: label -> name; settings: fields of `Job` besides model, size and training; modes: none to count only;
+    models: label -> name; settings: fields of `Job` other than model, size and training; modes: none to count only;
     run: the file's first line; measure: runs a job, in a fresh process unless given.
     What `out` already has, of counts and of each mode, is not measured again. What does not fit the machine's memory,
     or the model, becomes a row that says why. It is tried again, and the new rows take that one's place, where time ran

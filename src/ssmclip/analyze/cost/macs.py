@@ -86,7 +86,7 @@ def count_macs(
     module, which is left as it is; image_size: pixels, or (height, width).
 
     The total is what papers and timm's tables list as "GMACs" or "FLOPs" (fvcore's sum, with VMamba's term for the
-    scan), so that numbers can be put beside theirs. By kind:
+    scan), so that numbers can be compared with theirs. By kind:
 
     - linear: products with a weight matrix; conv: convolutions; one multiply-add counts as 1, a complex product as 4.
     - attention: products of activations with each other, queries x keys and weights x values, of all L x L pairs:
