@@ -274,12 +274,12 @@ def test_neither_loading_nor_workers_touch_the_global_generator(shards):
 )
 def test_cursor_of_another_stream_is_refused(shards, name, other):
     cursor = opened(shards).cursor
-    with pytest.raises(ValueError, match=f"made with {name}"):
+    with pytest.raises(ValueError, match=f"{name} must be the cursor's"):
         opened(shards, cursor=cursor, **other)
 
 
 def test_cursor_of_other_files_is_refused(shards, table):
-    with pytest.raises(ValueError, match=r"made with source 'pairs.csv 23'"):
+    with pytest.raises(ValueError, match=r"source must be the cursor's, 'pairs.csv 23'"):
         opened(shards, cursor=opened(table).cursor)
 
 
