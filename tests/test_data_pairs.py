@@ -274,12 +274,12 @@ def test_neither_loading_nor_workers_touch_the_global_generator(shards):
 )
 def test_cursor_of_another_stream_is_refused(shards, name, other):
     cursor = opened(shards).cursor
-    with pytest.raises(ValueError, match=f"made with {name}"):
+    with pytest.raises(ValueError, match=f"{name} must be the cursor's"):
         opened(shards, cursor=cursor, **other)
 
 
 def test_cursor_of_other_files_is_refused(shards, table):
-    with pytest.raises(ValueError, match=r"made with source 'pairs.csv 23'"):
+    with pytest.raises(ValueError, match=r"source must be the cursor's, 'pairs.csv 23'"):
         opened(shards, cursor=opened(table).cursor)
 
 
@@ -412,9 +412,9 @@ def _noting_paths(opener):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", r" is no JSON \(Expecting value"),
-        (b"<html>", r" is no JSON \(Expecting value"),
-        (b"\xff\xfe", r" is no JSON \('utf-8' codec"),
+        (b"", r" is not JSON \(Expecting value"),
+        (b"<html>", r" is not JSON \(Expecting value"),
+        (b"\xff\xfe", r" is not JSON \('utf-8' codec"),
         (b"[100, 100]", r" must be \{shard: samples\} \(got list\)"),
         (b'{"0000.tar": null}', r": 0000\.tar must have a number of samples \(got None\)"),
         (b'{"0000.tar": {"width": 224}}', r": 0000\.tar must have a number of samples \(got \{'width': 224\}\)"),
@@ -451,11 +451,11 @@ def test_where_captions_are_looked_for(tmp_path, files, expected):
 @pytest.mark.parametrize(
     ("captions", "said"),
     [
-        ('{"captions": {"en": "a cat"}}', r"a caption must be text \(got dict\)"),
-        ('{"captions": ["a cat", {"raw": "a cat"}]}', r"a caption must be text \(got dict\)"),
-        ('{"captions": ["a cat", 3]}', r"a caption must be text \(got int\)"),
-        ('{"caption": 3}', r"a caption must be text \(got int\)"),
-        ('{"caption": {"en": "a cat"}}', r"a caption must be text \(got dict\)"),
+        ('{"captions": {"en": "a cat"}}', "a caption must be text (got dict)"),
+        ('{"captions": ["a cat", {"raw": "a cat"}]}', "a caption must be text (got dict)"),
+        ('{"captions": ["a cat", 3]}', "a caption must be text (got int)"),
+        ('{"caption": 3}', "a caption must be text (got int)"),
+        ('{"caption": {"en": "a cat"}}', "a caption must be text (got dict)"),
     ],
 )
 def test_a_caption_that_is_no_text_is_broken_json(tmp_path, captions, said):
@@ -784,7 +784,7 @@ def test_captions_of_a_path_are_together_in_every_type_of_column(tmp_path, text,
         ([1, 2], ["a", "b"], r'images must be paths, encoded bytes or \{"bytes", "path"\} \(got int64'),
         (["a", "b"], [{"raw": "x"}] * 2, r"captions must be texts or lists of texts \(got struct<"),
         (["a", "b"], [[{"raw": "x"}]] * 2, r"captions must be texts or lists of texts \(got list<"),
-        ([b"a", b"b"], [b"\xff", b"b"], r"its captions are of type binary, wanted texts .*UTF8"),
+        ([b"a", b"b"], [b"\xff", b"b"], r"captions must be texts .*got binary.*UTF8"),
     ],
 )
 def test_a_parquet_column_that_holds_something_else_is_told(tmp_path, images, captions, said):

@@ -91,7 +91,7 @@ def test_the_crop_is_torchvisions():
         (["in", "--out", "in/out"], ValueError, "distorted again by the next run"),
         (["in", "--out", "out", "--distortions", "contrst"], UnknownName, "did you mean 'contrast'"),
         (["in", "--out", "out", "--distortions", "contrast", "--levels", "0.5,x"], ValueError, "one of c100"),
-        (["in", "--out", "out", "--distortions", "contrast,power-equalisation"], ValueError, "needs amplitude="),
+        (["in", "--out", "out", "--distortions", "contrast,power-equalisation"], ValueError, "needs amplitude"),
         (["--out", "out"], ValueError, "either a folder"),
         (["--out", "out", "--humans", "h.parquet"], ValueError, "both --humans"),
     ],

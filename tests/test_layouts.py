@@ -162,7 +162,7 @@ def test_a_guess_is_logged_with_the_hint_that_replaces_it(state, hints, caplog):
     state = state()
     read_published(state)
     guesses = [record.getMessage() for record in caplog.records]
-    assert all(any(message.startswith(f"{name}=") for message in guesses) for name in hints)
+    assert all(any(message.startswith(f"guessing {name}=") for message in guesses) for name in hints)
     caplog.clear()
     config = str(read_published(state, hints=Hints(**hints)).config)
     assert not caplog.records

@@ -764,9 +764,9 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 def test_a_type_no_back_end_takes_is_an_error(dtype, backend):
     maps = {name: x.to(dtype) for name, x in map_inputs(1, 2, 3, 4, 1).items()}
     lines = {name: x.to(dtype) for name, x in random_inputs(1, 1, 8, 5, 4).items()}
-    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64; got torch"):
         getattr(selective_scan, "__wrapped__", selective_scan)(**lines, backend=backend)
-    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64\), got torch"):
+    with pytest.raises(ValueError, match=r"\(float16, bfloat16, float32, float64; got torch"):
         getattr(cross_selective_scan, "__wrapped__", cross_selective_scan)(**maps, backend=backend)
 
 

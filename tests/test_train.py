@@ -339,7 +339,7 @@ def test_model_with_fixed_positions_refuses_sizes():
 def test_batch_norm_refuses_a_lone_image_whose_last_map_is_one_pixel():
     overrides = ["batch_size=3", "micro_batch=2", 'changes={"vision_cfg": {"timm_model_name": "vmamba_nano"}}']
     config = tiny(*overrides, "image_sizes=[[0, 32]]")
-    with pytest.raises(ValueError, match=r"images of 32 pixels .*several in each batch and micro-batch"):
+    with pytest.raises(ValueError, match=r"images of 32 pixels.*several in each batch and micro-batch"):
         build_model(config, model_config(config))
     for change in ("micro_batch=3", "image_sizes=[[0, 33]]"):
         config = tiny(*overrides, change)

@@ -199,8 +199,8 @@ class PairLoader:
             made_with = cursor.get(name, False if name == "distinct" else None)  # older cursors have no such entry
             if made_with != here:
                 raise ValueError(
-                    f"this cursor was made with {name} {made_with!r}, and here it is {here!r}: "
-                    "the batches would not be the same. Continue with the same, or start without a cursor"
+                    f"{name} must be the cursor's, {made_with!r} (got {here!r}), or the batches would differ: "
+                    "pass the same value, or start without a cursor"
                 )
         self._states = [dict(state) for state in cursor["states"]]
         self._next = cursor["next"]
