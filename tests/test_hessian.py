@@ -313,7 +313,7 @@ def test_bad_input_is_told():
         (lambda: x.square().sum(), [x], dict(k=1, tol=0.0), r"tol must be .* \(got 0"),
         (lambda: x.square().sum(), [x], dict(k=1, which="middle"), "which must be 'both'"),
         (lambda: x.square().sum(), [x.detach()], dict(k=1), "no parameter has requires_grad"),
-        (lambda: x.detach().sum(), [x], dict(k=1), "without a graph"),
+        (lambda: x.detach().sum(), [x], dict(k=1), "under no_grad, or detached"),
         (lambda: x.square().sum(), [torch.ones(2, requires_grad=True)], dict(k=1), "does not depend on any"),
         (lambda: x.square().sum(), [x.half().detach().requires_grad_()], dict(k=1), "float16"),
     ]

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
     if not made_by(index, embedder):
         raise ValueError(
-            f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}: vectors cannot "
+            f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}: they cannot "
             "be compared. A model without pretrained weights is initialised at random each time: pass a folder"
         )
     scores, places = nearest(index.vectors, embedder.encode_texts([args.text]).numpy(), args.k)
