@@ -9,8 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found
 from ssmclip.data.testsets.layouts import arrays, captioned, folders, originals, parquet, tables, tars
 from ssmclip.data.testsets.prompts import Prompts
@@ -159,6 +157,8 @@ def _places(card: Card, root: str | Path, download: bool) -> Iterator[Path]:
 
 def _from_hub(card: Card, owner: str, download: bool) -> Path:
     """The folder of a wds_* repository in the hub's cache. Raises FileNotFoundError for what the hub doesn't have."""
+    import huggingface_hub
+
     errors = []
     for name in (card.name, *card.aliases):
         repo = f"{owner}/wds_{name.replace('/', '-')}"
