@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssmclip.rows.payloads import Match
+
 SIDE = 96  # pixels; about 2 kB a thumbnail
 
 
@@ -39,11 +41,11 @@ def draw(n: int, count: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
-def found(scores: Tensor, items: Sequence[str], right: set[int], top: int) -> list[dict[str, Any]]:
+def found(scores: Tensor, items: Sequence[str], right: set[int], top: int) -> list[Match]:
     """Return the `top` items by scores (m,): which, how high, and whether it is one of the right places."""
     best = scores.topk(min(top, len(scores)))
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [{"item": items[place], "score": round(score, 4), "right": place in right} for place, score in pairs]
+    return [Match(item=items[place], score=round(score, 4), right=place in right) for place, score in pairs]
 
 
 def matrix(scores: Tensor) -> list[list[float]]:

@@ -26,6 +26,7 @@ from ssmclip.evaluate.statistics.metrics import bootstrap_interval, first_releva
 from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.condition import TOKENS, Where
+from ssmclip.rows.payloads import ImageExample, Similarity, TextExample
 
 KS = (1, 5, 10)
 RECALL_AT = 10  # of the one recall that distortions are measured by
@@ -138,19 +139,19 @@ def _examples(
     captions_of = {row: (owner == row).nonzero().flatten().tolist() for row in matrix_rows}
     first = [captions_of[row][0] for row in matrix_rows]
     to_text = [
-        {
-            "image": places[row],
-            "truth": [flat[i] for i in captions_of[row]],
-            "found": pictures.found(images.features[row] @ texts.T, flat, set(captions_of[row]), SHOWN),
-        }
+        ImageExample(
+            image=places[row],
+            truth=[flat[i] for i in captions_of[row]],
+            found=pictures.found(images.features[row] @ texts.T, flat, set(captions_of[row]), SHOWN),
+        )
         for row in rows
     ]
     to_image = [
-        {
-            "text": flat[captions_of[row][0]],
-            "truth": places[row],
-            "found": pictures.found(texts[captions_of[row][0]] @ images.features.T, places, {row}, SHOWN),
-        }
+        TextExample(
+            text=flat[captions_of[row][0]],
+            truth=places[row],
+            found=pictures.found(texts[captions_of[row][0]] @ images.features.T, places, {row}, SHOWN),
+        )
         for row in rows
     ]
     shown = [*matrix_rows, *(places.index(hit["item"]) for example in to_image for hit in example["found"])]
@@ -158,9 +159,9 @@ def _examples(
         "thumbnails": pictures.thumbnails(dataset, [int(places[row]) for row in shown]),
         "image_to_text": to_text,
         "text_to_image": to_image,
-        "similarity": {
-            "images": [places[row] for row in matrix_rows],
-            "texts": [flat[i] for i in first],
-            "scores": pictures.matrix(images.features[matrix_rows] @ texts[first].T),
-        },
+        "similarity": Similarity(
+            images=[places[row] for row in matrix_rows],
+            texts=[flat[i] for i in first],
+            scores=pictures.matrix(images.features[matrix_rows] @ texts[first].T),
+        ),
     }

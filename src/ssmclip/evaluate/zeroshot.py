@@ -20,6 +20,7 @@ from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
 from ssmclip.models.names import Model
 from ssmclip.rows import Result
+from ssmclip.rows.payloads import ClassAccuracy, Confusion, GroupAccuracy, ImageExample, Similarity
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example
@@ -125,7 +126,7 @@ def _group_rows(
 
     whole = accuracies(torch.ones(1, len(hits), dtype=torch.float64))[0]
     groups_extra = [
-        {"name": group, "accuracy": value, "n": int(count)}
+        GroupAccuracy(name=group, accuracy=value, n=int(count))
         for group, value, count in zip(known, whole.tolist(), member.sum(0).tolist(), strict=True)
     ]
     rows = []
@@ -137,22 +138,22 @@ def _group_rows(
     return rows
 
 
-def _per_class(scores: Tensor, target: Tensor, names: list[str]) -> list[dict[str, Any]]:
+def _per_class(scores: Tensor, target: Tensor, names: list[str]) -> list[ClassAccuracy]:
     right = _right(scores, target)
     of_class = [right[target == i] for i in range(len(names))]
     return [
-        {"name": name, "accuracy": hits.double().mean().item(), "n": len(hits)}
+        ClassAccuracy(name=name, accuracy=hits.double().mean().item(), n=len(hits))
         for name, hits in zip(names, of_class, strict=True)
         if len(hits)
     ]
 
 
-def _confusion(scores: Tensor, target: Tensor, names: list[str]) -> dict[str, Any]:
+def _confusion(scores: Tensor, target: Tensor, names: list[str]) -> dict[str, Confusion]:
     if len(names) > MAX_CONFUSION:
         return {}
     cells = target * len(names) + scores.argmax(dim=1)
     counts = torch.bincount(cells, minlength=len(names) ** 2).reshape(len(names), -1)
-    return {"confusion": {"names": names, "counts": counts.tolist()}}  # rows: the truth
+    return {"confusion": Confusion(names=names, counts=counts.tolist())}
 
 
 def _examples(
@@ -168,16 +169,16 @@ def _examples(
     return {
         "thumbnails": pictures.thumbnails(dataset, [int(places[row]) for row in rows + drawn]),
         "image_to_text": [
-            {
-                "image": places[row],
-                "truth": [names[labels[row]]],
-                "found": pictures.found(scores[row], names, {labels[row]}, SHOWN),
-            }
+            ImageExample(
+                image=places[row],
+                truth=[names[labels[row]]],
+                found=pictures.found(scores[row], names, {labels[row]}, SHOWN),
+            )
             for row in rows
         ],
-        "similarity": {
-            "images": [places[row] for row in drawn],
-            "texts": [names[label] for label in first],
-            "scores": pictures.matrix(scores[drawn][:, list(first)]),
-        },
+        "similarity": Similarity(
+            images=[places[row] for row in drawn],
+            texts=[names[label] for label in first],
+            scores=pictures.matrix(scores[drawn][:, list(first)]),
+        ),
     }

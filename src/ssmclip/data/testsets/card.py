@@ -68,7 +68,10 @@ class Found:
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
 # ValueError or FileNotFoundError.
-LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry("layout")
+_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "tables", "tars")
+LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
+    "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
+)
 
 
 class Pictures(Sequence):

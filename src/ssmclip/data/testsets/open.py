@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found
-from ssmclip.data.testsets.layouts import arrays, captioned, folders, originals, parquet, tables, tars
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.data.testsets.testset import KINDS, Classification, Retrieval, TestSet, check_names
 from ssmclip.registry import UnknownName
@@ -22,7 +21,6 @@ else:
 
 __all__ = ["Card", "Classification", "Retrieval", "TestSet", "list_cards", "load_card", "open_dataset", "read_card"]
 
-FORMS = (arrays, folders, tables, tars, originals, parquet, captioned)  # the modules whose layouts a card may name
 HUB = "hub:"
 FOLDER = "folder:"
 CARD = "card:"

@@ -9,7 +9,6 @@ import base64
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 from ssmclip.evaluate.embeddings.cache import texts_hash
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval
 from ssmclip.rows import Result
+from ssmclip.rows.payloads import RightImages
 
 
-def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> dict[str, Any]:
+def marked(right: Bool[Tensor, " n"], keys: Sequence[str]) -> RightImages:
     """Return what a row keeps of which images were right: a bit each, and a hash of the images' keys."""
     bits = np.packbits(right.cpu().numpy()).tobytes()
-    return {"right": base64.b64encode(bits).decode("ascii"), "images": texts_hash(keys)}
+    return RightImages(right=base64.b64encode(bits).decode("ascii"), images=texts_hash(keys))
 
 
 def unmarked(row: Result) -> Bool[Tensor, " n"]:
