@@ -381,7 +381,7 @@ class VMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen stages do not need, as in timm. The head goes with the last stage, whose width it has."""
+        """Remove what the chosen stages do not need, as in timm; the head goes with the last stage."""
         take, last = feature_take_indices(len(self.layers), indices)
         shorter = last + 1 < len(self.layers)
         self.layers = self.layers[: last + 1]
