@@ -45,8 +45,8 @@ def encoders() -> set[str]:
 
 
 def clips() -> set[str]:
-    """Return the names of the configurations that this package gives open_clip."""
-    return {path.stem for path in CONFIGS.glob("*.json")}
+    """Return the names of the configurations that open_clip builds; others refuse it by a field that says so."""
+    return {path.stem for path in CONFIGS.glob("*.json") if "not by open_clip" not in path.read_text(encoding="utf-8")}
 
 
 def family(name: str) -> str:
