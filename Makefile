@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint clean results figure
 .PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-startup bench-hessian bench-gpu
-.PHONY: eval26 captions distorted hessian efficiency
+.PHONY: eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
@@ -39,6 +39,9 @@ results: setup
 
 figure: setup  ## the README's figure, from rows
 	$(BIN)/python docs/figure.py results/efficiency.jsonl docs/cost.svg
+
+timm-tests: setup  ## timm's and open_clip's own tests on our models, from the source distributions that pip can get
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/timm_tests.py --out results/timm_tests.jsonl
 
 # Speed, as rows in results/, against peers in the same process.
 

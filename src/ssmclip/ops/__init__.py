@@ -6,6 +6,8 @@ BLAS where there are matrix products), `triton` (CUDA GPUs).
 `python -m ssmclip ops` prints which exist on this machine.
 """
 
+import torch.fx
+
 from ssmclip.ops.causal_conv import causal_conv1d
 from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
 from ssmclip.ops.dispatch import Backend, using
@@ -29,6 +31,10 @@ from ssmclip.ops.causal_conv import BACKENDS as _CONV
 from ssmclip.ops.cross_scan import BACKENDS as _CROSS
 from ssmclip.ops.selective_scan import BACKENDS as _SCAN
 from ssmclip.ops.ssd import BACKENDS as _SSD
+
+# Which back end runs is decided call by call: torch.fx records the call, for whatever tracer, and does not look inside.
+for _operator in ("causal_conv1d", "cross_merge", "cross_scan", "cross_selective_scan", "selective_scan", "ssd"):
+    torch.fx.wrap(_operator)
 
 BACKENDS = {"selective_scan": _SCAN, "cross_selective_scan": _CROSS, "ssd": _SSD, "causal_conv1d": _CONV}
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ssmclip import ops
-from ssmclip.models.networks.parts import causal_conv, linear_and_bias
+from ssmclip.models.networks.parts import at_least_float32, causal_conv, linear_and_bias
+
+# Leaves of torch.fx's graphs: they look at types and axes, which a traced tensor does not have.
+torch.fx.wrap("rearrange")
+torch.fx.wrap("at_least_float32")
 
 
 class Mamba(nn.Module):
@@ -161,7 +166,3 @@ def _set_steps(bias: Tensor, dt_min: float, dt_max: float) -> None:
     """Set the bias so that softplus(bias) is log-uniform in [dt_min, dt_max]."""
     dt = torch.empty_like(bias).uniform_(math.log(dt_min), math.log(dt_max)).exp()
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from ssmclip.models.networks.mamba import Mamba, Mamba2, at_least_float32
-from ssmclip.models.networks.parts import dtype_of
+from ssmclip.models.networks.mamba import Mamba, Mamba2
+from ssmclip.models.networks.parts import at_least_float32, dtype_of
 from ssmclip.registry import UnknownName
 
 __all__ = ["LanguageModel", "Mamba2Config", "MambaConfig", "MambaText"]

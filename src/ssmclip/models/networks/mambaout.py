@@ -28,7 +28,7 @@ def _register(size: str) -> None:
             return timm.create_model(original, pretrained=pretrained, **take_fields(kwargs))
         model = timm.create_model(original, **take_fields(kwargs))
         model.head.pre_logits = nn.Identity()
-        model.head.num_features = model.num_features
+        model.head.num_features = model.head_hidden_size = model.num_features
         model.reset_classifier(model.num_classes)
         model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "architecture": f"{original}_linear_head"}
         if pretrained:

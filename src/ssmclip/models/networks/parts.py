@@ -1,4 +1,4 @@
-"""Layers inside a block whose weights a fused operator takes, and what is done where another library replaced them.
+"""What the networks share: heads, types, and layers inside a block whose weights a fused operator takes.
 
 Quantisation, LoRA, pruning and offloading put another module, a hook or another forward in a layer's place: its
 `weight` is then not what the layer computes with, or is no tensor at all. A layer that is PyTorch's own and untouched
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssmclip import ops
 
-__all__ = ["causal_conv", "dtype_of", "is_untouched", "linear_and_bias"]
+__all__ = ["at_least_float32", "build_head", "causal_conv", "dtype_of", "is_untouched", "linear_and_bias"]
 
 
 def is_untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -35,6 +35,19 @@ def causal_conv(layer: nn.Module, x: Float[Tensor, "b d l"], taps: int) -> Float
     if is_untouched(layer, nn.Conv1d):
         return ops.causal_conv1d(x, layer.weight[:, 0], layer.bias)
     return layer(F.pad(x, (taps - 1, 0)))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return float16 and bfloat16 as float32, and anything wider as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def build_head(model: nn.Module, features: int, classes: int) -> nn.Module:
+    """Return a linear head of the device, type and mode of `model`; an Identity for 0 classes."""
+    if classes == 0:
+        return nn.Identity().train(model.training)
+    weight = next(model.parameters(), torch.empty(0))
+    return nn.Linear(features, classes, device=weight.device, dtype=weight.dtype).train(model.training)
 
 
 def dtype_of(layer: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
 from torch import nn
@@ -53,22 +55,33 @@ def take_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **{key: value for key, value in kwargs.items() if key != "pretrained_cfg"}}
 
 
-def register_variants(encoder: type[nn.Module], variants: dict[str, dict[str, Any]]) -> None:
-    """Make every variant of `encoder`, name -> fields, known to timm; `default_cfgs` is already in the same module."""
+def register_variants(
+    encoder: type[nn.Module], variants: dict[str, dict[str, Any]], second_classifier: str = ""
+) -> None:
+    """Make every variant of `encoder`, name -> fields, known to timm; `default_cfgs` is already in the same module.
+
+    second_classifier: name of a head that a model has only where the field of that name is true.
+    """
     for name, fields in variants.items():
-        _register(encoder, name, fields)
+        _register(encoder, name, fields, second_classifier)
 
 
-def _register(encoder: type[nn.Module], name: str, fields: dict[str, Any]) -> None:
+def _register(encoder: type[nn.Module], name: str, fields: dict[str, Any], second_classifier: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         settings = {**fields, **take_fields(kwargs)}
-        return build_model_with_cfg(
-            encoder,
-            name,
-            pretrained,
-            feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
-            **settings,
-        )
+        if settings.get(second_classifier):
+            overlay = settings.get("pretrained_cfg_overlay") or {}
+            settings["pretrained_cfg_overlay"] = {"classifier": ("head", second_classifier), **overlay}
+        device, dtype = settings.pop("device", None), settings.pop("dtype", None)
+        with torch.device(device) if device is not None else nullcontext():
+            model = build_model_with_cfg(
+                encoder,
+                name,
+                pretrained,
+                feature_cfg=dict(out_indices=tuple(range(len(settings["dims"]))), feature_cls="getter"),
+                **settings,
+            )
+        return model if dtype is None else model.to(dtype)
 
     entrypoint.__name__ = name
     entrypoint.__module__ = encoder.__module__  # timm reads default_cfgs from the module a model was defined in

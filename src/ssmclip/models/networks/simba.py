@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -26,9 +27,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip.models.networks.mamba import Mamba
+from ssmclip.models.networks.parts import at_least_float32, build_head
 from ssmclip.models.networks.registration import default_cfg, register_variants
 
 __all__ = ["EinFFT", "SiMBA"]
+
+# Leaves of torch.fx's graphs: they look at types and axes, which a traced tensor does not have.
+torch.fx.wrap("rearrange")
+torch.fx.wrap("at_least_float32")
 
 EPS = 1e-6  # of the norms between blocks; those inside Mamba layers and patch embeddings have PyTorch's 1e-5
 
@@ -90,13 +96,13 @@ class EinFFT(nn.Module):
         self.complex_bias_2 = nn.Parameter(0.02 * torch.randn(2, blocks, size))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        y = rearrange(x.to(dtype), "b h w (k d) -> b (h w) k d", k=self.blocks)
+        y = rearrange(at_least_float32(x), "b h w (k d) -> b (h w) k d", k=self.blocks)
         y = torch.fft.fft2(y, dim=(1, 2), norm="ortho")
         y = torch.cat([y.real, y.imag], -1)
         y = F.relu(self._linear(y, self.complex_weight_1, self.complex_bias_1))
         y = F.softshrink(self._linear(y, self.complex_weight_2, self.complex_bias_2), self.shrink)
-        y = torch.fft.ifft2(torch.complex(*y.chunk(2, -1)), dim=(1, 2), norm="ortho").real
+        real, imag = y.chunk(2, -1)
+        y = torch.fft.ifft2(torch.complex(real, imag), dim=(1, 2), norm="ortho").real
         return rearrange(y, "b (h w) k d -> b h w (k d)", h=x.shape[1]).to(x.dtype)
 
     @staticmethod
@@ -104,7 +110,8 @@ class EinFFT(nn.Module):
         """Multiply [real, imaginary]: (x + iy)(v + iw) = xv - yw + i(xw + yv). ONNX has no complex product."""
         real, imag = weight.to(x.dtype)
         matrix = torch.cat([torch.cat([real, imag], -1), torch.cat([-imag, real], -1)], -2)
-        return torch.einsum("bnkd,kde->bnke", x, matrix) + torch.cat([*bias.to(x.dtype)], -1)
+        bias_real, bias_imag = bias.to(x.dtype)
+        return torch.einsum("bnkd,kde->bnke", x, matrix) + torch.cat([bias_real, bias_imag], -1)
 
 
 class Block(nn.Module):
@@ -155,6 +162,8 @@ class SiMBA(nn.Module):
     the pooled map, are added by half (in training too, where the original gives the parts to a loss of its own).
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
+
+    The formats of maps, torch.fx and TorchScript: as for `ssmclip.models.networks.vmamba.VMamba`.
     """
 
     def __init__(
@@ -181,7 +190,9 @@ class SiMBA(nn.Module):
             )
         if channel_mixer not in ("mlp", "einfft"):
             raise ValueError(f"channel_mixer must be 'mlp' or 'einfft' (got {channel_mixer!r})")
+        self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
+        self.output_fmt = "NHWC"  # of forward_features, and of forward where nothing is pooled
         self.num_stages = len(dims)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -270,6 +281,7 @@ class SiMBA(nn.Module):
             for name in ("patch_embed", "block", "norm"):
                 delattr(self, f"{name}{i}")
         self.num_stages = last + 1
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm:
             self.add_module(f"norm{self.num_stages}", nn.Identity())
         if prune_head:
@@ -289,7 +301,7 @@ class SiMBA(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.aux_head = None  # a new task has labels for images, not for positions
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = build_head(self, self.num_features, num_classes)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -333,6 +345,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "simba": dict(dims=(64, 128, 320, 448)),  # for whatever fields it is given
 }
 default_cfgs = generate_default_cfgs(
-    {name: default_cfg(first_conv="patch_embed1.conv.0", classifier=("head", "aux_head")) for name in VARIANTS}
+    {name: default_cfg(first_conv="patch_embed1.conv.0", classifier="head") for name in VARIANTS}
 )
-register_variants(SiMBA, VARIANTS)
+register_variants(SiMBA, VARIANTS, second_classifier="aux_head")

@@ -16,10 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import timm.layers
 import torch
+import torch.fx
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -28,10 +29,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ssmclip import ops
-from ssmclip.models.networks.parts import dtype_of
+from ssmclip.models.networks.parts import at_least_float32, build_head, dtype_of
 from ssmclip.models.networks.registration import default_cfg, register_variants
 
 __all__ = ["SS2D", "GatedConv", "VMamba"]
+
+# Leaves of torch.fx's graphs: they look at types and axes, which a traced tensor does not have.
+torch.fx.wrap("rearrange")
+torch.fx.wrap("at_least_float32")
 
 
 class SS2D(nn.Module):
@@ -96,7 +101,7 @@ class SS2D(nn.Module):
         dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
             [self.dt_rank, self.d_state, self.d_state], -1
         )
-        A = -torch.exp(self.A_logs.to(torch.promote_types(self.A_logs.dtype, torch.float32)))
+        A = -torch.exp(at_least_float32(self.A_logs))
         return ops.cross_selective_scan(
             x,
             dt,
@@ -160,14 +165,21 @@ class Permute(nn.Module):
         return x.permute(self.order)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Over the batch and the positions of a map with channels last."""
-
-    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+def _layer_norm(dim: int, to: Literal["bhwc", "bchw"]) -> list[nn.Module]:
+    return [Permute("bhwc"), nn.LayerNorm(dim), *([Permute("bchw")] if to == "bchw" else [])]
 
 
-CONV_NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": BatchNorm}
+def _batch_norm(dim: int, to: Literal["bhwc", "bchw"]) -> list[nn.Module]:
+    # The identities keep the numbering that a norm of channels last has.
+    return [nn.Identity(), nn.BatchNorm2d(dim), nn.Identity() if to == "bchw" else Permute("bhwc")]
+
+
+# What follows a convolution, from its map with channels first to one of the order `to`.
+ConvNorm: TypeAlias = Callable[[int, Literal["bhwc", "bchw"]], list[nn.Module]]
+CONV_NORMS: dict[str, ConvNorm] = {
+    "layer": _layer_norm,
+    "batch": _batch_norm,
+}
 
 
 class PatchMerging(nn.Module):
@@ -185,34 +197,29 @@ class PatchMerging(nn.Module):
 
 
 def build_patch_embed(
-    in_chans: int, dim: int, version: Literal["v1", "v2"], norm: type[nn.Module], act: bool
+    in_chans: int, dim: int, version: Literal["v1", "v2"], norm: ConvNorm, act: bool
 ) -> nn.Sequential:
     """Return the stem. v1: 4x4 convolution. v2: two overlapping 3x3 convolutions of stride 2. act: GELU at the end."""
     last = [nn.GELU()] if act else []
     if version == "v1":
-        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), Permute("bhwc"), norm(dim), *last)
+        return nn.Sequential(nn.Conv2d(in_chans, dim, 4, stride=4), *norm(dim, "bhwc"), *last)
     return nn.Sequential(
         nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
-        Permute("bhwc"),
-        norm(dim // 2),
-        Permute("bchw"),
+        *norm(dim // 2, "bchw"),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-        Permute("bhwc"),
-        norm(dim),
+        *norm(dim, "bhwc"),
         *last,
     )
 
 
-def build_downsample(
-    dim: int, out_dim: int, version: Literal["v1", "v3"], norm: type[nn.Module], act: bool
-) -> nn.Module:
+def build_downsample(dim: int, out_dim: int, version: Literal["v1", "v3"], norm: ConvNorm, act: bool) -> nn.Module:
     """Return a halving. v1: patch merging with its norm. v3: a 3x3 convolution of stride 2; act: GELU at the end."""
     if version == "v1":
         return PatchMerging(dim, out_dim)
     convolution = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
     last = [nn.GELU()] if act else []
-    return nn.Sequential(Permute("bchw"), convolution, Permute("bhwc"), norm(out_dim), *last)
+    return nn.Sequential(Permute("bchw"), convolution, *norm(out_dim, "bhwc"), *last)
 
 
 class Stage(nn.Module):
@@ -247,7 +254,7 @@ class Classifier(nn.Module):
             raise ValueError(f"VMamba's global_pool must be 'avg' or '' (the map) (got {global_pool!r})")
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head = nn.Linear(dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = build_head(self, dim, num_classes)
 
     def forward(self, x: Float[Tensor, "b h w c"], pre_logits: bool = False) -> Tensor:
         """Return logits or features. x: normalised map."""
@@ -268,6 +275,12 @@ class VMamba(nn.Module):
     drop_rate: dropout before the head; drop_path_rate: of the last block, growing linearly from 0.
 
     forward: (B, in_chans, H, W) -> (B, num_classes), or (B, num_features) when num_classes is 0.
+
+    Maps are channels last, and `output_fmt` is "NHWC", as of timm's Swin and MambaOut: that is what `forward_features`
+    gives, and a feature extractor that takes the stages' outputs. `forward_intermediates` gives the format it is asked
+    for, "NCHW" by default; so does `features_only=True`, whose extractor's own `output_fmt` says which.
+    torch.fx traces the model, with each operator of `ssmclip.ops` as one node; `torch.jit.trace` does,
+    `torch.jit.script` does not: the operators choose their implementation at every call, which TorchScript cannot say.
     """
 
     def __init__(
@@ -300,8 +313,9 @@ class VMamba(nn.Module):
             )
         if conv_norm not in CONV_NORMS:
             raise ValueError(f"conv_norm must be one of {', '.join(CONV_NORMS)} (got {conv_norm!r})")
-        self.num_classes = num_classes
+        self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = dims[-1]
+        self.output_fmt = "NHWC"  # of forward_features, and of forward where nothing is pooled
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm], conv_act)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         if mixer == "ss2d":
@@ -367,12 +381,15 @@ class VMamba(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the chosen stages do not need, as in timm."""
+        """Remove what the chosen stages do not need, as in timm; the head goes with the last stage."""
         take, last = feature_take_indices(len(self.layers), indices)
+        shorter = last + 1 < len(self.layers)
         self.layers = self.layers[: last + 1]
-        if prune_norm:
+        self.layers[-1].downsample = nn.Identity()
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or shorter:
             self.classifier.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shorter:
             self.reset_classifier(0)
         return take
 
