@@ -26,7 +26,7 @@ from ssmclip.data.testsets.prompts import Prompts, names_on
 from ssmclip.data.testsets.testset import Classification, PictureSet, Retrieval
 from ssmclip.evaluate.embeddings.embed import Settings, embed_images
 from ssmclip.evaluate.retrieval import recall_rows
-from ssmclip.evaluate.tasks import open_tasks
+from ssmclip.evaluate.tasks import Task, open_tasks
 from test_data_originals import WRITERS, coco, encoded, picture, save, text, write_captioned, write_waterbirds
 
 
@@ -599,6 +599,22 @@ def captioned_pair(root: Path) -> Retrieval:
     for number in (1, 2):
         save(root / f"flickr8k/{number}.png", number)
     return open_dataset(card, root)
+
+
+def test_a_test_set_of_ones_own(vit):
+    """In a few lines, with the defaults of PictureSet for all that it does not have."""
+
+    class Greys(PictureSet):
+        def __init__(self):
+            self.card, self.keys = load_card("sst2"), [str(i) for i in range(6)]
+            self.labels, self.classnames, self.templates = [0, 1] * 3, ("dark", "light"), ("{}",)
+
+        def picture(self, index: int) -> Image.Image:
+            return picture(40 * index)
+
+    rows = Task(Greys()).rows(vit, Settings(examples=0))
+    assert (rows[0].metric, rows[0].n, rows[0].extra["partial"]) == ("top1", 6, {"used": 6, "of": 1821})
+    assert (Greys().name, Greys().kind, Greys().expected, Greys().partial) == ("sst2", "classification", 1821, True)
 
 
 def test_a_card_of_ones_own(tmp_path, vit):
