@@ -1,10 +1,14 @@
 """The embedder against the model called for one input at a time; the index against a sort of all dot products."""
 
 import argparse
+import copy
 import importlib.util
 import os
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from ssmclip import Embedder, save_model
 from ssmclip.cli import embed, search
 from ssmclip.data.images import BadImage
 from ssmclip.evaluate.search import index as index_module
-from ssmclip.evaluate.search.index import build_index, nearest, read_index
+from ssmclip.evaluate.search.index import build_index, made_by, nearest, read_index
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange", "cyan"]
 
@@ -346,3 +350,41 @@ def test_what_is_no_index_or_folder_is_named(embedder, tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="none of the 1 images"):
         build_index(tmp_path, embedder, tmp_path / "i")
+
+
+def test_an_index_is_searched_from_any_folder(tiny_clip, tiny_config, folder, tmp_path, capsys, monkeypatch):
+    """The model's path is kept whole, whatever it was called from; picture names go to a terminal of any encoding."""
+    (folder / "Hündin – 犬.png").write_bytes((folder / "green.png").read_bytes())
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden/x.png").write_bytes((folder / "green.png").read_bytes())
+    (folder / "._green.png").write_bytes(b"\0\5\x16\7")
+    save_model(tiny_clip[0], tiny_config, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert run(embed, "pictures", "--model", "model", "--out", "index.parquet") == 0
+    index = read_index("index.parquet")
+    assert index.about["model"] == str(tmp_path / "model")
+    assert len(index.paths) == 8
+    assert not any("hidden" in path or "._" in path for path in [*index.paths, *index.about["unreadable"]])
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-m", "ssmclip", "search", "a dog", str(tmp_path / "index.parquet"), "-k", "8"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 8), done.stderr
+    assert r"H\xfcndin \u2013 \u72ac.png" in done.stdout
+
+
+def test_an_index_belongs_to_a_preprocessing_and_to_settings(tiny_clip, folder, tmp_path):
+    model, preprocess, tokenizer = tiny_clip
+    index = build_index(folder, Embedder(tiny_clip), tmp_path / "i.parquet")
+    assert made_by(index, Embedder(tiny_clip))
+    assert not made_by(index, Embedder((model, lambda picture: 2 * preprocess(picture), tokenizer)))
+    other = copy.deepcopy(model)
+    other.transformer.resblocks[0].attn.num_heads = 1
+    assert not made_by(index, Embedder((other, preprocess, tokenizer)))
+    earlier = {key: value for key, value in index.about.items() if key != "made_by"}  # as older versions wrote it
+    assert made_by(replace(index, about=earlier), Embedder(tiny_clip))
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert not made_by(replace(index, about=earlier), Embedder((other, preprocess, tokenizer)))

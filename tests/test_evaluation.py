@@ -291,7 +291,7 @@ def test_a_second_run_embeds_nothing(vit, data, tmp_path):
         asked.append(sum(Counting.asked))
         Counting.asked.clear()
         results.append(rows)
-    recognised = 2 * (fingerprint.SHOWN + len(fingerprint.TEXTS))  # a Model for pictures' task, one for captions'
+    recognised = 4 * (fingerprint.SHOWN + len(fingerprint.TEXTS))  # twice, of a Model for each kind of task
     assert 0 < asked[1] <= recognised < asked[0]
     assert results[0] == results[1]
     plain = evaluate(counting, vit.preprocess, vit.tokenizer, ["sst2", "urban1k"], data, model_name="m")

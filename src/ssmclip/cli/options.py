@@ -104,7 +104,12 @@ def path_list(paths: str) -> list[str]:
 
 def distortion_list(names: str) -> list[str]:
     """Return the distortions of a list with commas between; commas in the path of a FILE.py:NAME are its own."""
-    return split_list(names, lambda item: os.path.exists(item.rpartition(":")[0]))
+
+    def is_item(item: str) -> bool:
+        file, _, name = item.rpartition(":")
+        return "," not in name and os.path.exists(file)
+
+    return split_list(names, is_item)
 
 
 def _is_path(task: str) -> bool:

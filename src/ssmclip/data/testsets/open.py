@@ -95,14 +95,14 @@ def _card(name: str, values: dict[str, Any], *, own: bool = False) -> Card:
     known = {field.name for field in fields(Card)} - {"name", "own"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"card {name}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    if not isinstance(layouts := values.get("layouts", []), list | tuple):
+        raise ValueError(f"card {name}: layouts must be a list of names (got {layouts!r})")
     try:
         card = Card(name, own=own, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
         raise ValueError(f"card {name}: {error}") from error
     if card.kind not in KINDS:
         raise ValueError(f"card {name}: kind {card.kind!r}, there are {', '.join(KINDS)}")
-    if isinstance(card.layouts, str) or not all(isinstance(layout, str) for layout in card.layouts):
-        raise ValueError(f"card {name}: layouts must be a list of names (got {card.layouts!r})")
     for layout in card.layouts:
         LAYOUTS[layout]  # an unknown one raises
     if not isinstance(card.classnames, str):

@@ -54,11 +54,13 @@ class TestSet(Protocol):
 
 
 class PictureSet:
-    """A test set as it was found on a disk, with what every `TestSet` has.
+    """The defaults of a `TestSet`. A data set of one's own sets `card` and `keys` and defines `picture`.
 
     n: images there are; partial: whether there are fewer than in the whole test set.
     """
 
+    card: Card
+    keys: Sequence[str]
     where: str = ""
     labels: Sequence[int] | None = None
     captions: Sequence[list[str]] | None = None
@@ -69,29 +71,54 @@ class PictureSet:
     files: tuple[Path, ...] = ()
     said: str = ""
 
-    def __init__(self, card: Card, found: Found):
-        self.card, self.name, self.kind = card, card.name, card.kind
-        self.where, self.keys, self.files = found.where, found.keys, found.files
-        self.groups, self.said = found.groups, found.said
-        self.n = len(found.keys)
-        self.expected = card.test_size or self.n
-        self.partial = self.n < self.expected
-        self._pictures = found.pictures
-        if len(found.pictures) != self.n:
-            raise ValueError(f"{self.where}: {len(found.pictures)} pictures with {self.n} names")
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    @property
+    def kind(self) -> str:
+        return self.card.kind
+
+    @property
+    def n(self) -> int:
+        return len(self.keys)
+
+    @property
+    def expected(self) -> int:
+        return self.card.test_size or self.n
+
+    @property
+    def partial(self) -> bool:
+        return self.n < self.expected
 
     def __len__(self) -> int:
         return self.n
 
     def picture(self, index: int) -> Image.Image:
         """Return a picture. Raises BadImage."""
-        return self._pictures[index]
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Any:
-        return self.picture(index)
+        """Return (picture, label), or the picture of a set without labels. Raises BadImage."""
+        picture = self.picture(index)
+        return picture if self.labels is None else (picture, self.labels[index])
 
 
-class Classification(PictureSet):
+class _FoundSet(PictureSet):
+    """A test set as a layout found it on a disk. Raises ValueError for another number of pictures than of names."""
+
+    def __init__(self, card: Card, found: Found):
+        self.card, self.where, self.keys, self.files = card, found.where, found.keys, found.files
+        self.groups, self.said = found.groups, found.said
+        self._pictures = found.pictures
+        if len(found.pictures) != self.n:
+            raise ValueError(f"{self.where}: {len(found.pictures)} pictures with {self.n} names")
+
+    def picture(self, index: int) -> Image.Image:
+        return self._pictures[index]
+
+
+class Classification(_FoundSet):
     """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
 
     Raises ValueError for labels that are no class, class names that occur twice, and another set's classes.
@@ -114,11 +141,8 @@ class Classification(PictureSet):
             fewer = f"{len(self.classnames)} of {card.classes} classes"
             self.said = "; ".join(filter(None, (self.said, fewer)))
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.picture(index), self.labels[index]
 
-
-class Retrieval(PictureSet):
+class Retrieval(_FoundSet):
     """`ds[i]` is a PIL picture, `ds.captions[i]` the list of its captions. Raises ValueError for another number."""
 
     captions: Sequence[list[str]]

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ __all__ += ["tokenizer_hash", "write"]
 
 log = logging.getLogger(__name__)
 
+_WARNED: set[Any] = set()  # what a warning was about: one is enough for a run
+
 MISSING, UNREADABLE = "missing", "unreadable"
 Made = dict[str, str]  # what embeddings were made of: part -> hash
 
@@ -44,7 +45,7 @@ def sure(parts: Callable[[], Made]) -> Made | None:
     try:
         return parts()
     except Unsure as error:
-        _warn_once(f"embeddings are not kept: {error}")
+        _warn_once(str(error), f"embeddings are not kept: {error}")
         return None
 
 
@@ -132,12 +133,13 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def _warn_unusable(path: Path, error: OSError) -> None:
     folder = path.parent.parent
-    _warn_once(f"embeddings are not kept: the cache {folder} can't be used ({error.strerror or error})")
+    _warn_once(folder, f"embeddings are not kept: the cache {folder} can't be used ({error.strerror or error})")
 
 
-@cache
-def _warn_once(message: str) -> None:
-    log.warning("%s", message)
+def _warn_once(about: Any, message: str) -> None:
+    if about not in _WARNED:
+        _WARNED.add(about)
+        log.warning("%s", message)
 
 
 def _reader(dataset: Any) -> str:

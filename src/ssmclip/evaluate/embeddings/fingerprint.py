@@ -85,29 +85,32 @@ def settings_hash(value: Any) -> str:
 def preprocess_hash(preprocess: Callable[[Image.Image], Any]) -> str:
     """Return a hash of a preprocessing's settings, and of what it makes of fixed pictures.
 
-    Raises Unsure, also for one that makes another thing of the same picture the second time.
+    Raises Unsure, also for one that makes something else of the same picture the second time.
     """
-    made = [_outcome(preprocess, picture) for picture in probe_pictures()]
-    if [_outcome(preprocess, picture) for picture in probe_pictures()[:SHOWN]] != made[:SHOWN]:
-        raise Unsure("the preprocessing is random")
+    made = _outcomes("the preprocessing", preprocess, probe_pictures())
     return combined({"settings": settings_hash(preprocess), "made": " ".join(made)})
 
 
-def tokenizer_hash(tokenizer: Callable[[list[str]], Any]) -> str:
-    """Return a hash of a tokenizer's settings and vocabulary, and of the tokens of fixed texts. Raises Unsure."""
-    made = [_outcome(tokenizer, texts) for texts in (list(TEXTS), [LONG])]
+def tokenizer_hash(tokenizer: Callable[[list[str]], Any] | None) -> str:
+    """Return a hash of a tokenizer's settings and vocabulary, and of the tokens of fixed texts.
+
+    Raises Unsure, also for one that leaves out tokens at random.
+    """
+    if tokenizer is None:
+        return ""
+    made = _outcomes("the tokenizer", tokenizer, [list(TEXTS), *([text] for text in (*TEXTS, LONG))])
     return combined({"settings": settings_hash(tokenizer), "made": " ".join(made)})
 
 
 def outputs_hash(encode: Callable[[Any], Tensor], inputs: Sequence[Any]) -> str:
     """Return a hash of what a model makes of fixed inputs, one after another, bit for bit.
 
-    Raises Unsure for a model that cannot take one.
+    Raises Unsure for a model that makes something else the second time, and for one that cannot take an input.
     """
-    made = [_outcome(encode, value) for value in inputs]
+    made = _outcomes("the model", encode, inputs)
     if failed := next((outcome for outcome in made if outcome.startswith(RAISES)), ""):
         raise Unsure(f"the model {failed} for one of the inputs it would be recognised by")
-    return combined({str(number): outcome for number, outcome in enumerate(made)})
+    return " ".join(made)
 
 
 def probe_pictures() -> list[Image.Image]:
@@ -145,6 +148,16 @@ def texts_hash(texts: Sequence[str] | Any) -> str:
 def combined(made_of: Mapping[str, str]) -> str:
     """Return one hash of several by name."""
     return hashlib.blake2b(json.dumps(made_of, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _outcomes(what: str, function: Callable[[Any], Any], inputs: Sequence[Any]) -> list[str]:
+    """What a function makes of each input, as hashes. Raises Unsure for nothing, and for something else each time."""
+    made = [_outcome(function, value) for value in inputs]
+    if all(outcome.startswith(RAISES) for outcome in made):
+        raise Unsure(f"{what} {made[0]} for everything it would be recognised by")
+    if [_outcome(function, value) for value in inputs] != made:
+        raise Unsure(f"{what} is random: it makes something else of the same each time")
+    return made
 
 
 def _outcome(function: Callable[[Any], Any], value: Any) -> str:
@@ -230,6 +243,8 @@ class _Describer:
 
     def _add_mapping(self, mapping: Mapping) -> None:
         self.say("mapping", len(mapping))
+        if all(map(_is_plain, mapping)) and all(map(_is_plain, mapping.values())):  # a vocabulary, in one go
+            return self.say(repr(list(mapping.items())))
         for key, value in mapping.items():
             self.add(key)
             self.add(value)
@@ -286,9 +301,14 @@ def _is_passing(name: str) -> bool:
     return name in _PASSING or "cache" in name.lower()
 
 
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in (str, int, float, bool, bytes) or (kind is tuple and all(map(_is_plain, value)))
+
+
 def _name(value: Any) -> str:
     module = getattr(value, "__module__", None)
-    return f"{module}.{getattr(value, '__qualname__', None) or getattr(value, '__name__', None) or value!r}"
+    return f"{module}.{getattr(value, '__qualname__', None) or getattr(value, '__name__', None) or repr(value)}"
 
 
 def _contents(cell: Any) -> Any:

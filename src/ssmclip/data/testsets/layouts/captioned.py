@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -199,40 +200,48 @@ def _found(
 class _Files:
     """Picture files by the names that a file of captions gives them.
 
-    A name is a path: below the folder, or below one that is not in the name (images/, val2014/). Where a copy has left
-    out the name's own folders, its last part serves, if it is the only one of all the names.
+    A name is a path: below the folder, or below one that is not in the name (images/, val2014/). A file is that of the
+    longest name its path ends with. Where a copy has left out the name's own folders, its last part serves, if it is
+    the only one of all the names.
     """
 
     def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
-        self.files: dict[str, list[Path]] = {}  # by the last part of their name, with the suffix and without
+        known = {_path(name).parts for name in names}
+        self.names_of = Counter(name[-1] for name in known)  # how many names end in this part
+        self.folders = {part for name in known for part in name[:-1]}
+        self.by_name: dict[tuple[str, ...], list[Path]] = {}
+        self.by_last: dict[str, list[Path]] = {}
         for path in pictures_below(folder):
-            for key in (path.name, path.stem):
-                self.files.setdefault(key, []).append(path)
-        self.names: dict[str, set[PurePosixPath]] = {}
-        for name in map(_path, names):
-            self.names.setdefault(name.name, set()).add(name)
-        self.folders = {part for known in self.names.values() for name in known for part in name.parts[:-1]}
+            ends = _ends(path.relative_to(folder))
+            for last in (path.name, path.stem):
+                self.by_last.setdefault(last, []).append(path)
+            if name := next((end for end in ends if end in known), None):
+                self.by_name.setdefault(name, []).append(path)
 
     def find(self, name: str) -> Path | None:
         """Return the file of that name, None where there is none. Raises ValueError where it may be any of several."""
         path = _path(name)
         if not path.is_absolute() and (whole := self.folder / path).is_file():
             return whole
-        last = self.files.get(path.name, [])
-        below = [file for file in last if self._parts(file)[-len(path.parts) : -1] == path.parts[:-1]]
-        if not below and len(self.names[path.name]) == 1:
-            below = [file for file in last if not self.folders & set(self._parts(file)[:-1])]
-        if len(below) > 1 and not _same(below):
-            shown = " and ".join(str(file) for file in below[:2])
+        found = self.by_name.get(path.parts, [])
+        if not found and self.names_of[path.name] == 1:
+            last = self.by_last.get(path.name, [])
+            found = [file for file in last if not self.folders & set(file.relative_to(self.folder).parts[:-1])]
+        if len(found) > 1 and not _same(found):
+            shown = " and ".join(str(file) for file in found[:2])
             raise ValueError(
-                f"{name} may be {shown}: {len(below)} different pictures in {self.folder} have this name. Leave the "
+                f"{name} may be {shown}: {len(found)} different pictures in {self.folder} have this name. Leave the "
                 "one that is described, or move the others elsewhere"
             )
-        return below[0] if below else None
+        return found[0] if found else None
 
-    def _parts(self, file: Path) -> tuple[str, ...]:
-        return file.relative_to(self.folder).parts
+
+def _ends(path: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the ends of a path, longest first, each with the file's suffix and without."""
+    for start in range(len(path.parts)):
+        yield path.parts[start:]
+        yield (*path.parts[start:-1], path.stem)
 
 
 def _path(name: str) -> PurePosixPath:

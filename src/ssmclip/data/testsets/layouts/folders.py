@@ -91,11 +91,14 @@ def _has_classes(place: Path, known: Spellings, card: Card) -> bool:
     folders = folders_in(place)
     if any(known.find(path.name) is not None for path in folders):
         return True
-    return bool(folders) and not len(known) and _own(place, card) and not _only_splits(folders)
+    return not len(known) and _own(place, card) and not all(_is_no_class(path.name, card) for path in folders)
 
 
-def _only_splits(folders: Sequence[Path]) -> bool:
-    return all(path.name.lower() in ALL for path in folders)
+def _is_no_class(name: str, card: Card) -> bool:
+    """Whether a folder is of a split, or of the data set: where there are no others, classes lie in these."""
+    return name.lower() in ALL or (
+        not card.own and plain(name) in {plain(known) for known in (card.name, *card.aliases)}
+    )
 
 
 def _known_folders(card: Card) -> Spellings:
