@@ -19,7 +19,6 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from ssmclip.__main__ import main
-from ssmclip.data.testsets import open as sources
 from ssmclip.data.testsets.card import SORTED
 from ssmclip.data.testsets.layouts import originals
 from ssmclip.data.testsets.open import list_cards, load_card, open_dataset
@@ -641,7 +640,7 @@ def test_the_hub_is_asked_for_clip_benchmarks_repositories(tmp_path, monkeypatch
                 tar.addfile(info, io.BytesIO(data))
         return str(tmp_path)
 
-    monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert open_dataset("aircraft", "hub:clip-benchmark").labels == [7]
     assert asked == [("clip-benchmark/wds_aircraft", "dataset"), ("clip-benchmark/wds_fgvc_aircraft", "dataset")]
     with pytest.raises(FileNotFoundError, match="wds_cub200: 404: no such repository"):
