@@ -119,7 +119,7 @@ def notes(rows: Sequence[Result]) -> list[tuple[str, str, str]]:
     """Return (model, title of the data set, note) for data that were not measured completely, without repetitions.
 
     >>> part = {"partial": {"used": 100, "of": 360}}
-    >>> notes([Result("A", "digits", "", metric, 0.9, extra=part) for metric in ("top1", "top5")])
+    >>> notes([Result("A", "digits", metric, 0.9, extra=part) for metric in ("top1", "top5")])
     [('A', 'digits', 'partial: 100 of 360 images')]
     """
 
@@ -134,7 +134,7 @@ def table(rows: Sequence[Result]) -> str:
 
     The training curves' rows appear as the speed of training only. Depends on nothing but the rows and their order.
 
-    >>> print(table([Result("A", "digits", "", "top1", 0.953, 0.928, 0.975, 360)]))
+    >>> print(table([Result("A", "digits", "top1", 0.953, 0.928, 0.975, 360)]))
     | data set | measure | n | A |
     |---|---|---|---|
     | digits | top-1 accuracy | 360 | 95.3 % (92.8–97.5) |
