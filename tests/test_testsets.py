@@ -252,6 +252,15 @@ def test_a_picture_that_is_missing_is_not_replaced_by_its_namesake(tmp_path, kin
 
 
 @pytest.mark.parametrize("kind", DESCRIBED)
+def test_one_picture_is_not_taken_for_two_of_its_name(tmp_path, kind):
+    card = write_described(tmp_path, ["a/1.png", "b/1.png", "a/2.png"], kind)
+    save(tmp_path / FOLDERS[card] / "1.png", 7)  # whose?
+    save(tmp_path / FOLDERS[card] / "2.png", 8)
+    dataset = open_dataset(card, tmp_path)
+    assert (dataset.captions, dataset.keys) == ([["of a/2.png"]], ["2.png"])
+
+
+@pytest.mark.parametrize("kind", DESCRIBED)
 def test_a_name_that_several_pictures_have_is_refused(tmp_path, kind):
     card = write_described(tmp_path, ["0.jpg"], kind)
     root = tmp_path / FOLDERS[card]

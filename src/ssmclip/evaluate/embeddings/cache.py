@@ -45,7 +45,7 @@ def sure(parts: Callable[[], Made]) -> Made | None:
     try:
         return parts()
     except Unsure as error:
-        _warn_once(str(error), f"embeddings are not kept: {error}")
+        _warn_once(str(error), f"embeddings are not cached: {error}")
         return None
 
 
@@ -133,7 +133,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def _warn_unusable(path: Path, error: OSError) -> None:
     folder = path.parent.parent
-    _warn_once(folder, f"embeddings are not kept: the cache {folder} can't be used ({error.strerror or error})")
+    _warn_once(folder, f"embeddings are not cached: the cache {folder} can't be used ({error.strerror or error})")
 
 
 def _warn_once(about: Any, message: str) -> None:
