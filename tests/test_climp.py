@@ -156,7 +156,7 @@ def test_open_clip_names_what_makes_a_climp(tmp_path):
         with pytest.raises(TypeError, match=says):
             open_clip.create_model(name)
         for ask in (clip_config, ssmclip.load):
-            with pytest.raises(ValueError, match=f"ask for {name}, without open_clip:"):
+            with pytest.raises(ValueError, match=f"pass {name}, without open_clip:"):
                 ask(f"open_clip:{name}")
     fields = {"model_type": "mamba", "vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1}
     config = tiny_climp(fields, embed_dim=8)

@@ -151,7 +151,7 @@ def test_a_cursor_belongs_to_one_way_of_reading_and_older_ones_still_fit(tmp_pat
     source = write_table(tmp_path, 20)
     loader = read(source, 8)
     first, cursor, second = next(loader), loader.cursor, next(loader)
-    with pytest.raises(ValueError, match="cursor was made with distinct False, and here it is True"):
+    with pytest.raises(ValueError, match=r"distinct must be the cursor's, False \(got True\)"):
         read(source, 8, cursor=cursor, distinct=True)
     del cursor["distinct"]
     assert next(read(source, 8, cursor=cursor)).keys == second.keys != first.keys

@@ -119,7 +119,7 @@ def test_what_can_be_gone_through_once_is_gone_through_once(embedder):
         (
             torch.zeros(3, 32, 32, dtype=torch.uint8),
             ValueError,
-            r"\(3, 32, 32\) of torch\.uint8; raw pixels go as a PIL",
+            r"\(3, 32, 32\) of torch\.uint8\); pass raw pixels as a PIL",
         ),
         (torch.zeros(1, 32, 32), ValueError, r"got \(1, 32, 32\) of torch\.float32"),
         (torch.zeros(32, 32, 3), ValueError, r"got \(32, 32, 3\)"),
@@ -127,7 +127,7 @@ def test_what_can_be_gone_through_once_is_gone_through_once(embedder):
         (
             np.zeros((32, 32, 3), np.uint8),
             TypeError,
-            "a path, a PIL image or a tensor .* got ndarray; PIL.Image.fromarray",
+            r"a path, a PIL image or a tensor .* \(got ndarray\); PIL.Image.fromarray",
         ),
         ([np.zeros((32, 32, 3), np.uint8)], TypeError, "got ndarray"),
         ([b"png"], TypeError, "got bytes"),

@@ -101,7 +101,7 @@ def test_validation_data_are_looked_for_in_every_place(places):
     told = str(error.value)
     for folder in ("variable", "data", "shared"):
         assert f"the data set cifar10 is not under {places[folder]}" in told
-    assert f"Name its folder: validation.root=DIR, or set {VARIABLE}" in told
+    assert f"Set validation.root=DIR, or set {VARIABLE}" in told
     with pytest.raises(FileNotFoundError) as error:
         build_validation(apply_overrides(config, [f"root={places['here']}"]))
     assert str(error.value).count("is not under") == 1

@@ -546,7 +546,7 @@ def test_what_is_no_known_checkpoint_says_so(held, says):
 
 
 def test_a_folder_must_hold_one_checkpoint(tmp_path, tiny_state):
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         ssmclip.load_published(tmp_path)
     for name in ("a.pt", "b.pt"):
         torch.save(tiny_state, tmp_path / name)

@@ -336,7 +336,7 @@ def test_the_operator_keeps_pytorchs_rules():
         ({"A": torch.zeros(9)}, r"A must have shape \(4,\)"),
         ({"dt": torch.zeros(1, 5, 3)}, r"dt must have shape \(1, 5, 4\)"),
         ({"C": torch.zeros(1, 5, 2, 3)}, "C must have shape"),
-        ({"B": torch.zeros(1, 5, 3, 4)}, "3 groups"),
+        ({"B": torch.zeros(1, 5, 3, 4)}, r"groups of B must divide .* \(got 3\)"),
         ({"x": torch.zeros(1, 5, 4)}, r"x must be \(batch, length, heads, channels\)"),
         ({"initial_states": torch.zeros(1, 4, 4, 3)}, "initial_states must have shape"),
         ({"D": torch.zeros(4, dtype=torch.int64)}, "floating point"),
