@@ -12,6 +12,16 @@ import torch
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _memory_is_given_back():
+    """Commands keep freed memory for good (`keep_freed_memory`): in this process, tests that measure it come later."""
+    from ssmclip.ops import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "_mallopt", None)
+        yield
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data and original outputs beside the checkout; the test is skipped where it is absent."""
