@@ -24,6 +24,7 @@ from jaxtyping import Int, Shaped
 from pyarrow import csv
 
 from ssmclip.data.delimited import Delimited, unpack
+from ssmclip.data.images import files_below
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS
 
 NO_ANSWER = -1  # the subject was asked and gave none of the categories: an error
@@ -253,7 +254,7 @@ def _joined(parts: Sequence[Trials]) -> Trials:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".csv", ".parquet"))
+        found = files_below(path, ("csv", "parquet"))
         if not found:
             raise FileNotFoundError(f"{path} contains no csv or parquet file")
         return found
