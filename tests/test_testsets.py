@@ -27,6 +27,7 @@ from ssmclip.data.testsets.testset import Classification, PictureSet, Retrieval
 from ssmclip.evaluate.embeddings.embed import Settings, embed_images
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.tasks import Task, open_tasks
+from ssmclip.humans.trials import read_trials
 from test_data_originals import WRITERS, coco, encoded, picture, save, text, write_captioned, write_waterbirds
 
 
@@ -188,6 +189,17 @@ def test_every_walk_is_the_same(tmp_path):
     expected = sorted(names, key=lambda name: name.split("/"))
     assert [path.relative_to(tmp_path).as_posix() for path in pictures_below(tmp_path)] == expected
     assert files_below(tmp_path, ("csv",)) == []
+
+
+def test_trials_are_read_without_them(tmp_path):
+    table = "subj,session,trial,rt,object_response,category,condition,imagename\n"
+    row = "subject-01,1,1,0.5,dog,dog,0,0001_edg_dnn_0_dog_00_n02085620_1.png\n"
+    text(tmp_path / "edge" / "edge_subject-01_session_1.csv", table + row)
+    before = read_trials(tmp_path)
+    text(tmp_path / "edge" / "._edge_subject-01_session_1.csv", "\0\5")
+    text(tmp_path / "edge" / ".ipynb_checkpoints" / "edge_subject-01_session_1.csv", table + row)
+    after = read_trials(tmp_path)
+    assert len(after.subject) == len(before.subject) == 1
 
 
 # ---- pictures by name ------------------------------------------------------------------------------------------------
