@@ -697,7 +697,7 @@ def test_prompts_that_do_not_fit_are_named(tmp_path):
     text(tmp_path / "l.json", json.dumps({"stl10": ["horsey" if name == "horse" else name for name in swapped]}))
     with pytest.raises(ValueError, match="which label is which class can't be told"):
         chosen(read_prompts(f"{tmp_path / 'l.json'},{tmp_path / 't.json'}"), card, names_on(card))
-    with pytest.raises(ValueError, match=r"l\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"l\.json is not valid JSON"):
         text(tmp_path / "l.json", "{") and read_prompts(str(tmp_path / "l.json"))
 
 

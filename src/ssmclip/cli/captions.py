@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -55,26 +54,17 @@ def read_texts(path: Path, field: str | None = None) -> list[str]:
     Raises ValueError for a record without a caption and for a file without captions.
     """
     from ssmclip.data.lines import read_lines
+    from ssmclip.data.testsets.files import read_records
     from ssmclip.data.testsets.layouts.captioned import DESCRIPTIONS
 
-    numbered = [(number, text) for number, text in enumerate(read_lines(path), start=1) if text.strip()]
-    lines = [text for _, text in numbered]
     if path.suffix in (".jsonl", ".jsonlines"):
         wanted = (field,) if field else DESCRIPTIONS
-        records = [_record(path, number, text) for number, text in numbered]
+        records = list(read_records(path))
         if bare := next((record for record in records if not any(record.get(key) for key in wanted)), None):
             raise ValueError(f"{path}: a record has none of {', '.join(wanted)}; its keys are {', '.join(bare)}")
         lines = [next(record[key] for key in wanted if record.get(key)) for record in records]
+    else:
+        lines = [text for text in read_lines(path) if text.strip()]
     if not lines:
         raise ValueError(f"{path} contains no captions")
     return lines
-
-
-def _record(path: Path, number: int, line: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number} must be a JSON object (got {line[:40]!r})")
-    return record

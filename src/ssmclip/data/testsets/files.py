@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -53,7 +53,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, it is {line[:40]!r}")
+            raise ValueError(f"{path}, line {number} must be a JSON object (got {line[:40]!r})")
         yield record

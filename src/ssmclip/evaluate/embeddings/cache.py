@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from ssmclip.evaluate.embeddings.fingerprint import (
     texts_hash,
     tokenizer_hash,
 )
+from ssmclip.files import whole
 
 __all__ = ["data_hash", "key", "model_hash", "place", "preprocess_hash", "read", "sure", "texts_hash"]
 __all__ += ["tokenizer_hash", "write"]
@@ -108,7 +108,8 @@ def write(path: Path, made_of: Made, tensors: dict[str, Tensor], notes: dict[str
     about = json.dumps({"made_of": made_of, "notes": notes})
     content = safe.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"about": about})
     try:
-        _write_whole(path, content)
+        with whole(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         _warn_unusable(path, error)
 
@@ -116,19 +117,6 @@ def write(path: Path, made_of: Made, tensors: dict[str, Tensor], notes: dict[str
 def key(made_of: Made) -> str:
     """Return the name that things made of these go by."""
     return combined(made_of)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):  # where writing failed, removing may fail too, and must not hide why
-            partial.unlink()
-        raise
 
 
 def _warn_unusable(path: Path, error: OSError) -> None:
@@ -166,8 +154,8 @@ def _file_hashes(files: Sequence[Path], folder: Path) -> list[str]:
         if content not in (MISSING, UNREADABLE):  # which may change without the file
             now[str(file)] = [state, content]
     if now != known:
-        with suppress(OSError):  # costs reading the files again
-            _write_whole(notes, json.dumps(now).encode())
+        with suppress(OSError), whole(notes) as part:  # not kept, it costs reading the files again
+            part.write_bytes(json.dumps(now).encode())
     return hashes
 
 
