@@ -147,7 +147,7 @@ def save_checkpoint(
 def _remove(checkpoint: Path) -> None:
     """Remove an old checkpoint; if one of its files is in use, leave it rather than stop the run."""
     doomed = checkpoint.with_name(f".old-{checkpoint.name}")  # so that a half-deleted one never looks like one
-    with suppress(OSError):
+    with suppress(OSError):  # Windows does not rename what is open; the next step tries again
         shutil.rmtree(doomed, ignore_errors=True)  # left by an attempt before
         shutil.rmtree(checkpoint.rename(doomed), ignore_errors=True)
 

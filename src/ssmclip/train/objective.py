@@ -69,7 +69,7 @@ class Objective(nn.Module):
 
     def forward(self, **outputs: Tensor) -> Tensor:
         """Return the loss, a scalar, of this process's outputs."""
-        raise NotImplementedError
+        raise NotImplementedError  # each objective has its own
 
     def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch, which training and the Hessian analysis differentiate."""
@@ -112,7 +112,7 @@ class Contrastive(Objective):
 
     def build_loss(self) -> nn.Module:
         """Return open_clip's loss of as many images as texts, for this process."""
-        raise NotImplementedError
+        raise NotImplementedError  # each objective has its own
 
     def forward(self, image_features: Tensor, text_features: Tensor, *scale: Tensor, **named: Tensor) -> Tensor:
         # Contiguous: the sigmoid loss sends them to other processes.

@@ -135,7 +135,7 @@ def _peak_memory(run: Callable[[], None], job: Job, kept: int) -> tuple[int, str
         torch.cuda.reset_peak_memory_stats(job.device)
         run()
         return torch.cuda.max_memory_allocated(job.device), "the allocator's peak"
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):  # only glibc can; elsewhere free memory may hide some
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free must not hide what is needed
     exact = _forget_peak()
     before = _resident() if exact else _peak_resident()

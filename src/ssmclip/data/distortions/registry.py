@@ -126,7 +126,7 @@ def _import_file(path: Path) -> None:
     sys.modules[module] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(sys.modules[module])
-    except BaseException:
+    except BaseException:  # whatever stopped it: half a module must not pass for a whole one next time
         del sys.modules[module]
         raise
 

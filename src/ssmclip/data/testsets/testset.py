@@ -96,7 +96,7 @@ class PictureSet:
 
     def picture(self, index: int) -> Image.Image:
         """Return a picture. Raises BadImage."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of set has its own; a set without pictures cannot be evaluated
 
     def __getitem__(self, index: int) -> Any:
         """Return (picture, label), or the picture of a set without labels. Raises BadImage."""

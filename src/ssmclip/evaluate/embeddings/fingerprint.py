@@ -165,7 +165,7 @@ def _outcome(function: Callable[[Any], Any], value: Any) -> str:
     digest = _digest()
     try:
         made = function(value)
-    except Exception as error:
+    except Exception as error:  # a foreign function may raise anything, and which it raises tells it apart
         return f"{RAISES} {type(error).__name__}"
     _Describer(digest).add(made)
     return digest.hexdigest()
