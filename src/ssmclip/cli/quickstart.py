@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def distorted_digits(models: dict[str, tuple[Any, Callable, Callable]]) -> list[Any]:
-    """Return rows of accuracy over the level of distortion. models: model, preprocessing, tokenizer of each."""
+def distorted_digits(models: Mapping[str, Any]) -> list[Any]:
+    """Return rows of accuracy over the level of distortion. models: label -> what `ssmclip.load` returns."""
     from ssmclip.evaluate import Settings, Study, open_tasks
     from ssmclip.evaluate.distorted import choose
 

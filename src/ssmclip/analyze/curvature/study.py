@@ -78,7 +78,8 @@ class Subject:
 
     def loss_of(self, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
         """Return the loss that the model was trained for (see `objective_of`)."""
-        return objective_of(model, None if isinstance(self.model, tuple) else self.model).of_batch
+        origin = self.model.origin if isinstance(self.model, Model) else self.model
+        return objective_of(model, None if isinstance(origin, tuple) else origin).of_batch
 
 
 def hessian_study(
