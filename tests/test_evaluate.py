@@ -359,8 +359,8 @@ def test_a_subset_is_drawn_by_chance_and_marked(world):
 
 
 def test_validation_rows_carry_no_pictures(world):
-    validate = training_validation(["levels", "captions"], "", model_name="seer", max_images=None)
-    rows = validate(Seer(), see, read, 300)
+    validate = training_validation(["levels", "captions"], "", max_images=None)
+    rows = validate(Model(Seer(), see, read, "seer"), 300)
     assert {row.condition for row in rows} == {""}  # the loop writes the step
     assert [(row.metric, row.value) for row in rows if row.metric == "top1"] == [("top1", 0.75)]
     assert rows[0].extra == {"title": "Grey levels", "kind": "classification", "chance": pytest.approx(1 / 6)}

@@ -19,7 +19,8 @@ from ssmclip.ops.dispatch import KNOWN
 from ssmclip.registry import Registry
 from ssmclip.train.ema import ema_decay
 from ssmclip.train.objective import OBJECTIVES
-from ssmclip.train.optimiser import build_optimiser, lr_schedule
+from ssmclip.train.optimiser import build_optimiser
+from ssmclip.train.schedule import lr_schedule
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDENS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}

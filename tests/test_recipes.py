@@ -8,9 +8,9 @@ import pytest
 
 from ssmclip.__main__ import main
 from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
-from ssmclip.models import clip_config
+from ssmclip.models.names import source
 from ssmclip.rows import read_rows
-from ssmclip.train.optimiser import lr_schedule
+from ssmclip.train.schedule import lr_schedule
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 
@@ -20,7 +20,7 @@ def test_recipe_is_whole(path):
     config = load_recipe(path)
     assert from_dict(to_dict(config)) == config
     assert f"ssmclip train recipes/{path.name}" in _docstring(path) or path.stem == "yfcc15m"
-    clip_config(config.model.name)
+    source(config.model.name)
     assert bool(config.validation.every) == bool(config.validation.tasks)
 
 

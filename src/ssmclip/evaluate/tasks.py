@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
@@ -152,23 +150,21 @@ def training_validation(
     tasks: Sequence[str],
     root: str | Path,
     *,
-    model_name: str,
     batch_size: int = 64,
     workers: int = 0,
     seed: int = 0,
     max_images: int | None = 1000,
-) -> Callable[[nn.Module, Callable, Callable, int], list[Result]]:
-    """Return a function (model, preprocess, tokenizer, step) -> rows, for a training loop, which adds the step to them.
+) -> Callable[[Model, int], list[Result]]:
+    """Return a function (model, step) -> rows, for a training loop, which adds the step to them.
 
     The data sets are opened now, so that a missing one stops the run before it starts. The rows carry no pictures.
     """
     settings = Settings(batch_size, workers, seed, max_images, examples=0)
     opened = open_tasks(tasks, root)
 
-    def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
-        clip = Model(model, preprocess, tokenizer, model_name)
+    def validate(model: Model, step: int) -> list[Result]:
         with ranks.by_itself():  # the others wait
-            rows = [row for task in opened for row in task.rows(clip, settings)]
+            rows = [row for task in opened for row in task.rows(model, settings)]
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate

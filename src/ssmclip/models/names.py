@@ -75,7 +75,8 @@ class Model:
 
     network: a CLIP of open_clip's interface, or an image encoder; preprocess: PIL image -> (3, H, W);
     tokenizer: list of n strings -> (n, context_length), None if the network reads no text or none was requested;
-    label: its name in rows; origin: the source of its weights, or RANDOM.
+    label: its name in rows; origin: the source of its weights, or RANDOM; classes: the names of the classes that a
+    classifier's outputs stand for, () if the network has none or does not name them.
 
     It unpacks as network, preprocess, tokenizer.
     """
@@ -85,6 +86,7 @@ class Model:
     tokenizer: Callable[[list[str]], torch.Tensor] | None
     label: str = ""
     origin: str = ""
+    classes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.preprocess, self.tokenizer))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -16,20 +15,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
-from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.config.places import data_folders, find_data, not_found
-from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
-from ssmclip.models.files import weights
-from ssmclip.models.published.language_model import load_language_model
+from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
+from ssmclip.data.pairs.labelled import classes_of
+from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
 from ssmclip.train import launch
+from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
 
 _LOG = logging.getLogger(__name__)
+OWN_FIELDS = (
+    "scale",
+    "flip",
+    "color_jitter",
+    "color_jitter_prob",
+    "gray_scale_prob",
+    "gaussian_blur_prob",
+    "solarize_prob",
+)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -61,26 +68,32 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def model_config(config: TrainConfig) -> dict[str, Any]:
-    """Return the model's configuration in open_clip's format, at the final image size of the training."""
-    made = models.clip_config(
-        config.model.name, image_size=config.data.image_sizes[-1][1], drop_path_rate=config.model.drop_path_rate
-    )
-    start = _merge(made["model_cfg"], dict(OBJECTIVES[config.loss.kind].start))
-    return {**made, "model_cfg": _merge(start, config.model.changes)}
+def plan(config: TrainConfig) -> Blueprint:
+    """Return the blueprint of a run's model; of a classifier, with the classes of its data.
+
+    Raises FileNotFoundError and ValueError for data that do not say which classes they have, UnknownName.
+    """
+    if not OBJECTIVES[config.loss.kind].labelled:
+        return blueprint(config)
+    source = find_data(config.data.source, data_folders(os.environ))
+    with _naming_places(config.data.source, data_folders(os.environ)):
+        return blueprint(config, classes_of(source, config.data.classes, _table_format(config)))
 
 
-def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Objective:
-    """Return the objective that `loss.kind` names, for this process.
+def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num_classes: int = 0) -> Objective:
+    """Return the objective that `loss.kind` names, for this process. num_classes: of a classifier.
 
     Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
     """
+    if config.loss.mix.on:
+        _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](
         config.loss,
         rank=rank,
         world_size=world_size,
         views=config.data.views_per_image,
         captions=config.data.captions_per_image,
+        num_classes=num_classes,
     )
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
@@ -90,9 +103,21 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> 
     return made
 
 
-def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
+def _check_even(config: TrainConfig, world_size: int) -> None:
+    """Raise ValueError if a micro-batch has an odd number of images, which cannot be mixed in pairs."""
+    batch = config.batch_size // world_size
+    micro_batch = min(config.loss.micro_batch or batch, batch)
+    if micro_batch % 2 or (batch % micro_batch) % 2:
+        raise ValueError(
+            f"loss.mix needs an even number of images in each micro-batch (got batch_size={config.batch_size} on "
+            f"{world_size} processes, loss.micro_batch={config.loss.micro_batch}): choose even numbers, or set "
+            "loss.mix.mixup=0 and loss.mix.cutmix=0"
+        )
+
+
+def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn.Module:
     """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
-    model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
+    model = plan.create(config.model.grad_checkpointing)
     if config.model.freeze_text:
         freeze_text_tower(model)
     batch = config.batch_size // world_size
@@ -102,7 +127,7 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
-                probe.encode_image(torch.zeros(1, 3, size, size))
+                plan.encode(probe, torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
                 f"{config.model.name} cannot take images of {size} pixels, one of data.image_sizes="
@@ -112,51 +137,22 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
     return model.train()
 
 
-def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -> None:
-    """Load the initial weights: the checkpoint's, else those of `model.text_weights` into the text tower.
-
-    Raises ValueError, CheckpointError, FileNotFoundError.
-    """
-    source = config.model.text_weights
-    if checkpoint:
-        state = models.load_state(checkpoint / weights.WEIGHTS_NAME)
-        try:
-            weights.load_into(model, state, checkpoint)
-        except models.CheckpointError as error:
-            raise models.CheckpointError(
-                f"{error}. If an older version of this package began the run, delete {checkpoint.parents[1]} or choose "
-                "another --out"
-            ) from error
-    elif source:
-        if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
-            raise ValueError(f"model.text_weights must be none for {config.model.name}, which has no Mamba text tower")
-        state = load_language_model(source).state_dict()
-        weights.load_into(model.text.transformer, state, source)
-
-
 def open_stream(
-    config: TrainConfig, architecture: dict[str, Any], size: int, rank: int, world_size: int, cursor: Any = None
+    config: TrainConfig, plan: Blueprint, size: int, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
     """Return this process's stream of batches at an image size, starting at `cursor` (None: at the beginning).
 
     Raises FileNotFoundError naming every folder searched for a relative `data.source`; what `open_pairs` raises.
     """
-    preprocess = architecture["preprocess_cfg"]
-    transform = train_transform(
-        size,
-        preprocess.get("mean", OPENAI_DATASET_MEAN),
-        preprocess.get("std", OPENAI_DATASET_STD),
-        **dataclasses.asdict(config.data.augment),
-    )
     folders = data_folders(os.environ)
     source = find_data(config.data.source, folders)
     if source != config.data.source and rank == 0:
         _LOG.info("reading %s", source)
     with _naming_places(config.data.source, folders):
-        return open_pairs(
+        stream = open_pairs(
             source,
-            transform=transform,
-            tokenize=models.build_tokenizer(architecture),
+            transform=build_transform(config, plan, size),
+            tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
             workers=config.data.workers,
@@ -167,10 +163,48 @@ def open_stream(
             captions_per_image=config.data.captions_per_image,
             views_per_image=config.data.views_per_image,
             distinct=config.data.distinct,
-            table_format=TableFormat(
-                config.data.image_column, config.data.caption_column, config.data.encoding, config.data.separator
-            ),
+            table_format=_table_format(config),
+            labelled=plan.labelled,
         )
+    images = stream.num_samples if plan.labelled else None
+    if images is not None and images < config.batch_size:
+        raise ValueError(
+            f"{source} has {images} images, fewer than a batch (got batch_size={config.batch_size}): set batch_size to "
+            f"at most {images}"
+        )
+    return stream
+
+
+def build_transform(config: TrainConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
+    """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+    augment = config.data.augment
+    mean, std = plan.statistics()
+    if augment.library == "own":
+        given = {name: getattr(augment, name) for name in OWN_FIELDS}
+        return train_transform(size, mean, std, **given)
+    return TimmTransform(
+        {
+            "input_size": size,
+            "mean": mean,
+            "std": std,
+            "scale": augment.scale,
+            "hflip": 0.5 if augment.flip else 0.0,
+            "color_jitter": augment.color_jitter,
+            "color_jitter_prob": augment.color_jitter_prob if augment.color_jitter_prob < 1 else None,
+            "grayscale_prob": augment.gray_scale_prob,
+            "gaussian_blur_prob": augment.gaussian_blur_prob,
+            "auto_augment": augment.auto_augment or None,
+            "interpolation": augment.interpolation,
+            "re_prob": augment.erase_prob,
+            "re_mode": augment.erase_mode,
+            "re_count": augment.erase_count,
+        }
+    )
+
+
+def _table_format(config: TrainConfig) -> TableFormat:
+    data = config.data
+    return TableFormat(data.image_column, data.caption_column, data.encoding, data.separator)
 
 
 @contextmanager
@@ -179,11 +213,3 @@ def _naming_places(source: str, folders: Sequence[Path]) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}{not_found(source, folders)}") from error
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

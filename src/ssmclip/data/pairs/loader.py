@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ssmclip.data.images import open_image
 from ssmclip.data.pairs.augment import train_transform
+from ssmclip.data.pairs.labelled import folder_samples, is_class_folders, label_format
 from ssmclip.data.pairs.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
 from ssmclip.data.pairs.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
 from ssmclip.data.pairs.tables import (
@@ -52,6 +53,7 @@ def open_pairs(
     cache_mib: int = 512,
     table_format: TableFormat | None = None,
     distinct: bool = False,
+    labelled: bool = False,
 ) -> PairLoader:
     """Open an endless, reshuffled stream of batches from `source`.
 
@@ -71,6 +73,8 @@ def open_pairs(
         next, and from being in batches of several ranks in one step. One that its batch has already waits for the next,
         and each of the readers (workers x ranks) keeps its share of the samples, in a new order in each pass.
 
+    labelled: take the labels of classes (see `labelled.py`) in place of captions; `source` may be class folders then.
+
     Samples that can't be used are counted in `.skipped`, not raised. A pass without one that can be raises
     NoUsableSamples; where several readers share the source, many such passes of one of them in a row.
     Raises FileNotFoundError for a missing file or shard, ValueError for a file of an unknown kind and for a table or
@@ -81,17 +85,29 @@ def open_pairs(
         raise ValueError(f"rank must be from 0 to world_size - 1 (got {rank} of {world_size})")
     readers = max(workers, 1)
     cache_bytes = cache_mib * 2**20 // readers
-    opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat())
+    opened = _open_source(str(source), seed, shuffle_buffer, cache_bytes, table_format or TableFormat(), labelled)
     cache_bytes = cache_bytes if opened.resident else 0
     preparation = Preparation(
-        transform, tokenize, batch_size, seed, captions_per_image, views_per_image, cache_bytes, distinct
+        transform,
+        tokenize,
+        batch_size,
+        seed,
+        captions_per_image,
+        views_per_image,
+        cache_bytes,
+        distinct,
+        "label" if labelled else "caption",
     )
     return PairLoader(opened, preparation, workers, rank, world_size, cursor)
 
 
 def _open_source(
-    source: str, seed: int, window: int, resident_bytes: int, table_format: TableFormat
+    source: str, seed: int, window: int, resident_bytes: int, table_format: TableFormat, labelled: bool
 ) -> ShardSource | RowSource:
+    if labelled and is_class_folders(source):
+        pictures = folder_samples(Path(source))
+        return RowSource(pictures, seed=seed, identity=f"{Path(source).name} {len(pictures)}")
+    table_format = label_format(table_format) if labelled else table_format
     if source.startswith(SYNTHETIC):
         return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed)
     files = tables_in(Path(source)) or ([source] if is_table(source) else find_shards(source))
@@ -106,7 +122,7 @@ def _open_source(
             f"{unknown[0]} is of unknown type: pass shards ({', '.join(TAR_SUFFIXES)}), a table "
             f"({', '.join(TABLE_SUFFIXES)}) or {SYNTHETIC}NAME"
         )
-    return ShardSource(files, seed=seed, window=window, resident_bytes=resident_bytes)
+    return ShardSource(files, seed=seed, window=window, resident_bytes=resident_bytes, labelled=labelled)
 
 
 class PairLoader:

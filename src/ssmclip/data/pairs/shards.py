@@ -1,4 +1,4 @@
-"""Image-caption samples in webdataset shards: tars in which a picture and its .txt or .json share a name."""
+"""Samples in webdataset shards: tars in which a picture and its .txt or .json (of labelled ones .cls) share a name."""
 
 from __future__ import annotations
 
@@ -75,8 +75,10 @@ class ShardSource:
     wherever keys differ anyway the draws are those of older versions, whose runs go on here.
     """
 
-    def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int):
+    def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int, labelled: bool = False):
+        """Read shards. labelled: take the labels of classes (.cls) in place of captions."""
         self.shards = list(shards)
+        self.texts = _labels if labelled else _captions
         self.seed = seed
         self.window = window
         self.local = all(is_local(shard) for shard in self.shards)
@@ -144,9 +146,9 @@ class ShardSource:
     def _read(self, shard: str) -> Iterator[Sample] | list[Sample]:
         prefix = f"{self._names[shard]}/" if shard in self._repeating else ""
         if not self.resident:
-            return read_shard(shard, prefix)
+            return read_shard(shard, prefix, self.texts)
         if shard not in self._kept:
-            self._kept[shard] = list(read_shard(shard, prefix))
+            self._kept[shard] = list(read_shard(shard, prefix, self.texts))
         return self._kept[shard]
 
 
@@ -155,8 +157,10 @@ def _leading_keys(shard: str, most: int | None) -> list[str]:
         return list(islice(read_keys(file), most))
 
 
-def read_shard(shard: str, prefix: str = "") -> Iterator[Sample]:
+def read_shard(shard: str, prefix: str = "", texts: Callable[[dict], list[str]] | None = None) -> Iterator[Sample]:
     """Yield the samples of one shard, in order, nothing decoded. prefix: what is put before their keys.
+
+    texts: webdataset's dictionary of a sample -> its texts, the captions where left out.
 
     A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem. The sample
     that was being read when it ended is incomplete and left out.
@@ -175,13 +179,13 @@ def read_shard(shard: str, prefix: str = "") -> Iterator[Sample]:
         read = 0
         for fields in group_by_keys(files, split_name, handler=_noting(repeated)):
             if last:
-                yield make_sample(last, prefix)
+                yield make_sample(last, prefix, texts or _captions)
                 read += 1
             last = fields
     if not failures and not watched.ended:
         failures.append(tarfile.ReadError("no end-of-archive mark"))
     if last and not failures:
-        yield make_sample(last, prefix)
+        yield make_sample(last, prefix, texts or _captions)
     for error in repeated:
         yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
     if failures:
@@ -254,15 +258,18 @@ def _noting(errors: list[Exception]) -> Callable[[Exception], bool]:
     return note
 
 
-def make_sample(fields: dict, prefix: str = "") -> Sample:
-    """Return webdataset's dictionary of one sample (suffix -> bytes) as a Sample whose key begins with `prefix`."""
+def make_sample(fields: dict, prefix: str, texts: Callable[[dict], list[str]]) -> Sample:
+    """Return webdataset's dictionary of one sample (suffix -> bytes) as a Sample whose key begins with `prefix`.
+
+    texts: the dictionary -> the sample's texts.
+    """
     key = prefix + fields["__key__"]
     image = next((fields[suffix] for suffix in SUFFIXES if suffix in fields), None)
     if image is None:
         suffixes = ", ".join(name for name in fields if not name.startswith("__"))
         return Sample(key, None, [], "no image", f"it has {suffixes}")
     try:
-        return Sample(key, image, _captions(fields))
+        return Sample(key, image, texts(fields))
     except UnicodeDecodeError as error:
         return Sample(key, None, [], "caption is not utf-8", str(error))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -286,6 +293,11 @@ def _captions(fields: dict) -> list[str]:
     if other := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
         raise TypeError(f"a caption must be text (got {other[0]})")
     return [caption for caption in captions if caption is not None]
+
+
+def _labels(fields: dict) -> list[str]:
+    """Return the one label that a classifier is to give, from .cls; [] if there is none."""
+    return [fields["cls"].decode("utf-8-sig").strip()] if "cls" in fields else []
 
 
 def count_samples(shard: str) -> int:

@@ -68,6 +68,7 @@ class Preparation:
     cache_bytes: how much memory decoded pictures may take in one reader.
     distinct: no sample is in a batch twice, nor in those that other processes train on in the same step: each reader
         keeps its share of the samples, and one that the batch has already waits for the next.
+    texts: what a sample's texts are, for messages.
     """
 
     transform: Callable[[Image.Image, torch.Generator], torch.Tensor]
@@ -78,6 +79,7 @@ class Preparation:
     views_per_image: int = 1
     cache_bytes: int = 0
     distinct: bool = False
+    texts: str = "caption"
 
 
 @runtime_checkable
@@ -238,7 +240,7 @@ class ReaderBatches(IterableDataset):
             raise _Unusable(sample.problem, sample, sample.detail)
         captions = [caption for caption in sample.captions if caption.strip()]
         if not captions:
-            raise _Unusable("empty caption" if sample.captions else "no caption", sample)
+            raise _Unusable(f"{'empty' if sample.captions else 'no'} {self.preparation.texts}", sample)
         picture = self._decode(sample)
         generator = generator_for(self.preparation.seed, number, sample.key)
         drawn = _draw_captions(captions, self.preparation.captions_per_image, generator)
