@@ -67,7 +67,7 @@ def _renamed(key: str, state: State, places: list[str]) -> str:
 
 
 def _named(state: State) -> tuple[str, tuple[int, ...]]:
-    """Return timm's model with as many blocks of these widths, and its depths. Raises WrongShape where there is none."""
+    """Return timm's model with blocks of these widths, and its depths. Raises WrongShape where there is none."""
     blocks = range(count(state, "_blocks."))
     widths = tuple(shape(state, f"_blocks.{block}._project_conv.weight", 4)[0] for block in blocks)
     for name in NAMES:
