@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from ssmclip.__main__ import main
 from ssmclip.config import (
     AugmentConfig,
     CheckpointConfig,
@@ -378,15 +379,22 @@ def test_resumed_training_is_the_same_bit_for_bit(folders, tmp_path, workers):
 def test_training_starts_from_a_run_with_a_new_head_at_another_size(folders, tmp_path, caplog):
     run = train(settings(folders, "steps=3"), tmp_path / "run")
     trained = timm.models.load_state_dict(checkpoints(run)[-1] / "model.safetensors")
-    fewer = [f"model.weights={run}", "data.classes=4", "head_init_scale=0.001", "steps=1", "lr=1e-9"]
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    fewer = [
+        f"model.weights={run}",
+        f"data.classes={tmp_path / 'names.txt'}",
+        "head_init_scale=0.001",
+        "steps=1",
+        "lr=1e-9",
+    ]
     fewer += ["warmup_steps=0", "weight_decay=0"]
     with pytest.raises(CheckpointError, match="are those of another model"):
         train(settings(folders, *fewer, "model.name=timm:test_vit"), tmp_path / "other")
     tuned = train(settings(folders, *fewer, "image_sizes=[[0, 48]]"), tmp_path / "tuned")
     state = timm.models.load_state_dict(checkpoints(tuned)[-1] / "model.safetensors")
     assert "the classifier's head is new, for 4 classes" in caplog.text
-    heads = [key for key in state if key not in trained or state[key].shape != trained[key].shape]
-    assert heads == ["head.fc.weight", "head.fc.bias"]
+    heads = sorted(key for key in state if key not in trained or state[key].shape != trained[key].shape)
+    assert heads == ["head.fc.bias", "head.fc.weight"]
     assert state["head.fc.weight"].abs().max() < 1e-4
     for key in state.keys() - set(heads):
         torch.testing.assert_close(state[key], trained[key], rtol=0, atol=1e-6)
@@ -397,3 +405,62 @@ def test_a_clip_is_no_classifier(folders, tmp_path):
         train(settings(folders, "model.name=CLIP-VMamba-Nano"), tmp_path / "run")
     with pytest.raises(ValueError, match="test_mambaout cannot be built with the arguments decoy"):
         train(settings(folders, 'model.changes={"decoy": 1}'), tmp_path / "run")
+
+
+RECIPE = """
+from ssmclip.config import *
+
+
+def mine():
+    return TrainConfig(
+        steps=6,
+        batch_size=12,
+        device="cpu",
+        model=ModelConfig(name="timm:test_mambaout"),
+        data=DataConfig(source="{source}", image_sizes=((0.0, 32),)),
+        loss=LossConfig(kind="classification"),
+        schedule=ScheduleConfig(warmup_steps=1),
+        validation=ValidationConfig(every=3, tasks=("{val}",), best="{val}/top1"),
+        logging=LoggingConfig(tensorboard=False, progress=False),
+    )
+"""
+
+
+def test_a_run_validates_on_class_folders_and_evaluate_agrees(folders, tmp_path, capsys):
+    """Counted with timm's own transform and model, picture by picture."""
+    recipe = tmp_path / "mine.py"
+    val = f"folder:{folders}/val"
+    recipe.write_text(RECIPE.format(source=folders, val=val))
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "--out", str(run)]) == 0
+    rows = [row for row in read_rows(run / "rows.jsonl")[1] if (row.task, row.metric) == (val, "top1")]
+    assert [row.where["step"] for row in rows] == [3, 6]
+    out = tmp_path / "rows.jsonl"
+    words = [
+        "evaluate",
+        "--model",
+        f"run={run}",
+        "--tasks",
+        f"folder:{folders}/val",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
+    assert main([*words, "--cache", "none"]) == 0
+    (evaluated,) = (row for row in read_rows(out)[1] if row.metric == "top1")
+    best = run / "checkpoints" / (run / "checkpoints" / "best").read_text().strip()
+    model = timm.create_model(f"local-dir:{best}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        right = [
+            model(transform(picture(name, number))[None]).argmax().item() == label
+            for label, name in enumerate(CLASSES)
+            for number in range(8)
+        ]
+    assert evaluated.value == sum(right) / 24 == max(row.value for row in rows)
+
+    shutil.rmtree(folders / "train" / "cat")  # validation has a class that training has not
+    assert main(["train", str(recipe), "--out", str(tmp_path / "other")]) == 1
+    assert "cat" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -46,11 +46,14 @@ def build_validation(config: Any) -> Callable | None:
         return None
     from ssmclip.config.places import VARIABLE, below, data_folders
     from ssmclip.evaluate.tasks import training_validation
+    from ssmclip.train.build import plan
 
     folders, errors = data_folders(os.environ), []
     for root in below(asked.root, folders):
         try:
-            return training_validation(asked.tasks, root, seed=config.seed)
+            return training_validation(
+                asked.tasks, root, seed=config.seed, classes=plan(config).classes, model_name=config.model.name
+            )
         except FileNotFoundError as error:
             errors.append(str(error))
     advice = f". Set validation.root=DIR, or set {VARIABLE}" if len(errors) > 1 else ""

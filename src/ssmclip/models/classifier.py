@@ -1,118 +1,132 @@
-"""Image classifiers: any timm model with a head, as this package trains, writes and reads them.
+"""Classifiers: what their outputs stand for, their weights from a file, and how they are shown pictures.
 
-config.json           timm's form: architecture, model_args, num_classes, label_names, pretrained_cfg
-model.safetensors     the weights; timm.create_model("local-dir:FOLDER", pretrained=True) reads the folder as well
+A classifier is a timm model with a head, which gives a logit for each class.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
-import torch
-from timm.models import is_model
-from torch import nn
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.layers import apply_test_time_pool
+from torch import Tensor, nn
 
-from ssmclip.models.files.weights import CheckpointError, read_json
-from ssmclip.models.networks.registration import take_fields
-from ssmclip.models.towers import set_image_size
-from ssmclip.registry import UnknownName
+from ssmclip.models.files.weights import load_into, load_state
+from ssmclip.models.published.layout import Hints, MissingWeight, State, WrongShape, find_layout
+from ssmclip.models.published.select import AVERAGED, select_weights
+from ssmclip.models.towers import Size, as_size, is_clip, set_image_size
 
-__all__ = ["CONFIG", "WEIGHTS", "classifier_config", "classifier_transform", "create_classifier", "save_classifier"]
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TIMM = "timm:"
+__all__ = ["View", "classes_of", "load_checkpoint", "shown"]
 
 
-def classifier_config(
-    name: str,
-    classes: Sequence[str],
-    *,
-    image_size: int,
-    drop_path_rate: float | None = None,
-    changes: dict[str, Any] | None = None,
-    preprocess: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the configuration of a timm model that classifies images, in timm's form.
+def classes_of(network: nn.Module) -> tuple[str, ...]:
+    """Return what a classifier's outputs stand for: the label names of its `pretrained_cfg`, else, by their number as
+    timm tells them, the WordNet ids of an ImageNet's classes; () for any other network."""
+    outputs = 0 if is_clip(network) else getattr(network, "num_classes", 0)
+    if not outputs:
+        return ()
+    names = (getattr(network, "pretrained_cfg", None) or {}).get("label_names") or ()
+    if len(names) == outputs and not isinstance(names, dict):
+        return tuple(names)
+    subset = infer_imagenet_subset(network)
+    return tuple(ImageNetInfo(subset).label_names()) if subset else ()
 
-    name: NAME or timm:NAME, also NAME.field=JSON; classes: their names, in the order of the outputs; image_size: side
-    of an image, pixels; changes: further arguments of timm.create_model; preprocess: in place of the model's own
-    crop_pct, interpolation, mean, std ...
-    Raises UnknownName for a model that timm does not know.
+
+# ---- weights
+
+
+def load_checkpoint(create: Callable[..., nn.Module], file: str | Path) -> nn.Module:
+    """Return a timm model with the weights of a file, which are in its own names or in a published layout's.
+
+    create: timm's function of the model, which takes `num_classes`; a file with another number of classes than the
+    model's usual one gives a model with that many. Where a file has both, timm takes the averaged weights.
+    Raises FileNotFoundError, and CheckpointError, key by key, for weights of another model.
     """
-    bare, _, tag = name.removeprefix(TIMM).partition(".")
-    if not is_model(bare):
-        raise UnknownName("image encoder", bare, timm.list_models())
-    arguments = take_fields({"pretrained_cfg": tag}) if tag else {}
-    arguments |= changes or {}
-    if drop_path_rate is not None:
-        arguments["drop_path_rate"] = drop_path_rate
-    config = {
-        "architecture": bare,
-        "num_classes": len(classes),
-        "label_names": list(classes),
-        "model_args": arguments,
-        "pretrained_cfg": {},
-    }
-    with torch.device("meta"):
-        network = create_classifier(config)
-    own = timm.data.resolve_model_data_config(network)
-    size = {"input_size": [3, image_size, image_size]}
-    kept = {
-        key: value for key, value in own.items() if key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")
-    }
-    return {**config, "pretrained_cfg": {**kept, **size, **(preprocess or {})}}
-
-
-def create_classifier(config: dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:
-    """Return a classifier with random weights, at the image size of its configuration.
-
-    Raises ValueError for arguments that its architecture does not take, and an image size that it cannot take.
-    """
-    name, arguments = config["architecture"], config.get("model_args", {})
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no checkpoint file at {file}")
+    network = create()
     try:
-        network = timm.create_model(name, num_classes=config["num_classes"], **arguments)
-    except TypeError as error:
-        given = ", ".join(arguments)
-        raise ValueError(f"{name} cannot be built with the arguments {given} ({error})") from error
-    if size := config.get("pretrained_cfg", {}).get("input_size"):
-        set_image_size(network, tuple(size[1:]))
-    if grad_checkpointing:
-        network.set_grad_checkpointing()
+        timm.models.load_checkpoint(network, str(file))
+        return network
+    except (RuntimeError, KeyError, TypeError, ValueError):  # other names, other shapes, or nothing that timm reads
+        state = _read(file)
+    outputs = _outputs(network, state)
+    if outputs is not None and outputs != network.num_classes:
+        network = create(num_classes=outputs)
+    load_into(network, state, file)
     return network
 
 
-def classifier_transform(
-    pretrained_cfg: dict[str, Any], image_size: int | Sequence[int] | None = None
-) -> Callable[[Any], torch.Tensor]:
-    """Return the preprocessing of a classifier as timm's validation does it: PIL image -> float (3, H, W).
+def _read(file: str | Path) -> State:
+    """Return a file's weights, averaged if it has such, in timm's names where they are in a layout's."""
+    contents = load_state(file)
+    averaged = any(key in contents for key in AVERAGED)
+    state = select_weights(contents, "ema" if averaged else "online", str(file))
+    layout = find_layout(state, "encoder")
+    try:
+        return layout.read(state, Hints()).weights if layout else state
+    except (MissingWeight, WrongShape):  # its names, and not its architectures: told apart key by key
+        return state
 
-    The shorter side is resized to size / crop_pct and the centre is cut out, or as crop_mode says.
-    pretrained_cfg: timm's; image_size: pixels or (height, width), in place of its own.
+
+def _outputs(network: nn.Module, state: State) -> int | None:
+    """Return the number of classes that weights are for, None where the classifier is not among them."""
+    head = f"{(getattr(network, 'pretrained_cfg', None) or {}).get('classifier')}.weight"
+    return len(state[head]) if head in state and state[head].ndim else None
+
+
+# ---- pictures
+
+
+@dataclass(frozen=True)
+class View:
+    """How a classifier is shown pictures where that is not as its `pretrained_cfg` says; None, False: as it says.
+
+    image_size: pixels, or (height, width); crop_pct: the part of the resized picture's shorter side that the crop
+    keeps, above 0 up to 1; test_size: whether pictures have timm's test size for the model (and crop_pct), where there
+    is one; test_pool: whether timm's pooling at test time is used above the training size, where the crop keeps all.
+    Raises ValueError for a crop_pct outside its range.
     """
-    config = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
-    if image_size is not None:
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        config["input_size"] = (config["input_size"][0], *sides)
-    return timm.data.create_transform(**config)
+
+    image_size: int | Size | None = None
+    crop_pct: float | None = None
+    test_size: bool = False
+    test_pool: bool = False
+
+    def __post_init__(self):
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1 (got {self.crop_pct:g})")
 
 
-def save_classifier(network: nn.Module, config: dict[str, Any], folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`: a folder that timm and `ssmclip.models.find` read."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {key: value.detach().contiguous() for key, value in network.state_dict().items()}
-    safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+def shown(network: nn.Module, view: View) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """Return a classifier and its preprocessing, PIL image -> (3, H, W), as timm's validate.py would show it pictures.
+
+    The network is made for their size; with test_pool it may be a copy, wrapped. Raises ValueError for a size it cannot
+    take and for a network that timm cannot pool at test time.
+    """
+    asked = {} if view.image_size is None else {"input_size": (3, *as_size(view.image_size))}
+    config = resolve_model_data_config(network, asked | {"crop_pct": view.crop_pct}, use_test_size=view.test_size)
+    set_image_size(network, tuple(config["input_size"][1:]))
+    if view.test_pool:
+        network, pooled = _pooled(network, config, view.test_size)
+        config |= {"crop_pct": 1.0} if pooled else {}
+    return network, create_transform(**config)
 
 
-def load_classifier_config(folder: str | Path) -> dict[str, Any]:
-    """Read the configuration that `save_classifier` wrote. Raises CheckpointError for another library's."""
-    config = read_json(Path(folder) / CONFIG)
-    if not {"architecture", "num_classes", "pretrained_cfg"} <= config.keys():
-        raise CheckpointError(f"{Path(folder) / CONFIG} is not timm's configuration of a classifier")
-    return config
+def _pooled(network: nn.Module, config: dict[str, Any], test_size: bool) -> tuple[nn.Module, bool]:
+    classes, described = network.num_classes, network.pretrained_cfg
+    try:
+        network, pooled = apply_test_time_pool(copy.deepcopy(network), config, test_size)
+    except (AttributeError, RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{type(network).__name__} cannot be pooled at test time, which takes a convolution network with one "
+            f"linear layer behind its pooling: leave test_pool out ({error})"
+        ) from error
+    if pooled:
+        network.num_classes, network.pretrained_cfg = classes, described
+    return network.eval(), pooled

@@ -24,6 +24,8 @@ _FRACTIONS = {
     "worst_group": "accuracy in the worst group",
     "average_group": "mean accuracy over groups",
     "roc_auc": "area under the ROC curve",
+    "aupr": "area under the precision-recall curve of outliers",
+    "ece": "expected calibration error",
     "mean_recall": "mean of the recalls",
     "accuracy": "accuracy",
     "ood_accuracy": "accuracy",
@@ -35,6 +37,7 @@ _FRACTIONS = {
 }
 _NUMBERS = {
     "images_per_s": "images per second",
+    "nll": "negative log-likelihood",
     "accuracy_difference": "squared accuracy difference",
     "observed_consistency": "observed consistency with humans",
     "error_consistency": "error consistency with humans",

@@ -16,7 +16,7 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.labelled import ClassIndex
-from ssmclip.models import classifier
+from ssmclip.models import classifier_files
 from ssmclip.models.files import weights
 from ssmclip.train.checkpoint import write_text
 from ssmclip.train.objective import OBJECTIVES
@@ -117,7 +117,7 @@ class Clip(Blueprint):
 class Classifier(Blueprint):
     """An image classifier, in timm's form."""
 
-    weights_name = classifier.WEIGHTS
+    weights_name = classifier_files.WEIGHTS
     labelled = True
 
     @property
@@ -125,7 +125,7 @@ class Classifier(Blueprint):
         return tuple(self.config["label_names"])
 
     def create(self, grad_checkpointing: bool = False) -> nn.Module:
-        return classifier.create_classifier(self.config, grad_checkpointing=grad_checkpointing)
+        return classifier_files.create_classifier(self.config, grad_checkpointing=grad_checkpointing)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(self.config["pretrained_cfg"]["mean"]), tuple(self.config["pretrained_cfg"]["std"])
@@ -134,11 +134,11 @@ class Classifier(Blueprint):
         return ClassIndex(self.classes)
 
     def ready(self, network: nn.Module, size: int, label: str) -> models.Model:
-        transform = classifier.classifier_transform(self.config["pretrained_cfg"], size)
+        transform = classifier_files.classifier_transform(self.config["pretrained_cfg"], size)
         return models.Model(network, transform, None, label, classes=self.classes)
 
     def save(self, network: nn.Module, folder: Path) -> None:
-        classifier.save_classifier(network, self.config, folder)
+        classifier_files.save_classifier(network, self.config, folder)
 
     def describe(self, run: Path) -> None:
         """Write nothing: config.json has the run's settings there."""
@@ -153,7 +153,7 @@ def blueprint(config: TrainConfig, classes: tuple[str, ...] = ()) -> Blueprint:
     size = config.data.image_sizes[-1][1]
     if objective.labelled:
         return Classifier(
-            classifier.classifier_config(
+            classifier_files.classifier_config(
                 model.name,
                 classes,
                 image_size=size,

@@ -22,6 +22,7 @@ class Card:
     classnames: in label order; templates: prompts with {} for the class name; either may instead say where they are
     ("open_clip:NAME", "clip_benchmark:KEY"), and where there are no classnames the files bring `classes` of them;
     layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
+    inliers: the data set with pictures of the classes, where this one's pictures are of none of them (outliers);
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
     the label order; "timm:NAME": WordNet ids that timm lists);
     own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves.
@@ -43,6 +44,7 @@ class Card:
     classes: int = 0
     split: str = "test"
     note: str = ""
+    inliers: str = ""
     own: bool = False
 
 
@@ -51,7 +53,8 @@ class Found:
     """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
 
     classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
-    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know.
+    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know;
+    answers: all classes that are right for each picture, where there may be several (labels: one of them).
     """
 
     where: str
@@ -64,11 +67,12 @@ class Found:
     groups: list[str] | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     said: str = ""
+    answers: list[tuple[int, ...]] | None = None
 
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
 # ValueError or FileNotFoundError.
-_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "tables", "tars")
+_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "real", "tables", "tars")
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
 )

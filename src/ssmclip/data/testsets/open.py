@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def open_dataset(
         for layout in card.layouts:
             found = LAYOUTS[layout](folder, card)
             if isinstance(found, Found):
-                return Retrieval(card, found) if card.kind == "retrieval" else Classification(card, found, prompts)
+                if card.kind == "retrieval":
+                    return Retrieval(card, found)
+                inliers = partial(open_dataset, card.inliers, root, download=download) if card.inliers else None
+                return Classification(card, found, prompts, inliers)
             looked.append(f"{folder}: {found}")
     raise FileNotFoundError(f"the data set {card.name} is not under {root}. Looked for\n  " + "\n  ".join(looked))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ class TestSet(Protocol):
     class, or several that mean the same; templates: prompts with {} for the name; prompts: where names and templates
     come from; groups: a name for each picture, where the set has groups; files: what the pictures are read from, for
     telling whether they have changed; said: what a reader must know of this copy ("": nothing); expected: images in the
-    whole test set.
+    whole test set; answers: all classes that are right for each picture (None: its label alone).
     """
 
     __test__ = False  # no tests, though pytest goes by its name
@@ -43,6 +43,7 @@ class TestSet(Protocol):
     files: tuple[Path, ...]
     said: str
     expected: int
+    answers: Sequence[tuple[int, ...]] | None
 
     def __len__(self) -> int: ...
 
@@ -70,6 +71,7 @@ class PictureSet:
     groups: Sequence[str] | None = None
     files: tuple[Path, ...] = ()
     said: str = ""
+    answers: Sequence[tuple[int, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -121,14 +123,21 @@ class _FoundSet(PictureSet):
 class Classification(_FoundSet):
     """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
 
+    inliers: () -> the data set with pictures of the classes, of a set of outliers.
     Raises ValueError for labels that are no class, class names that occur twice, and another set's classes.
     """
 
     labels: Sequence[int]
 
-    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
+    def __init__(
+        self,
+        card: Card,
+        found: Found,
+        prompts: Prompts | None = None,
+        inliers: Callable[[], Classification] | None = None,
+    ):
         super().__init__(card, found)
-        self.labels = found.labels or ()
+        self.labels, self.answers, self.inliers = found.labels or (), found.answers, inliers
         self.classnames = found.classnames or names_on(card)
         self.templates = found.templates or templates_on(card)
         self.prompts = "the data set's own" if found.templates else "the card's"
@@ -180,6 +189,8 @@ def _check_labels(dataset: Classification) -> None:
     count = len(dataset.classnames)
     if len(dataset.labels) != dataset.n:
         raise ValueError(f"{dataset.where}: {dataset.n} pictures with {len(dataset.labels)} labels")
+    if dataset.answers is not None and len(dataset.answers) != dataset.n:
+        raise ValueError(f"{dataset.where}: {dataset.n} pictures with {len(dataset.answers)} lists of right classes")
     if outside := [i for i, label in enumerate(dataset.labels) if not _is_class(label, count)]:
         first = outside[0]
         raise ValueError(
