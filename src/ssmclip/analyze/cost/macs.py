@@ -270,9 +270,10 @@ def _selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]
 
 def _cross_selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:
     x, _, A, _, _, D, _, delta_weight = args[:8]
+    read = A.shape[0] * x.numel()  # once in each direction
     if delta_weight is not None:
-        counter.add("linear", 4 * x.numel() * delta_weight.shape[2])
-    return "scan", 4 * x.numel() * (9 * A.shape[2] + (D is not None))
+        counter.add("linear", read * delta_weight.shape[2])
+    return "scan", read * (9 * A.shape[2] + (D is not None))
 
 
 def _ssd(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:
