@@ -227,7 +227,8 @@ def test_every_clip_has_a_golden_of_its_towers():
         built = [build_clip(golden) for golden in GOLDENS.values() if golden["kind"] in ("clip", "text")]
         models = {name: create_clip(name) for name in list_clips()}
     covered = {type(model.visual.trunk) for model in built}
-    assert {type(model.visual.trunk) for model in models.values()} <= covered
+    # Our ViT is timm's with two more fields.
+    assert all(any(issubclass(one, type(model.visual.trunk)) for one in covered) for model in models.values())
     towers = {text_tower(model) for model in built}
     assert {text_tower(model) for model in models.values()} <= towers
     assert {config.__name__ for config in mamba_text.CONFIGS.values()} <= towers
