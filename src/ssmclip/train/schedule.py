@@ -36,19 +36,21 @@ def _cosine(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
 def _of_timm(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
     """Return the rates of `timm.scheduler.create_scheduler_v2`, asked once for each `hold_steps` steps.
 
-    The warm-up is within the schedule, as MambaOut's and Swin's recipes have it: after it the cosine goes on as if it
-    had begun at step 0 (unless args has warmup_prefix=true). The last cooldown_steps have end_lr.
+    The warm-up is within the schedule, as in MambaOut's recipe: after it the cosine goes on as if it had begun at step
+    0. With warmup_prefix=true among args it comes before the schedule, as in Swin's and VMamba's. The last
+    cooldown_steps have end_lr.
     """
     kind = config.kind.removeprefix(TIMM)
     if not config.kind.startswith(TIMM) or kind not in KINDS:
         raise UnknownName("schedule", config.kind, ["cosine", *(TIMM + known for known in KINDS)])
     held = config.hold_steps
+    before = config.cooldown_steps + (config.warmup_steps if config.args.get("warmup_prefix") else 0)
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
     try:
         scheduler, _ = create_scheduler_v2(
             optimiser,
             sched=kind,
-            num_epochs=(steps - config.cooldown_steps) // held,
+            num_epochs=(steps - before) // held,
             cooldown_epochs=config.cooldown_steps // held,
             warmup_epochs=config.warmup_steps // held,
             warmup_lr=config.start_lr,
