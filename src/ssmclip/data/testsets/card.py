@@ -11,6 +11,7 @@ from PIL import Image
 from ssmclip.registry import Registry
 
 SORTED = "sorted"
+WHOLE = "all"  # the split of pictures that no split was made of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Card:
     layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
     the label order; "timm:NAME": WordNet ids that timm lists);
-    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves.
+    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves;
+    part: "" for the split that is tested on, or another one, which `open_dataset` asks layouts for: "train" or "val".
     """
 
     name: str
@@ -44,6 +46,7 @@ class Card:
     split: str = "test"
     note: str = ""
     own: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Found:
     """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
 
     classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
-    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know.
+    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know;
+    split: the split they are of, WHOLE where there are no splits, "" where the layout does not tell splits apart.
     """
 
     where: str
@@ -64,10 +68,11 @@ class Found:
     groups: list[str] | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     said: str = ""
+    split: str = ""
 
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
-# ValueError or FileNotFoundError.
+# ValueError or FileNotFoundError. Where a card asks for a `part`, only what says that it is of this split is taken.
 _HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "tables", "tars")
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
