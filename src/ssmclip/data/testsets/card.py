@@ -11,6 +11,7 @@ from PIL import Image
 from ssmclip.registry import Registry
 
 SORTED = "sorted"
+WHOLE = "all"  # the split of pictures that no split was made of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Card:
     inliers: the data set with pictures of the classes, where this one's pictures are of none of them (outliers);
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
     the label order; "timm:NAME": WordNet ids that timm lists);
-    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves.
+    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves;
+    part: "" for the split that is tested on, or another one, which `open_dataset` asks layouts for: "train" or "val".
     """
 
     name: str
@@ -46,6 +48,7 @@ class Card:
     note: str = ""
     inliers: str = ""
     own: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Found:
 
     classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
     files: what the pictures are read from, for telling whether they have changed; said: what a reader must know;
+    split: the split they are of, WHOLE where there are no splits, "" where the layout does not tell splits apart;
     answers: all classes that are right for each picture, where there may be several (labels: one of them).
     """
 
@@ -67,11 +71,12 @@ class Found:
     groups: list[str] | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     said: str = ""
+    split: str = ""
     answers: list[tuple[int, ...]] | None = None
 
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
-# ValueError or FileNotFoundError.
+# ValueError or FileNotFoundError. Where a card asks for a `part`, only what says that it is of this split is taken.
 _HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "real", "tables", "tars")
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]

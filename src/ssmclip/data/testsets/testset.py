@@ -23,8 +23,9 @@ class TestSet(Protocol):
     each picture's class (None: it has none); captions: each picture's (None: it has none); classnames: a name for each
     class, or several that mean the same; templates: prompts with {} for the name; prompts: where names and templates
     come from; groups: a name for each picture, where the set has groups; files: what the pictures are read from, for
-    telling whether they have changed; said: what a reader must know of this copy ("": nothing); expected: images in the
-    whole test set; answers: all classes that are right for each picture (None: its label alone).
+    telling whether they have changed; said: what a reader must know of this copy ("": nothing); split: which part of
+    the data set this is, "" where that is not known; expected: images in the whole test set; answers: all classes that
+    are right for each picture (None: its label alone).
     """
 
     __test__ = False  # no tests, though pytest goes by its name
@@ -42,6 +43,7 @@ class TestSet(Protocol):
     groups: Sequence[str] | None
     files: tuple[Path, ...]
     said: str
+    split: str
     expected: int
     answers: Sequence[tuple[int, ...]] | None
 
@@ -71,6 +73,7 @@ class PictureSet:
     groups: Sequence[str] | None = None
     files: tuple[Path, ...] = ()
     said: str = ""
+    split: str = ""
     answers: Sequence[tuple[int, ...]] | None = None
 
     @property
@@ -111,7 +114,7 @@ class _FoundSet(PictureSet):
 
     def __init__(self, card: Card, found: Found):
         self.card, self.where, self.keys, self.files = card, found.where, found.keys, found.files
-        self.groups, self.said = found.groups, found.said
+        self.groups, self.said, self.split = found.groups, found.said, found.split
         self._pictures = found.pictures
         if len(found.pictures) != self.n:
             raise ValueError(f"{self.where}: {len(found.pictures)} pictures with {self.n} names")
