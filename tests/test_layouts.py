@@ -213,8 +213,8 @@ def test_an_efficientnet_lite_of_other_widths_is_refused():
     state = lite_state("tf_efficientnet_lite0")
     state["_blocks.3._project_conv.weight"] = torch.empty(9, 144, 1, 1, device="meta")
     with pytest.raises(
-        CheckpointError, match="shapes that match no architecture .*has 16 blocks of widths 16, 24, 24, 9"
+        CheckpointError, match=r"shapes that match no architecture .*has 16 blocks of widths 16, 24, 24, 9"
     ):
         read_published(state)
-    with pytest.raises(CheckpointError, match="_squeeze.weight belongs to no layer of EfficientNet-Lite"):
+    with pytest.raises(CheckpointError, match=r"_squeeze\.weight belongs to no layer of EfficientNet-Lite"):
         read_published(lite_state("tf_efficientnet_lite0") | {"_squeeze.weight": torch.zeros(1)})
