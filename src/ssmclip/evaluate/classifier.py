@@ -38,7 +38,7 @@ class Classifier(ByScores):
 
     @classmethod
     def takes(cls, model: Model, test_set: Any) -> bool:
-        return model.classifies
+        return model.classifies and not getattr(test_set.card, "inliers", "")
 
     def __init__(self, clip: Model, test_set: Any, settings: Settings):
         super().__init__(clip, test_set, settings)

@@ -41,7 +41,7 @@ def metric(
     fraction: bool = True,
     chance: Callable[[int], float | None] = lambda classes: 1 / classes,
 ):
-    """Return a decorator that registers a function of scores as a metric, higher values being better.
+    """Return a decorator that registers a function of scores as a metric.
 
     title: what reports call it; fraction: whether they write it as a percentage; chance: number of classes -> the value
     that guessing gives, None where that is not known.
