@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import pickle
 import shutil
 import tarfile
 
@@ -157,6 +158,24 @@ def test_tables_give_numbers_or_names(tmp_path, labels, features, classes):
     assert planned.classes == classes
     by_row = sorted(zip((int(key.split()[1]) for key in made.keys), made.texts.tolist(), strict=True))
     assert by_row == [(row, row % 3) for row in range(6)]
+
+
+def test_a_data_sets_training_split_is_a_source(shared):
+    """CIFAR-10's pickles, by scikit-learn-free counting: 2,000 pictures, none of which are tested on."""
+    planned, made = batch(f"dataset:cifar10:{shared / 'data'}", size=500)
+    assert planned.classes[:2] == ("airplane", "automobile")
+    content = {}
+    for number in range(1, 6):
+        with (shared / f"data/cifar10/cifar-10-batches-py/data_batch_{number}").open("rb") as file:
+            part = pickle.load(file, encoding="bytes")  # our own file
+        content |= {row.tobytes(): label for row, label in zip(part[b"data"], part[b"labels"], strict=True)}
+    assert len(content) == 2000
+    counts = np.bincount(made.texts.numpy(), minlength=10) / np.bincount(list(content.values()), minlength=10)
+    assert 0.15 < counts.min() <= counts.max() < 0.35  # a quarter of each class
+    with pytest.raises(ValueError, match="a classifier needs images with labels"):
+        plan(settings(f"dataset:flickr8k:{shared / 'data' / 'captions'}"))
+    with pytest.raises(FileNotFoundError, match="cifar100"):
+        plan(settings("dataset:cifar100"))
 
 
 def test_labels_without_a_class_are_refused():

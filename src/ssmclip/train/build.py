@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
 from ssmclip.config import TrainConfig
-from ssmclip.config.places import data_folders, find_data, not_found
+from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
 from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
-from ssmclip.data.pairs.labelled import classes_of
+from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
@@ -75,8 +75,9 @@ def plan(config: TrainConfig) -> Blueprint:
     """
     if not OBJECTIVES[config.loss.kind].labelled:
         return blueprint(config)
-    source = find_data(config.data.source, data_folders(os.environ))
-    with _naming_places(config.data.source, data_folders(os.environ)):
+    folders = data_folders(os.environ)
+    with _naming_places(config.data.source, folders):
+        source = _find_source(config.data.source, folders)
         return blueprint(config, classes_of(source, config.data.classes, _table_format(config)))
 
 
@@ -145,10 +146,10 @@ def open_stream(
     Raises FileNotFoundError naming every folder searched for a relative `data.source`; what `open_pairs` raises.
     """
     folders = data_folders(os.environ)
-    source = find_data(config.data.source, folders)
-    if source != config.data.source and rank == 0:
-        _LOG.info("reading %s", source)
     with _naming_places(config.data.source, folders):
+        source = _find_source(config.data.source, folders)
+        if source != config.data.source and rank == 0:
+            _LOG.info("reading %s", source)
         stream = open_pairs(
             source,
             transform=build_transform(config, plan, size),
@@ -205,6 +206,20 @@ def build_transform(config: TrainConfig, plan: Blueprint, size: int) -> TrainTra
 def _table_format(config: TrainConfig) -> TableFormat:
     data = config.data
     return TableFormat(data.image_column, data.caption_column, data.encoding, data.separator)
+
+
+def _find_source(source: str, folders: Sequence[Path]) -> str:
+    """Return a source below the first folder that contains it, also the data set that dataset:NAME stands for."""
+    if not source.startswith(DATASET) or source.count(":") > 1:
+        return find_data(source, folders)
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            data_set(place := f"{source}:{folder}")
+            return place
+    raise FileNotFoundError(
+        f"no training split for {source} in {', '.join(str(folder.absolute()) for folder in folders)}: "
+        f"pass {source}:FOLDER, or set {VARIABLE}"
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,10 +21,12 @@ from ssmclip.data.lines import read_lines
 from ssmclip.data.pairs.samples import Sample
 from ssmclip.data.pairs.tables import TABLE_SUFFIXES, TableFormat, is_table, table_labels, tables_in
 from ssmclip.data.tars import TAR_SUFFIXES
+from ssmclip.data.testsets.open import Classification, load_card, open_dataset
 from ssmclip.data.testsets.splits import ALL
 
 __all__ = ["ClassIndex", "classes_of", "folder_samples", "is_class_folders", "label_format"]
 
+DATASET = "dataset:"
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_label", "fine_label", "target")
 NAMED = 8  # classes named in an error
 
@@ -76,6 +78,26 @@ class _FolderSamples(Sequence):
         return Sample(name, self.root / name, [self.classes[self.numbers[index].as_py()]])
 
 
+def data_set(source: str) -> Classification:
+    """Return the training split that `dataset:NAME` or `dataset:NAME:FOLDER` names (FOLDER: the current one).
+
+    Raises UnknownName, FileNotFoundError where it is not in the folder, ValueError for captions in place of classes.
+    """
+    name, _, folder = source.removeprefix(DATASET).partition(":")
+    card = load_card(name)
+    if card.kind != "classification":
+        raise ValueError(f"a classifier needs images with labels ({name} has captions)")
+    return open_dataset(card, folder or ".", split="train")
+
+
+def data_set_samples(opened: Classification) -> list[Sample]:
+    """Return the samples of a data set, each with the number of its class for a label."""
+    return [
+        Sample(key, partial(opened.picture, index), [str(label)])
+        for index, (key, label) in enumerate(zip(opened.keys, opened.labels, strict=True))
+    ]
+
+
 def classes_of(source: str, given: str, table_format: TableFormat) -> tuple[str, ...]:
     """Return the names of the classes of labelled data, in the order of a classifier's outputs.
 
@@ -85,6 +107,8 @@ def classes_of(source: str, given: str, table_format: TableFormat) -> tuple[str,
     """
     if given:
         return _checked(_given(given), f"data.classes={given}")
+    if source.startswith(DATASET):
+        return tuple(names if isinstance(names, str) else names[0] for names in data_set(source).classnames)
     if is_class_folders(source):
         return _checked(_folders(training_folder(Path(source))), source)
     files = tables_in(Path(source)) or [source]

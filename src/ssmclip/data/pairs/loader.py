@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 
 from ssmclip.data.images import open_image
 from ssmclip.data.pairs.augment import train_transform
-from ssmclip.data.pairs.labelled import folder_samples, is_class_folders, label_format
+from ssmclip.data.pairs.labelled import (
+    DATASET,
+    data_set,
+    data_set_samples,
+    folder_samples,
+    is_class_folders,
+    label_format,
+)
 from ssmclip.data.pairs.shards import TAR_SUFFIXES, ShardSource, find_shards, is_local
 from ssmclip.data.pairs.stream import Batch, Made, NoUsableSamples, Preparation, ReaderBatches
 from ssmclip.data.pairs.tables import (
@@ -104,6 +111,9 @@ def open_pairs(
 def _open_source(
     source: str, seed: int, window: int, resident_bytes: int, table_format: TableFormat, labelled: bool
 ) -> ShardSource | RowSource:
+    if labelled and source.startswith(DATASET):
+        samples = data_set_samples(data_set(source))
+        return RowSource(samples, seed=seed, identity=f"{source.split(':')[1]} {len(samples)}")
     if labelled and is_class_folders(source):
         pictures = folder_samples(Path(source))
         return RowSource(pictures, seed=seed, identity=f"{Path(source).name} {len(pictures)}")
