@@ -94,8 +94,9 @@ def count_macs(
     - attention: products of activations with each other, queries x keys and weights x values, of all L x L pairs:
       masked pairs are computed and thrown away, so they count. Half of them in a `ViT` with mixing="causal" (MambaOut's
       2 D L^2 floating-point operations instead of 4 D L^2): its kernel is not given a mask but told to skip them.
-    - scan: 9 N + 1 per channel, position and direction, one more with a gate (state-spaces/mamba#110, as in VMamba's code). These
-      are floating-point operations, not MACs; the recurrence itself is 4 N + 1 multiply-adds and N exponentials.
+    - scan: 9 N + 1 per channel, position and direction, one more with a gate (state-spaces/mamba#110, as in VMamba's
+      code). These are floating-point operations, not MACs; the recurrence itself is 4 N + 1 multiply-adds and N
+      exponentials.
     - norm: 5 per number of a layer norm, 2 of a batch norm (fvcore's), floating-point operations too.
 
     Activations, poolings, softmax, Fourier transforms, embeddings and sums are not counted.

@@ -26,7 +26,7 @@ __all__ = ["SIZES"]
 SIZES: dict[str, dict[str, Any]] = {
     # VMamba-Nano's widths but for the last; a block has 8 D^2 weights, not 10 D^2, so there are more of them.
     "nano": dict(depths=(1, 1, 6, 1), dims=(40, 80, 160, 336)),
-    **dict.fromkeys(("femto", "kobe", "tiny", "small", "base"), {}),
+    **{size: {} for size in ("femto", "kobe", "tiny", "small", "base")},
 }
 
 

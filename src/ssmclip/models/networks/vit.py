@@ -140,8 +140,8 @@ def _register(name: str) -> None:
     entrypoint.__module__ = __name__  # timm reads default_cfgs from the module a model was defined in
     entrypoint.__doc__ = (
         f"ViT with patches of 16 and {VARIANTS[name]}.\n\n"
-        "Positions are interpolated as timm does (`dynamic_img_size`), images filled up with zeros to a multiple of 16\n"
-        "(`dynamic_img_pad`)."
+        "Positions are interpolated as timm does (`dynamic_img_size`), images filled up with zeros to a multiple of\n"
+        "16 (`dynamic_img_pad`)."
     )
     register_model(entrypoint)
 
