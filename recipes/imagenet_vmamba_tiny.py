@@ -4,8 +4,8 @@
         --set source=DIR/train validation.root=DIR
 
 DIR has ImageNet's class folders: DIR/train/n01440764/*.JPEG, DIR/val/n01440764/*.JPEG. Published: 82.6 % top-1 at 224
-px. It is Swin's recipe: 300 epochs of 1,024 images, warm-up before the cosine rather than within it, a rate that changes
-at every step, gradients clipped at 5; with a moving average. Nobody has run it to the end with this package yet.
+px. It is Swin's recipe: 300 epochs of 1,024 images, warm-up before the cosine rather than within it, a rate that
+changes at every step, gradients clipped at 5; with a moving average. Nobody has run it to the end with this package.
 """
 
 from ssmclip.config import (

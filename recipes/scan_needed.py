@@ -2,12 +2,12 @@
 
     ssmclip train recipes/scan_needed.py
     ssmclip train recipes/scan_needed.py --set model.changes='{"mixer": "gated_conv"}' --out runs/gated
-    ssmclip train recipes/scan_needed.py --set model.name=vit_nano_patch16 model.changes='{"mixing": "causal"}' --out runs/causal
+    ssmclip train recipes/scan_needed.py --set model.name=vit_nano_patch16 --out runs/vit
 
 The six differ in one field each: vmamba_nano with its scan in four directions, in one (directions=1), and without
-(mixer=gated_conv); vit_nano_patch16 with full and causal attention (mixing); mambaout_nano_linear_head. `make scan-needed`
-trains each with three seeds, on traffic signs and on CIFAR-10, and compares them at image sizes from 32 to 256 pixels.
-A minute on one core with bfloat16. The data are looked for as `ssmclip datasets` says.
+(mixer=gated_conv); vit_nano_patch16 with full and causal attention (mixing); mambaout_nano_linear_head. `make
+scan-needed` trains each with three seeds, on traffic signs and on CIFAR-10, and compares them at image sizes from 32 to
+256 pixels. A minute on one core with bfloat16. The data are looked for as `ssmclip datasets` says.
 """
 
 from ssmclip.config import (
