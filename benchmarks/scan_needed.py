@@ -168,10 +168,7 @@ def answer(claim: Claim, data: str, size: int, marks: dict[tuple[str, str, int],
         n=first.shape[1],
         against=claim.second,
         where={IMAGE: size, CASE: data},
-        extra={
-            "said": f"{verdict} ({100 * value:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})",
-            "verdict": verdict,
-        },
+        extra={"said": said, "verdict": verdict},
     )
 
 
