@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssmclip.analyze.curvature.spectrum import Spectrum as Spectrum
     from ssmclip.analyze.curvature.spectrum import hessian_eigenvalues as hessian_eigenvalues
     from ssmclip.data.distortions.apply import distort as distort
+    from ssmclip.evaluate.prediction import classify as classify
     from ssmclip.evaluate.search.embedder import Embedder as Embedder
     from ssmclip.models import clip_config as clip_config
     from ssmclip.models import convert as convert
@@ -41,6 +42,7 @@ _HOMES = {
     "Spectrum": "ssmclip.analyze.curvature.spectrum",
     "UnknownName": "ssmclip.registry",
     "append_rows": "ssmclip.rows",
+    "classify": "ssmclip.evaluate.prediction",
     "clip_config": "ssmclip.models",
     "convert": "ssmclip.models",
     "count_macs": "ssmclip.analyze.cost.macs",

@@ -15,6 +15,7 @@ import ssmclip
 from ssmclip.cli import (
     analyze,
     captions,
+    classify,
     compare,
     convert,
     datasets,
@@ -40,6 +41,7 @@ COMMANDS = {
     "ood": ood,
     "distort": distort,
     "analyze": analyze,
+    "classify": classify,
     "embed": embed,
     "search": search,
     "datasets": datasets,

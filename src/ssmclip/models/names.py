@@ -17,7 +17,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ __all__ = [
     "Source",
     "build_model",
     "build_model_on_meta",
+    "class_names",
     "find",
     "find_checkpoint",
     "load",
@@ -75,7 +76,8 @@ class Model:
 
     network: a CLIP of open_clip's interface, or an image encoder; preprocess: PIL image -> (3, H, W);
     tokenizer: list of n strings -> (n, context_length), None if the network reads no text or none was requested;
-    label: its name in rows; origin: the source of its weights, or RANDOM.
+    label: its name in rows; origin: the source of its weights, or RANDOM;
+    classes: names of the classes of an image encoder's head, in their order, empty where they are not known.
 
     It unpacks as network, preprocess, tokenizer.
     """
@@ -85,6 +87,7 @@ class Model:
     tokenizer: Callable[[list[str]], torch.Tensor] | None
     label: str = ""
     origin: str = ""
+    classes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.preprocess, self.tokenizer))
@@ -160,7 +163,8 @@ def _built(known: Source, label: str, device: str, image_size: int | Size | None
         log.warning("%s has random weights: pass %s", known.name, known.trained)
     network = known.load(image_size).to(device).eval()
     tokenizer = build_tokenizer(known.config, known.folder) if text and known.config is not None else None
-    return Model(network, known.preprocess(network, image_size), tokenizer, label, known.origin)
+    classes = class_names(network) if known.config is None else ()
+    return Model(network, known.preprocess(network, image_size), tokenizer, label, known.origin, classes)
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | Size | None = None) -> Model:
@@ -338,6 +342,25 @@ def _of_encoder(
             return tuple(timm.data.resolve_data_config(model=create())["input_size"][1:])
 
     return Source(name, None, create, load, _encoder_preprocess, own_size, origin, trained)
+
+
+def class_names(network: nn.Module) -> tuple[str, ...]:
+    """Return the names of an image encoder's classes: its configuration's, else ImageNet's for a head of that size.
+
+    Empty for a head of any other size.
+    """
+    count = getattr(network, "num_classes", 0)
+    config = getattr(network, "pretrained_cfg", None) or {}
+    names = config.get("label_names") or ()
+    if described := config.get("label_descriptions"):
+        names = [described.get(name, name) for name in names or described] if isinstance(described, dict) else described
+    return tuple(names) if len(names) == count else _imagenet_classes(count)
+
+
+@cache
+def _imagenet_classes(count: int) -> tuple[str, ...]:
+    subset = timm.data.infer_imagenet_subset({"num_classes": count})
+    return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else ()
 
 
 def _encoder_preprocess(network: nn.Module, image_size: int | Size | None) -> Callable[[Any], torch.Tensor]:
