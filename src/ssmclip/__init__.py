@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssmclip.analyze.cost.macs import count_macs as count_macs
     from ssmclip.analyze.curvature.spectrum import Spectrum as Spectrum
     from ssmclip.analyze.curvature.spectrum import hessian_eigenvalues as hessian_eigenvalues
+    from ssmclip.analyze.saliency.explanation import explain as explain
     from ssmclip.data.distortions.apply import distort as distort
     from ssmclip.evaluate.prediction import classify as classify
     from ssmclip.evaluate.search.embedder import Embedder as Embedder
@@ -48,6 +49,7 @@ _HOMES = {
     "count_macs": "ssmclip.analyze.cost.macs",
     "create_clip": "ssmclip.models",
     "distort": "ssmclip.data.distortions.apply",
+    "explain": "ssmclip.analyze.saliency.explanation",
     "export_onnx": "ssmclip.models.export",
     "find": "ssmclip.models",
     "hessian_eigenvalues": "ssmclip.analyze.curvature.spectrum",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from PIL import Image
 
 from ssmclip.data.images import SUFFIXES, BadImage, open_image, pictures_below, to_rgb
 
-__all__ = ["MAX_BYTES", "Picture", "download", "picture_paths", "read_picture"]
+__all__ = ["MAX_BYTES", "Picture", "Pictures", "download", "named_pictures", "picture_paths", "read_picture"]
 
 Picture = str | Path | bytes | Image.Image
+Pictures = Mapping[str, Picture] | Iterable[Picture] | Picture
 
 MAX_BYTES = 50_000_000  # of a picture that comes from elsewhere
 TIMEOUT_S = 20.0  # to download one picture
@@ -42,6 +43,18 @@ def picture_paths(sources: Iterable[str | Path]) -> list[str]:
     if not paths:
         raise ValueError("no pictures given: name at least one file, folder or address")
     return list(paths)
+
+
+def named_pictures(pictures: Pictures) -> Iterator[tuple[str, Picture]]:
+    """Return pictures with names: those of a mapping, paths and addresses, or "picture 1" for the first."""
+    if isinstance(pictures, Mapping):
+        return iter(pictures.items())
+    if isinstance(pictures, str | Path | bytes | Image.Image):
+        pictures = [pictures]
+    return (
+        (str(picture) if isinstance(picture, str | Path) else f"picture {place}", picture)
+        for place, picture in enumerate(pictures, start=1)
+    )
 
 
 def read_picture(source: Picture) -> Image.Image:

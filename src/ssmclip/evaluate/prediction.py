@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from ssmclip.data.images import BadImage
-from ssmclip.data.sources import Picture, read_picture
+from ssmclip.data.sources import Picture, Pictures, named_pictures, read_picture
 from ssmclip.evaluate.embeddings.embed import Settings, embed_texts, encode_batch, inference, require_finite
 from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.models.names import Model, find
@@ -53,7 +52,7 @@ class Prediction:
 
 def classify(
     model: Model | str | Path,
-    pictures: Mapping[str, Picture] | Iterable[Picture] | Picture,
+    pictures: Pictures,
     labels: Sequence[str] | None = None,
     templates: Sequence[str] = AS_IT_IS,
     k: int = 5,
@@ -75,7 +74,7 @@ def classify(
         raise ValueError(f"k and batch_size must be at least 1 (got {k} and {batch_size})")
     model = model if isinstance(model, Model) else find(model)
     scorer = _zero_shot(model, labels, templates, max_labels) if is_clip(model.network) else _head(model, labels)
-    return _predictions(model, scorer, _named(pictures), k, batch_size)
+    return _predictions(model, scorer, named_pictures(pictures), k, batch_size)
 
 
 @dataclass(frozen=True)
@@ -122,17 +121,6 @@ def _head(model: Model, labels: Sequence[str] | None) -> _Scorer:
         raise ValueError(f"{model.label} is an image encoder without a head, which has no classes: take a CLIP")
     names = model.classes or tuple(f"class {i}" for i in range(count))
     return _Scorer(names, lambda images: model.network(images.to(model.device, model.dtype)).float().cpu())
-
-
-def _named(pictures: Mapping[str, Picture] | Iterable[Picture] | Picture) -> Iterator[tuple[str, Picture]]:
-    if isinstance(pictures, Mapping):
-        return iter(pictures.items())
-    if isinstance(pictures, str | Path | bytes | Image.Image):
-        pictures = [pictures]
-    return (
-        (str(picture) if isinstance(picture, str | Path) else f"picture {place}", picture)
-        for place, picture in enumerate(pictures, start=1)
-    )
 
 
 def _predictions(
