@@ -30,12 +30,15 @@ IMAGE = "image"  # pixels of an image's side, or "HEIGHTxWIDTH"
 TOKENS = "tokens"  # length of a text
 ATTENTION = "attention"  # how attention was computed, where that is not the default
 AVERAGE = "average"  # what the value is an average over, in words
+METHOD = "method"  # of explanation
+PICTURE = "picture"  # its name
+QUERY = "query"  # the text or class that was looked for
 CASE = "case"  # anything else, in words
 
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, METHOD, PICTURE, QUERY, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)

@@ -33,6 +33,8 @@ _FRACTIONS = {
     "negative_share": "negative among the eigenvalues of largest magnitude",
     "converged_share": "eigenvalues that are converged",
     "negative_mass": "negative part of all eigenvalues' magnitude",
+    "receptive_field_50": "area that holds half of the effective receptive field",
+    "receptive_field_99": "area that holds 99 % of the effective receptive field",
     "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
 }
 _NUMBERS = {
@@ -58,6 +60,10 @@ _NUMBERS = {
     "latency_ms": "latency of one, ms",
     "energy_j": "energy of one, J",
     "training_energy_j": "energy of one in training, J",
+    "target_score": "score of the text or class",
+    "deletion": "area under the deletion curve",
+    "insertion": "area under the insertion curve",
+    "attention_distance": "mean distance of the scan's attention, pixels or tokens",
     "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
 
