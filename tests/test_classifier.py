@@ -224,7 +224,7 @@ def test_outliers_are_told_from_pictures_of_the_same_classes(val, tmp_path):
     assert (sum(outlier), len(outlier)) == (12, 20)
     assert rows["aupr"].value == pytest.approx(average_precision_score(outlier, score))
     assert rows["roc_auc"].value == pytest.approx(roc_auc_score(outlier, score))
-    assert (rows["aupr"].extra["chance"], rows["aupr"].extra["inliers"]["n"]) == (0.6, 8)
+    assert (rows["aupr"].extra["share"], rows["aupr"].extra["inliers"]["n"]) == (0.6, 8)
     assert rows["aupr"].ci_low < rows["aupr"].value < rows["aupr"].ci_high
     (tmp_path / "imagenet").rename(tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match="the data set imagenet is not under"):

@@ -53,6 +53,11 @@ class Classifier(ByScores):
     def shown(self, scores: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         return scores.softmax(dim=1)
 
+    def _extra(self, seen: ImageEmbeddings, scores: Tensor, target: Tensor, metric: str) -> dict[str, Any]:
+        extra = super()._extra(seen, scores, target, metric)
+        extra.pop("same_names", None)  # two classes of one name are two outputs
+        return extra
+
     def about(self, seen: ImageEmbeddings) -> dict[str, Any]:
         outputs = {"used": len(self.outputs.places), "of": self.clip.outputs}
         return (

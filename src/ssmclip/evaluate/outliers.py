@@ -29,7 +29,8 @@ class Outliers(Judge):
 
     As the authors of ImageNet-O do: the softmax is over the test set's classes alone, 200 of the 1,000; the pictures to
     tell them from are those of ImageNet's validation set of these classes; outliers are the positives. Rows: aupr, the
-    area under the precision-recall curve (average precision), and roc_auc; intervals resample both sets together.
+    area under the precision-recall curve (average precision), and roc_auc; intervals resample both sets together. The
+    first row's `extra` has the share of outliers, which is the aupr of guesses; classifiers may well be below it.
     Raises ValueError for a test set that does not say where pictures of its classes are, FileNotFoundError where they
     are not, and ValueError for classes that do not match.
     """
@@ -62,10 +63,10 @@ class Outliers(Judge):
         extra = {
             "title": self.test_set.card.title,
             "kind": "outliers",
-            "chance": len(seen.index) / len(score),
             **coverage(seen, self.test_set),
             **measured(self.clip, seen),
             "inliers": {"task": self.inliers.card.name, "n": len(known.index)},
+            "share": len(seen.index) / len(score),
         }
         rows = []
         for metric, function in (("aupr", average_precision), ("roc_auc", _roc_auc)):
@@ -81,7 +82,7 @@ class Outliers(Judge):
         return rows
 
     def _anomaly(self, seen: ImageEmbeddings) -> Float[Tensor, " n"]:
-        return -seen.features[:, self.outputs.places].double().softmax(dim=1).amax(dim=1)
+        return -seen.features.double().softmax(dim=1).amax(dim=1)
 
 
 def _roc_auc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Tensor | None = None) -> Tensor:

@@ -176,7 +176,7 @@ def training_validation(
     """
     settings = Settings(batch_size, workers, seed, max_images, examples=0)
     opened = open_tasks(tasks, root)
-    for task in opened if classes else ():
+    for task in (task for task in opened if classes and isinstance(task, Task)):
         match(tuple(classes), len(classes), task.test_set, model_name)
 
     def validate(model: Model, step: int) -> list[Result]:
