@@ -34,7 +34,7 @@ from ssmclip.config import (
 )
 from ssmclip.data.pairs.labelled import ClassIndex, classes_of
 from ssmclip.data.pairs.loader import TableFormat
-from ssmclip.models import CheckpointError
+from ssmclip.models import CheckpointError, find
 from ssmclip.registry import UnknownName
 from ssmclip.rows import read_rows
 from ssmclip.train import train
@@ -424,6 +424,21 @@ def test_a_clip_is_no_classifier(folders, tmp_path):
         train(settings(folders, "model.name=CLIP-VMamba-Nano"), tmp_path / "run")
     with pytest.raises(ValueError, match="test_mambaout cannot be built with the arguments decoy"):
         train(settings(folders, 'model.changes={"decoy": 1}'), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["vit_nano_patch16", "timm:test_vit", "vmamba_nano", "mambaout_nano_linear_head"])
+def test_the_files_of_a_classifier_are_read_at_the_size_it_was_trained_at(folders, tmp_path, name):
+    planned = plan(settings(folders, f"model.name={name}", "image_sizes=[[0, 64]]"))
+    network = planned.create().eval()
+    planned.save(network, tmp_path / "model")
+    found = find(tmp_path / "model")
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found.network(image), network(image), rtol=0, atol=0)
+        theirs = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+        torch.testing.assert_close(theirs(image), network(image), rtol=0, atol=0)
+    assert found.classes == CLASSES
+    assert found.preprocess(picture("ant")).shape == (3, 64, 64)
 
 
 RECIPE = """

@@ -35,8 +35,8 @@ class Study:
     tasks: from `open_tasks`, or objects with the methods of `StudyTask`; protocol: one of PROTOCOLS; device,
     image_size: of models that are opened by name, image_size also of the protocol's preprocessing; out: a rows file
     to add to, under a lock, so that several studies may share it; about: settings to write into its first line;
-    view: changes in how classifiers opened by name are shown pictures (one that is given opened keeps its preprocessing:
-    `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers.
+    view: changes in how classifiers opened by name are shown pictures (one that is given opened keeps its
+    preprocessing: `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers.
 
     >>> study = Study({"A": "CLIP-VMamba-Nano"}, open_tasks(["digits"], ""), out="rows.jsonl")  # doctest: +SKIP
     >>> for rows in study.measure(): print(rows[0].value)  # doctest: +SKIP

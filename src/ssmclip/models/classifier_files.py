@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def classifier_config(
     arguments |= changes or {}
     if drop_path_rate is not None:
         arguments["drop_path_rate"] = drop_path_rate
+    arguments = _sized(bare, arguments, image_size)
     config = {
         "architecture": bare,
         "num_classes": len(classes),
@@ -65,6 +67,21 @@ def classifier_config(
         key: value for key, value in own.items() if key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")
     }
     return {**config, "pretrained_cfg": {**kept, **size, **(preprocess or {})}}
+
+
+def _sized(name: str, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:
+    """Return the arguments with the image size, where the model has weights that depend on it, such as positions.
+
+    Whoever reads the files then builds the model at the size that its weights have.
+    """
+    sized = {"img_size": image_size} | arguments
+    with torch.device("meta"), suppress(TypeError):
+        shapes = [
+            {key: value.shape for key, value in timm.create_model(name, **given).state_dict().items()}
+            for given in (arguments, sized)
+        ]
+        return sized if shapes[0] != shapes[1] else arguments
+    return arguments
 
 
 def create_classifier(config: dict[str, Any], *, grad_checkpointing: bool = False) -> nn.Module:

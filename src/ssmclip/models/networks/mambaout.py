@@ -38,7 +38,8 @@ def _register(size: str, fields: dict[str, Any]) -> None:
 
     def entrypoint(pretrained: bool = False, **kwargs) -> nn.Module:
         kwargs = {**fields, **take_fields(kwargs)}
-        kwargs["pretrained_cfg_overlay"] = {**cfg, **(kwargs.get("pretrained_cfg_overlay") or {})}
+        usual = cfg if kwargs.get("pretrained_cfg") is None else {}  # what is given, such as a folder's, is whole
+        kwargs["pretrained_cfg_overlay"] = {**usual, **(kwargs.get("pretrained_cfg_overlay") or {})}
         if kwargs.get("features_only"):  # no head
             return timm.create_model(original, pretrained=pretrained, **kwargs)
         model = timm.create_model(original, **kwargs)
