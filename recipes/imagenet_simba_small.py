@@ -25,7 +25,7 @@ def imagenet_simba_small() -> TrainConfig:
         model=ModelConfig(name="simba_small", drop_path_rate=0.1),
         optimiser=OptimiserConfig(lr=2e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, clip_norm=None),
         schedule=ScheduleConfig(
-            kind="timm:cosine",
+            shape="timm:cosine",
             warmup_steps=5 * EPOCH,
             start_lr=1e-6,
             end_lr=1e-5,

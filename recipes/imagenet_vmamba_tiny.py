@@ -49,7 +49,7 @@ def imagenet_vmamba_tiny() -> TrainConfig:
         ),
         optimiser=OptimiserConfig(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, clip_norm=5.0),
         schedule=ScheduleConfig(
-            kind="timm:cosine",
+            shape="timm:cosine",
             warmup_steps=20 * EPOCH,
             start_lr=1e-6,
             end_lr=1e-5,

@@ -30,7 +30,7 @@ from ssmclip.evaluate.statistics.paired import unmarked
 from ssmclip.humans.decide import open_stimuli
 from ssmclip.humans.study import Experiment
 from ssmclip.humans.trials import read_trials
-from ssmclip.models import CheckpointError
+from ssmclip.models import CheckpointError, Model
 from ssmclip.models.classifier import View, shown
 from ssmclip.models.names import find, own_size
 from ssmclip.report.page import write_report
@@ -461,7 +461,7 @@ def test_training_validates_a_classifier_by_its_class_names(tmp_path):
     network = timm.create_model("test_resnet", num_classes=3).train()
     preprocess = find("timm:test_resnet").preprocess
     validate = training_validation([task], "", model_name="m", classes=("c2", "c0", "c1"))
-    rows = validate(network, preprocess, None, 10)
+    rows = validate(Model(network, preprocess, None, "m", classes=("c2", "c0", "c1")), 10)
     assert network.training
     network.eval()
     with torch.no_grad():

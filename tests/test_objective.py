@@ -173,7 +173,7 @@ def test_an_objective_of_ones_own_trains_from_the_command_line(tmp_path, own_obj
 def test_a_run_whose_objective_is_not_registered_is_told(tmp_path, own_objectives):
     train(_with(tmp_path, steps=1), tmp_path / "run")
     del OBJECTIVES._items["distance"]
-    with pytest.raises(UnknownName, match="unknown objective 'distance'; known: clip, siglip, classification"):
+    with pytest.raises(UnknownName, match="unknown objective 'distance'; known: classification, clip, siglip"):
         objective_of(Pair(), tmp_path / "run")
 
 

@@ -287,7 +287,7 @@ def test_mambaouts_schedule_at_the_epochs_that_its_script_printed():
     """Read off MambaOut's train.py with timm 0.6.11: 310 epochs, the rate constant within each."""
     epoch = 312
     schedule = ScheduleConfig(
-        kind="timm:cosine",
+        shape="timm:cosine",
         warmup_steps=20 * epoch,
         cooldown_steps=10 * epoch,
         hold_steps=epoch,
@@ -305,12 +305,12 @@ def test_mambaouts_schedule_at_the_epochs_that_its_script_printed():
 
 
 def test_other_schedules_are_timms():
-    steps = ScheduleConfig(kind="timm:step", warmup_steps=0, args={"decay_epochs": 3, "decay_rate": 0.5})
+    steps = ScheduleConfig(shape="timm:step", warmup_steps=0, args={"decay_epochs": 3, "decay_rate": 0.5})
     np.testing.assert_allclose(lr_schedule(7, steps, 8.0), [8, 8, 8, 4, 4, 4, 2])
     with pytest.raises(UnknownName, match="unknown schedule 'timm:plateau'"):
-        lr_schedule(7, ScheduleConfig(kind="timm:plateau"), 8.0)
+        lr_schedule(7, ScheduleConfig(shape="timm:plateau"), 8.0)
     with pytest.raises(ValueError, match=r"schedule.args must be arguments of"):
-        lr_schedule(7, ScheduleConfig(kind="timm:cosine", args={"decoy": 1}), 8.0)
+        lr_schedule(7, ScheduleConfig(shape="timm:cosine", args={"decoy": 1}), 8.0)
     with pytest.raises(ValueError, match=r"schedule.hold_steps needs a schedule of timm"):
         ScheduleConfig(hold_steps=2)
 
@@ -342,7 +342,7 @@ def test_lamb_takes_the_step_that_timms_takes():
     torch.manual_seed(0)
     ours, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
-    config = OptimiserConfig(kind="lamb", lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.02)
+    config = OptimiserConfig(algorithm="lamb", lr=0.01, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.02)
     mine = build_optimiser(ours, config)
     other = timm.optim.Lamb(
         [{"params": [theirs.weight], "weight_decay": 0.02}, {"params": [theirs.bias], "weight_decay": 0.0}],
@@ -356,9 +356,9 @@ def test_lamb_takes_the_step_that_timms_takes():
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=0, atol=0)
     torch.testing.assert_close(ours.bias, theirs.bias, rtol=0, atol=0)
     with pytest.raises(UnknownName, match="unknown optimiser 'lambda'"):
-        build_optimiser(ours, OptimiserConfig(kind="lambda"))
+        build_optimiser(ours, OptimiserConfig(algorithm="lambda"))
     with pytest.raises(ValueError, match=r"optimiser.args must be arguments of timm's lamb"):
-        build_optimiser(ours, OptimiserConfig(kind="lamb", args={"momentums": 1}))
+        build_optimiser(ours, OptimiserConfig(algorithm="lamb", args={"momentums": 1}))
 
 
 # ---- the loop

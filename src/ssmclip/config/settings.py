@@ -124,7 +124,7 @@ class DataConfig(Settings, group="data"):
 class OptimiserConfig(Settings, group="optimiser"):
     """The optimiser. See train/optimiser.py."""
 
-    kind: str = "adamw"  # or any other name in timm.optim.list_optimizers(), such as lamb
+    algorithm: str = "adamw"  # or any other name in timm.optim.list_optimizers(), such as lamb
     args: dict[str, Any] = field(
         default_factory=dict
     )  # further arguments of timm's optimiser, such as {"momentum": 0.9}
@@ -149,7 +149,7 @@ class ScheduleConfig(Settings, group="schedule"):
     warmup_steps: int = bounded(100, at_least=0)
     start_lr: float = bounded(1e-6, at_least=0)  # at the first step
     end_lr: float = bounded(1e-5, at_least=0)  # approached at the last
-    kind: str = "cosine"  # or timm:NAME, of timm.scheduler.create_scheduler_v2: timm:cosine, timm:step, timm:poly ...
+    shape: str = "cosine"  # or timm:NAME, of timm.scheduler.create_scheduler_v2: timm:cosine, timm:step, timm:poly ...
     # Of timm's schedules: steps for which the rate is held, an epoch's in recipes that change it by epoch; steps at
     # the end of the run at end_lr; further arguments of create_scheduler_v2, such as {"decay_rate": 0.1}.
     hold_steps: int = bounded(1, at_least=1)
@@ -159,8 +159,8 @@ class ScheduleConfig(Settings, group="schedule"):
     def __post_init__(self):
         super().__post_init__()
         timm_only = {"hold_steps": self.hold_steps > 1, "cooldown_steps": self.cooldown_steps, "args": self.args}
-        if self.kind == "cosine" and (given := [name for name, value in timm_only.items() if value]):
-            self._refuse(given[0], "needs a schedule of timm, such as schedule.kind=timm:cosine")
+        if self.shape == "cosine" and (given := [name for name, value in timm_only.items() if value]):
+            self._refuse(given[0], "needs a schedule of timm, such as schedule.shape=timm:cosine")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Outliers(Judge):
         return rows
 
     def _anomaly(self, seen: ImageEmbeddings) -> Float[Tensor, " n"]:
-        return -seen.features.double().softmax(dim=1).amax(dim=1)
+        return -seen.features[:, self.outputs.places].double().softmax(dim=1).amax(dim=1)
 
 
 def _roc_auc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Tensor | None = None) -> Tensor:

@@ -119,7 +119,7 @@ def _head(model: Model, labels: Sequence[str] | None) -> _Scorer:
     count = getattr(model.network, "num_classes", 0)
     if not count:
         raise ValueError(f"{model.label} is an image encoder without a head, which has no classes: take a CLIP")
-    names = class_names(model.network) or tuple(f"class {i}" for i in range(count))
+    names = class_names(model.network) or model.classes or tuple(f"class {i}" for i in range(count))
     return _Scorer(names, lambda images: model.network(images.to(model.device, model.dtype)).float().cpu())
 
 

@@ -108,20 +108,20 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Op
     """
     scales = layer_scales(model, config.layer_decay, config.layer_groups)
     groups = parameter_groups(model.named_parameters(), config, scales)
-    groups = [group for group in groups if group["params"]] if config.kind != "adamw" else groups
-    if config.kind == "adamw" and not config.args:
+    groups = [group for group in groups if group["params"]] if config.algorithm != "adamw" else groups
+    if config.algorithm == "adamw" and not config.args:
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-    if config.kind not in (known := timm.optim.list_optimizers()):
-        raise UnknownName("optimiser", config.kind, known)
-    about = timm.optim.get_optimizer_info(config.kind)
+    if config.algorithm not in (known := timm.optim.list_optimizers()):
+        raise UnknownName("optimiser", config.algorithm, known)
+    about = timm.optim.get_optimizer_info(config.algorithm)
     given: dict[str, Any] = {"betas": config.betas} if about.has_betas else {}
     given |= {"eps": config.eps} if about.has_eps else {}
     try:
-        return timm.optim.create_optimizer_v2(groups, opt=config.kind, lr=config.lr, **(given | config.args))
+        return timm.optim.create_optimizer_v2(groups, opt=config.algorithm, lr=config.lr, **(given | config.args))
     except TypeError as error:
         raise ValueError(
-            f"optimiser.args must be arguments of timm's {config.kind} (got {config.args}: {error})"
+            f"optimiser.args must be arguments of timm's {config.algorithm} (got {config.args}: {error})"
         ) from error
 
 

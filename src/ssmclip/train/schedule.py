@@ -16,7 +16,7 @@ KINDS = ("cosine", "tanh", "step", "multistep", "poly", "wsd")
 
 def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
     """Return the learning rate at every step, float64 (steps,). Raises UnknownName, ValueError."""
-    if config.kind == "cosine":
+    if config.shape == "cosine":
         return _cosine(steps, config, peak)
     return _of_timm(steps, config, peak)
 
@@ -40,9 +40,9 @@ def _of_timm(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
     0. With warmup_prefix=true among args it comes before the schedule, as in Swin's and VMamba's. The last
     cooldown_steps have end_lr.
     """
-    kind = config.kind.removeprefix(TIMM)
-    if not config.kind.startswith(TIMM) or kind not in KINDS:
-        raise UnknownName("schedule", config.kind, ["cosine", *(TIMM + known for known in KINDS)])
+    kind = config.shape.removeprefix(TIMM)
+    if not config.shape.startswith(TIMM) or kind not in KINDS:
+        raise UnknownName("schedule", config.shape, ["cosine", *(TIMM + known for known in KINDS)])
     held = config.hold_steps
     before = config.cooldown_steps + (config.warmup_steps if config.args.get("warmup_prefix") else 0)
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
