@@ -780,7 +780,14 @@ def test_rows_that_hold_something_else_are_refused(tmp_path):
     for number, bad in enumerate(
         (
             {"maps": []},
-            {"query": "", "name": "", "method": "x", "picture": "no", "maps": [{"title": "", "values": [[1]]}]},
+            {
+                "query": "",
+                "name": "",
+                "method": "x",
+                "picture": "no",
+                "span": None,
+                "maps": [{"title": "", "values": [[1]]}],
+            },
         )
     ):
         file = tmp_path / f"{number}.jsonl"

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     """Exit status 1: a picture could not be read."""
     from ssmclip.analyze.saliency.explanation import METHODS, explain
     from ssmclip.models import find
+    from ssmclip.ops.memory import keep_freed_memory
 
+    keep_freed_memory()
     methods = listed(args.method)
     for name in methods:
         METHODS[name]  # raises for an unknown one, before a model is loaded

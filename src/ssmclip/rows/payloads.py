@@ -76,7 +76,8 @@ class SaliencyMap(TypedDict):
 class Saliency(TypedDict):
     """What a model looks at: by which method, for which query, in the picture of which name and in which layer.
 
-    picture: a small JPEG as base64, "" where the maps are over no picture.
+    picture: a small JPEG as base64, "" where the maps are over no picture; span: the least and largest value that all
+    maps are drawn with, None for a scale of each map's own.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Saliency(TypedDict):
     name: str
     layer: str
     picture: str
+    span: list[float] | None
     maps: list[SaliencyMap]
 
 

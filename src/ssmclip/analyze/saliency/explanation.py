@@ -67,13 +67,18 @@ class Question:
 
 @dataclass(frozen=True)
 class View:
-    """What a method found. maps: by their titles; numbers: about them; judged: the map that deletion and insertion
-    curves are drawn of; layer: the one looked at."""
+    """What a method found.
+
+    maps: by their titles; numbers: about them; judged: the map that deletion and insertion curves are drawn of; layer:
+    the one looked at; span: the least and largest value that a map can have, None to draw each map on a scale of its
+    own.
+    """
 
     maps: Maps
     numbers: tuple[Number, ...] = ()
     judged: str = ""
     layer: str = ""
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Explanation:
     maps: Maps
     numbers: tuple[Number, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    span: tuple[float, float] | None = None
 
     def rows(self) -> list[Result]:
         """Return a row for each number, of which the first carries the maps, at most 28 x 28, and a thumbnail."""
@@ -124,6 +130,7 @@ class Explanation:
             name=self.picture,
             layer=self.layer,
             picture="" if self.seen is None else thumbnail(self.seen, THUMBNAIL),
+            span=None if self.span is None else list(self.span),
             maps=[SaliencyMap(title=title, values=_small(values)) for title, values in self.maps.items()],
         )
 
@@ -191,7 +198,8 @@ def _explanation(
             settings |= {"steps": steps}
     query = question.target.text if view.judged else question.text or ""
     seen = None if pixels is None else as_seen(question.model.preprocess, pixels[0])
-    return Explanation(question.model.label, method, query, picture, view.layer, seen, view.maps, numbers, settings)
+    names = (question.model.label, method, query, picture, view.layer)
+    return Explanation(*names, seen, view.maps, numbers, settings, view.span)
 
 
 def _judged(target: Target, image: Tensor, saliency: Tensor, steps: int) -> Iterator[Number]:

@@ -61,7 +61,7 @@ def effective_receptive_field(question: Question) -> View:
         for case, values in fields.items()
         for share in SHARES
     )
-    return View({case: logarithmic(values) for case, values in fields.items()}, numbers)
+    return View({case: logarithmic(values) for case, values in fields.items()}, numbers, span=(0.0, 1.0))
 
 
 @method("scan")

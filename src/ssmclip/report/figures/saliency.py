@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ssmclip.report.figures.base import Drawing, figure, shortened, wrapped
 from ssmclip.report.figures.examples import picture
@@ -15,6 +16,7 @@ from ssmclip.rows import Result
 from ssmclip.rows.condition import CASE, METHOD, PICTURE, QUERY
 
 PANEL = 1.9  # inches
+SQUARE = (0, 1, 1, 0)  # a picture of any size, and the maps over it, cover the same axes
 KEY = "saliency"  # of a row's `extra`
 
 
@@ -50,10 +52,10 @@ class Saliency(Drawing):
             fig = Figure(figsize=(PANEL * panels, PANEL + 0.3 + 0.15 * len(self.rows)), layout="constrained")
             axes = fig.subplots(1, panels, squeeze=False)[0]
             if seen is not None:
-                _picture(axes[0], seen, 1.0)
+                _picture(axes[0], seen)
                 axes[0].set_title(wrapped(_file(shown["name"]) or "picture"), loc="left")
             for axis, drawn in zip(axes[panels - len(shown["maps"]) :], shown["maps"], strict=True):
-                _map(axis, drawn["values"], seen)
+                _map(axis, drawn["values"], seen, *(shown["span"] or (None, None)))
                 axis.set_title(wrapped(drawn["title"]), loc="left")
             for axis in axes:
                 axis.set_axis_off()
@@ -75,26 +77,19 @@ def _others(first: Result, rows: list[Result]) -> list[Result]:
     return [row for row in rows if row is not first and of(row) == of(first)]
 
 
-def _picture(axes: Axes, seen, opacity: float) -> None:
-    axes.imshow(
-        matplotlib.image.pil_to_array(seen), extent=(0, 1, 1, 0), alpha=opacity, aspect=seen.height / seen.width
-    )
+def _picture(axes: Axes, seen: Image.Image) -> None:
+    axes.imshow(matplotlib.image.pil_to_array(seen), extent=SQUARE, aspect=seen.height / seen.width)
 
 
-def _map(axes: Axes, values: list[list[float]], seen) -> None:
-    aspect = len(values) / len(values[0])
-    if seen is not None:
-        _picture(axes, seen.convert("L").convert("RGB"), 1.0)
-        aspect = seen.height / seen.width
-    smooth = "bilinear" if seen is not None else "nearest"
-    axes.imshow(
-        values,
-        cmap="inferno",
-        alpha=1.0 if seen is None else 0.6,
-        extent=(0, 1, 1, 0),
-        aspect=aspect,
-        interpolation=smooth,
-    )
+def _map(
+    axes: Axes, values: list[list[float]], seen: Image.Image | None, low: float | None, high: float | None
+) -> None:
+    how = dict(cmap="inferno", vmin=low, vmax=high, extent=SQUARE)
+    if seen is None:
+        axes.imshow(values, aspect=len(values) / len(values[0]), interpolation="nearest", **how)
+    else:
+        _picture(axes, seen.convert("L").convert("RGB"))
+        axes.imshow(values, aspect=seen.height / seen.width, interpolation="bilinear", alpha=0.6, **how)
 
 
 def _numbers(rows: list[Result]) -> str:
