@@ -23,6 +23,7 @@ from ssmclip.__main__ import main
 from ssmclip.data.images import BadImage
 from ssmclip.data.sources import download, picture_paths, read_picture
 from ssmclip.models import save_model
+from ssmclip.models.classifier import classes_of
 from ssmclip.models.names import Model, find
 
 LABELS = ["a dog", "a cat", "<b>a bird</b>"]
@@ -119,11 +120,18 @@ def test_a_classifier_gives_its_own_classes(name, tmp_path):
 
 def test_classes_of_another_head_are_numbered_unless_its_configuration_names_them():
     network = timm.create_model("resnet18", num_classes=3).eval()
-    assert ssmclip.models.names.class_names(network) == ()
-    (row,) = ssmclip.classify(Model(network, find("timm:resnet18").preprocess, None, "mine"), noise(0))
-    assert {guess.label for guess in row.guesses} == {"class 0", "class 1", "class 2"}
-    network.pretrained_cfg = {"label_names": ["ant", "bee", "cow"], "label_descriptions": {"bee": "honey bee"}}
-    assert ssmclip.models.names.class_names(network) == ("ant", "honey bee", "cow")
+    preprocess = find("timm:resnet18").preprocess
+    for label_names, label_descriptions, words in (
+        (None, None, {"class 0", "class 1", "class 2"}),
+        (["ant", "bee", "cow"], None, {"ant", "bee", "cow"}),
+        (["ant", "bee", "cow"], {"bee": "honey bee"}, {"ant", "honey bee", "cow"}),
+        (["ant", "bee", "cow"], ["an ant", "a bee", "a cow"], {"an ant", "a bee", "a cow"}),
+        (["n01440764", "bee", "n02085620"], None, {"tench, Tinca tinca", "bee", "Chihuahua"}),  # WordNet's ids
+    ):
+        network.pretrained_cfg = {"label_names": label_names, "label_descriptions": label_descriptions}
+        model = Model(network, preprocess, None, "mine", classes=classes_of(network))
+        (row,) = ssmclip.classify(model, noise(0))
+        assert {guess.label for guess in row.guesses} == words
 
 
 def test_a_broken_picture_keeps_its_place_among_the_others(clip):

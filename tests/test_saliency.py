@@ -25,6 +25,7 @@ from ssmclip.analyze.saliency.positions import embed_positions, grid_of
 from ssmclip.analyze.saliency.receptive_field import logarithmic, receptive_field, share_of_area
 from ssmclip.analyze.saliency.scans import Scan, recorded_scans, scans_of_call
 from ssmclip.analyze.saliency.target import Target, target_of
+from ssmclip.cli import explain as explain_command
 from ssmclip.models import create_clip, save_model
 from ssmclip.models.names import Model
 from ssmclip.models.towers import encode_image
@@ -347,22 +348,21 @@ def test_the_matrix_is_the_papers_equation():
 
 
 @pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("state", [1, 3])
-def test_matrices_of_four_directions_times_the_map_are_the_cross_scan(projected, state):
+@pytest.mark.parametrize(("k", "state"), [(4, 1), (4, 3), (2, 1), (1, 1)])
+def test_matrices_of_all_directions_times_the_map_are_the_cross_scan(projected, k, state):
     b, h, w, d, r = 2, 3, 4, 5, 2
     x = noise(b, h, w, d, dtype=D64)
-    delta, weight = noise(b, 4, h, w, r if projected else d, seed=1, dtype=D64), noise(4, d, r, seed=7, dtype=D64)
-    A, B, C = (
-        -noise(4, d, state, seed=2, dtype=D64).exp(),
-        *(noise(b, 4, h, w, state, seed=s, dtype=D64) for s in (3, 4)),
-    )
-    D, bias = noise(4, d, seed=5, dtype=D64), noise(4, d, seed=6, dtype=D64)
+    delta, weight = noise(b, k, h, w, r if projected else d, seed=1, dtype=D64), noise(k, d, r, seed=7, dtype=D64)
+    A = -noise(k, d, state, seed=2, dtype=D64).exp()
+    B, C = (noise(b, k, h, w, state, seed=s, dtype=D64) for s in (3, 4))
+    D, bias = noise(k, d, seed=5, dtype=D64), noise(k, d, seed=6, dtype=D64)
     how = dict(D=D, delta_bias=bias, delta_weight=weight if projected else None, backend="reference")
     call = heard(lambda: ops.cross_selective_scan(x, delta, A, B, C, **how))
     expected = ops.cross_selective_scan(x, delta, A, B, C, **how)
     for item in range(b):
         directions, grid = scans_of_call(call, item)
         assert grid == (h, w)
+        assert len(directions) == k == len(scans.DIRECTIONS[k])
         torch.testing.assert_close(applied(directions).T.reshape(h, w, d), expected[item], rtol=1e-11, atol=1e-11)
 
 
@@ -447,11 +447,13 @@ def recorded_equals_reference(network, forward, layers: list[str]) -> None:
 
 
 def test_the_scans_of_image_towers_are_recorded_with_their_layers():
-    for name, layers in (
-        ("test_vmamba", [f"layers.{i}.blocks.0.op" for i in range(4)]),
-        ("test_simba", [*(f"block{i}.0.attn.mamba" for i in range(1, 5)), "post_network.0.attn.mamba"]),
+    of_vmamba = [f"layers.{i}.blocks.0.op" for i in range(4)]
+    for name, how, layers in (
+        ("test_vmamba", {}, of_vmamba),
+        ("test_vmamba", {"directions": 2}, of_vmamba),
+        ("test_simba", {}, [*(f"block{i}.0.attn.mamba" for i in range(1, 5)), "post_network.0.attn.mamba"]),
     ):
-        model = encoder(name).double()
+        model = encoder(name, **how).double()
         images = noise(2, 3, 64, 96, dtype=D64)
         recorded_equals_reference(model, lambda model=model, images=images: model(images), layers)
 
@@ -463,6 +465,20 @@ def test_the_scans_of_text_towers_are_recorded_with_their_layers(tiny_config, fi
     tokens = torch.randint(1, 49000, (1, 9), generator=seeded())
     layers = [f"text.transformer.layers.{i}.mixer" for i in range(2)]
     recorded_equals_reference(model, lambda: model.encode_text(tokens), layers)
+
+
+def test_a_block_that_scans_after_its_own_parts_is_named():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = nn.Sequential(nn.Linear(4, 4))
+
+        def forward(self, x):
+            x = self.before(x)
+            return ops.selective_scan(x, x.abs(), -torch.ones(4, 1), x[:, :1], x[:, 1:2])
+
+    network = nn.Sequential(Mixer(), Mixer())
+    assert [found.layer for found in recorded_scans(network, lambda: network(noise(1, 4, 4)))] == ["0", "1"]
 
 
 def test_a_model_without_scans_has_none(vit):
@@ -618,10 +634,10 @@ def test_the_maps_of_a_scan_are_rows_of_its_matrix(tiny_clip):
         s for s in recorded_scans(model.network, lambda: model.network.encode_image(image)) if s.layer == layer
     ).directions
     attention = [scan.matrices().abs().mean(0) for scan in directions]
-    assert list(found.maps) == [*scans.DIRECTIONS, "all directions", "read by all"]
+    assert list(found.maps) == [*scans.DIRECTIONS[4], "all directions", "read by all"]
     for matrix, values in zip([*attention, sum(attention)], list(found.maps.values())[:5], strict=True):
-        torch.testing.assert_close(values, matrix[3].reshape(4, 4))
-    torch.testing.assert_close(found.maps["read by all"], sum(attention).mean(0).reshape(4, 4))
+        torch.testing.assert_close(values, matrix[3].reshape(4, 4), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.maps["read by all"], sum(attention).mean(0).reshape(4, 4), rtol=1e-5, atol=0)
     assert found.layer == layer
     assert [number.metric for number in found.numbers] == ["attention_distance"]  # no text, so nothing to judge by
 
@@ -794,6 +810,10 @@ def test_rows_that_hold_something_else_are_refused(tmp_path):
         write_rows(file, [Result("A", "saliency", "target_score", 0.5, extra={"saliency": bad})])
         with pytest.raises(ValueError, match=r"does not contain|a row's thumbnail must be"):
             write_report([file], tmp_path / "page")
+
+
+def test_the_help_names_every_method():
+    assert explain_command.METHODS.split(", ") == list(METHODS)
 
 
 def test_rows_are_json(tiny_clip):

@@ -20,7 +20,7 @@ from ssmclip.data.images import BadImage
 from ssmclip.data.sources import Picture, Pictures, named_pictures, read_picture
 from ssmclip.evaluate.embeddings.embed import Settings, embed_texts, encode_batch, inference, require_finite
 from ssmclip.evaluate.zeroshot import class_embeddings
-from ssmclip.models.names import Model, class_names, find
+from ssmclip.models.names import Model, find
 from ssmclip.models.towers import is_clip, logit_scale
 
 __all__ = ["Guess", "Prediction", "classify"]
@@ -116,10 +116,9 @@ def _checked(labels: Sequence[str], max_labels: int | None) -> list[str]:
 def _head(model: Model, labels: Sequence[str] | None) -> _Scorer:
     if labels is not None:
         raise ValueError(f"{model.label} reads no text and knows its own classes: leave the labels out, or take a CLIP")
-    count = getattr(model.network, "num_classes", 0)
-    if not count:
+    if not model.classifies:
         raise ValueError(f"{model.label} is an image encoder without a head, which has no classes: take a CLIP")
-    names = class_names(model.network) or model.classes or tuple(f"class {i}" for i in range(count))
+    names = model.class_names or tuple(f"class {i}" for i in range(model.outputs))
     return _Scorer(names, lambda images: model.network(images.to(model.device, model.dtype)).float().cpu())
 
 

@@ -6,8 +6,9 @@ A classifier is a timm model with a head, which gives a logit for each class.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ssmclip.models.published.layout import Hints, MissingWeight, State, WrongSh
 from ssmclip.models.published.select import AVERAGED, select_weights
 from ssmclip.models.towers import Size, as_size, is_clip, set_image_size
 
-__all__ = ["View", "classes_of", "load_checkpoint", "shown"]
+__all__ = ["View", "classes_of", "in_words", "load_checkpoint", "shown"]
 
 
 def classes_of(network: nn.Module) -> tuple[str, ...]:
@@ -35,6 +36,28 @@ def classes_of(network: nn.Module) -> tuple[str, ...]:
         return tuple(names)
     subset = infer_imagenet_subset(network)
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()
+
+
+def in_words(classes: Sequence[str], network: nn.Module) -> tuple[str, ...]:
+    """Return classes in words: by the label descriptions of the network's `pretrained_cfg`, else by WordNet's lemmas
+    where a class is one of its ids; a class without either is its own name."""
+    described = (getattr(network, "pretrained_cfg", None) or {}).get("label_descriptions") or {}
+    if not isinstance(described, dict):
+        described = dict(zip(classes, described, strict=True)) if len(described) == len(classes) else {}
+    return tuple(described.get(name) or _lemmas(name) for name in classes)
+
+
+def _lemmas(name: str) -> str:
+    try:
+        return _wordnet().label_name_to_description(name)
+    except KeyError:
+        return name
+
+
+@cache
+def _wordnet() -> ImageNetInfo:
+    """Its lemmas are those of every ImageNet, whichever subset it is asked for."""
+    return ImageNetInfo()
 
 
 # ---- weights

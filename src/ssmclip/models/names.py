@@ -18,7 +18,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from ssmclip.models.classifier import classes_of, load_checkpoint
+from ssmclip.models.classifier import classes_of, in_words, load_checkpoint
 from ssmclip.models.clip import (
     OPEN_CLIP,
     build_preprocess,
@@ -55,7 +55,6 @@ __all__ = [
     "Source",
     "build_model",
     "build_model_on_meta",
-    "class_names",
     "find",
     "find_checkpoint",
     "load",
@@ -117,6 +116,11 @@ class Model:
     def classifies(self) -> bool:
         """Return whether the network is a classifier: no CLIP, and with outputs that are classes."""
         return self.outputs > 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes in words, as in "tench, Tinca tinca" for n01440764; () where they are not known."""
+        return in_words(self.classes, self.network)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -354,25 +358,6 @@ def _of_encoder(
             return tuple(timm.data.resolve_data_config(model=create())["input_size"][1:])
 
     return Source(name, None, create, load, _encoder_preprocess, own_size, origin, trained)
-
-
-def class_names(network: nn.Module) -> tuple[str, ...]:
-    """Return the names of an image encoder's classes: its configuration's, else ImageNet's for a head of that size.
-
-    Empty for a head of any other size.
-    """
-    count = getattr(network, "num_classes", 0)
-    config = getattr(network, "pretrained_cfg", None) or {}
-    names = config.get("label_names") or ()
-    if described := config.get("label_descriptions"):
-        names = [described.get(name, name) for name in names or described] if isinstance(described, dict) else described
-    return tuple(names) if len(names) == count else _imagenet_classes(count)
-
-
-@cache
-def _imagenet_classes(count: int) -> tuple[str, ...]:
-    subset = timm.data.infer_imagenet_subset({"num_classes": count})
-    return tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else ()
 
 
 def _encoder_preprocess(network: nn.Module, image_size: int | Size | None) -> Callable[[Any], torch.Tensor]:

@@ -76,8 +76,8 @@ def scan_of_the_image(question: Question) -> View:
     matrices = [scan.attention() for scan in scanned.directions]
     total = torch.stack(matrices).sum(0)
     place = _place(question.position, grid)
-    names = DIRECTIONS if len(matrices) == len(DIRECTIONS) else ["in order"]
-    maps = {name: matrix[place].view(grid) for name, matrix in zip(names, matrices, strict=True)}
+    named = zip(DIRECTIONS[len(matrices)], matrices, strict=True)
+    maps = {name: matrix[place].view(grid) for name, matrix in named}
     if len(maps) > 1:
         maps["all directions"] = total[place].view(grid)
     maps["read by all"] = total.mean(0).view(grid)

@@ -23,7 +23,14 @@ from ssmclip.ops.cross_scan.plain import cross_scan, project, sequences
 
 __all__ = ["DIRECTIONS", "LayerScans", "Scan", "recorded_scans", "scans_of_call"]
 
-DIRECTIONS = ("row by row", "column by column", "row by row, backwards", "column by column, backwards")
+ROWS, COLUMNS = "row by row", "column by column"
+BACK = "backwards"
+# By their number, in the order of `ssmclip.ops.cross_scan`.
+DIRECTIONS = {
+    4: (ROWS, COLUMNS, f"{ROWS}, {BACK}", f"{COLUMNS}, {BACK}"),
+    2: (ROWS, f"{ROWS}, {BACK}"),
+    1: (ROWS,),
+}
 MAX_POSITIONS = 4096  # the matrices of four directions take 64 bytes a pair of positions
 PART = 1 << 24  # numbers of a part of the matrices of many channels
 
@@ -149,7 +156,7 @@ def _cross_selective_scan(item, x, delta, A, B, C, D, delta_bias, delta_softplus
         delta = project(delta, _wide(delta_weight))
     _, height, width, _ = x.shape
     places = torch.arange(height * width, device=x.device, dtype=torch.float64)
-    orders = cross_scan(rearrange(places, "(h w) -> 1 1 h w", h=height))[0, :, 0].long()
+    orders = cross_scan(rearrange(places, "(h w) -> 1 1 h w", h=height), len(A))[0, :, 0].long()
     inputs = rearrange(x[0], "h w d -> d (h w)")
     delta, B, C = (sequences(maps)[0] for maps in (delta, B, C))
     scans = []

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ssmclip.models.names import Model, class_names
+from ssmclip.models.names import Model
 from ssmclip.models.towers import encode_image, is_clip, logit_scale
 from ssmclip.registry import UnknownName
 
@@ -74,7 +74,7 @@ def target_of(model: Model, text: str | None, against: Sequence[str] = (), pixel
         raise ValueError(f"{model.label} needs a class to look for: give its name or number")
     else:
         place = _class_of(model, text)
-    names = _names(model)
+    names = model.class_names
     return Target(names[place] if names else f"class {place}", model.network, place=place)
 
 
@@ -89,19 +89,14 @@ def _of_text(model: Model, text: str | None, against: Sequence[str]) -> Target:
     return Target(texts[0], model.network, normalize(features, dim=-1))
 
 
-def _names(model: Model) -> tuple[str, ...]:
-    return class_names(model.network) or model.classes
-
-
 def _class_of(model: Model, text: str) -> int:
     """The class with this name, one of its synonyms, or this number."""
-    count = getattr(model.network, "num_classes", 0)
-    if text.isdigit() and int(text) < count:
+    if text.isdigit() and int(text) < model.outputs:
         return int(text)
     wanted = text.strip().lower()
-    names = [[name.lower(), *(part.strip().lower() for part in name.split(","))] for name in _names(model)]
+    names = [[name.lower(), *(part.strip().lower() for part in name.split(","))] for name in model.class_names]
     # Where a synonym of one class is the name of another, that name is meant.
     for same in (lambda parts: wanted == parts[0], lambda parts: wanted in parts):
         if places := [place for place, parts in enumerate(names) if same(parts)]:
             return places[0]
-    raise UnknownName(f"class of {model.label}", text, _names(model) or [f"0 to {count - 1}"])
+    raise UnknownName(f"class of {model.label}", text, model.class_names or [f"0 to {model.outputs - 1}"])
