@@ -677,7 +677,7 @@ def test_every_method_leaves_the_model_as_it_was(tiny_config):
     [
         ({"methods": ["similarities"]}, "unknown method of explanation 'similarities'; did you mean 'similarity'"),
         ({"methods": ["scan"], "layer": "visual"}, "unknown layer with a scan 'visual'"),
-        ({"methods": ["text-scan"]}, "has no state-space scan here"),
+        ({"methods": ["text-scan"]}, "the text tower of tiny has no state-space scan"),
         ({"position": (0.5, 1.5)}, "position must be shares of width and height"),
         ({"steps": -1}, "steps must be at least 0"),
         ({"text": None}, "tiny needs a text to look for"),

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=50,
         help="steps of the deletion and insertion curves; 0: none (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="folder for rows.jsonl, which is replaced, and a figure (PNG) of each explanation")
+    parser.add_argument(
+        "--out", type=Path, help="folder for rows.jsonl, which is replaced, and a figure (PNG) of each explanation"
+    )
     parser.add_argument(
         "--image-size", type=image_size, help="image size, in pixels or as HEIGHTxWIDTH (default: the model's own)"
     )

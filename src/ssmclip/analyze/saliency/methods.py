@@ -71,7 +71,7 @@ def scan_of_the_image(question: Question) -> View:
     model = question.model
     with evaluating(model.network):
         layers = recorded_scans(model.network, lambda: encode_image(model.network, question.pixels))
-    scanned = _layer(layers, question.layer, model.label)
+    scanned = _layer(layers, question.layer, f"image tower of {model.label}")
     height, width = grid = scanned.grid or grid_of(scanned.directions[0].length, question.pixels.shape[-2:])
     matrices = [scan.attention() for scan in scanned.directions]
     total = torch.stack(matrices).sum(0)
@@ -96,7 +96,7 @@ def scan_of_the_text(question: Question) -> View:
     tokens = model.tokenizer([question.text]).to(model.device)
     with evaluating(model.network):
         layers = recorded_scans(model.network, lambda: model.network.encode_text(tokens))
-    scanned = _layer(layers, question.layer, model.label)
+    scanned = _layer(layers, question.layer, f"text tower of {model.label}")
     matrix = scanned.directions[0].attention()
     number = Number("attention_distance", mean_distance(matrix, (1, len(matrix)), (1.0, 1.0)))
     return View({"from token to token": matrix}, (number,), "", scanned.layer)
@@ -114,11 +114,11 @@ def mean_distance(matrix: Float[Tensor, "l l"], grid: tuple[int, int], pixels: t
     return float((weights * torch.cdist(places, places)).sum(-1).mean())
 
 
-def _layer(layers: Sequence[LayerScans], name: str | None, model: str) -> LayerScans:
+def _layer(layers: Sequence[LayerScans], name: str | None, tower: str) -> LayerScans:
     """The last layer that scans more than one position, or the one of this name."""
     scanning = [scanned for scanned in layers if scanned.directions[0].length > 1]
     if not scanning:
-        raise ValueError(f"{model} has no state-space scan here: choose another method")
+        raise ValueError(f"the {tower} has no state-space scan: choose another method")
     if name is None:
         return scanning[-1]
     named = {scanned.layer: scanned for scanned in scanning}
