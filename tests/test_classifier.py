@@ -32,7 +32,7 @@ from ssmclip.humans.study import Experiment
 from ssmclip.humans.trials import read_trials
 from ssmclip.models import CheckpointError, Model
 from ssmclip.models.classifier import View, shown
-from ssmclip.models.names import find, own_size
+from ssmclip.models.names import find, find_checkpoint, own_size
 from ssmclip.report.page import write_report
 from ssmclip.report.tables import classifier_table
 from ssmclip.rows import read_rows
@@ -338,6 +338,7 @@ def test_a_run_in_timms_form_is_the_model_that_timm_makes_of_it(how, tmp_path):
     with torch.no_grad():
         assert torch.equal(ours.network(images), theirs(images))
     assert own_size(run) == (64, 64)
+    assert find_checkpoint(run) == find_checkpoint(step) == step
 
 
 def test_a_run_is_judged_on_its_own_classes_by_its_own_preprocessing(tmp_path, capsys):
