@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from open_clip import IMAGENET_CLASSNAMES
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -32,7 +33,7 @@ from ssmclip.humans.study import Experiment
 from ssmclip.humans.trials import read_trials
 from ssmclip.models import CheckpointError, Model
 from ssmclip.models.classifier import View, shown
-from ssmclip.models.names import find, own_size
+from ssmclip.models.names import find, find_checkpoint, own_size
 from ssmclip.report.page import write_report
 from ssmclip.report.tables import classifier_table
 from ssmclip.rows import read_rows
@@ -176,21 +177,53 @@ def test_reassessed_labels_count_as_timms(form, named, tmp_path):
     counted = {row.metric: 100 * row.value for row in rows}
     assert counted == pytest.approx({f"top{k}": counter.get_accuracy(k) for k in (1, 5)})
     assert rows[0].n == len(counter.is_correct[1]) < 12
+    shown = task.rows(Models({"m": f"timm:test_mambaout/{file}"}).clip("m", "classification"), Settings(examples=6))
+    for example in shown[0].extra["image_to_text"]:
+        right = [IMAGENET_CLASSNAMES[label] for label in task.test_set.answers[int(example["image"])]]
+        assert example["truth"] == right
+        assert all(found["right"] == (found["item"] in right) for found in example["found"])
     if labels:
         assert (counted, rows[0].n) == (pytest.approx({"top1": 50.0, "top5": 100.0}), 6)
 
 
-def test_several_right_labels_count_for_a_clip_too(vit, val, tmp_path):
+class Reader(torch.nn.Module):
+    """A CLIP whose embedding of an ImageNet name is that class's axis, so that an image's embedding is its scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(48, 1000)
+
+    def encode_image(self, images):
+        return self.project(images.flatten(1))
+
+    def encode_text(self, tokens):
+        return torch.nn.functional.one_hot(tokens[:, 0], 1000).float()
+
+
+def test_several_right_labels_count_for_a_clip_too(val):
+    torch.manual_seed(0)
     data = val([SYNSETS[0]] * 12)
-    (data / "real.json").write_text(json.dumps([list(range(500))] * 50_000))
-    parts = vit.network, vit.preprocess, vit.tokenizer
-    task = open_tasks(["imagenet_real"], data)[0]
-    task.test_set.templates = ("a {}",)
-    rows = evaluate(*parts, [task], "", model_name="m", examples=0)
-    chances = {row.metric: row for row in rows}
-    assert set(chances) == {"top1", "top5"}
-    assert chances["top1"].extra["chance"] == 0.5
-    assert 0 < chances["top1"].value <= chances["top5"].value
+    (data / "real.json").write_text(json.dumps([list(range(500))] * 6 + [[3, 4]] * 49_994))
+    [task] = open_tasks(["imagenet_real"], data)
+    task.test_set.templates = ("{}",)
+
+    def read(texts):
+        return torch.tensor([[IMAGENET_CLASSNAMES.index(text)] for text in texts])
+
+    def see(image):
+        return torch.from_numpy(np.array(image.resize((4, 4)))).float().permute(2, 0, 1) / 64 - 2
+
+    model = Reader()
+    rows = {row.metric: row for row in evaluate(model, see, read, [task], "", model_name="m", examples=0)}
+    pictures = [Image.open(data / "val" / SYNSETS[0] / key).convert("RGB") for key in task.test_set.keys]
+    with torch.no_grad():
+        best = model.encode_image(torch.stack([see(image) for image in pictures])).argsort(dim=1, descending=True)
+    for k in (1, 5):
+        hits = [bool({*best[i, :k].tolist()} & {*task.test_set.answers[i]}) for i in range(12)]
+        assert rows[f"top{k}"].value == pytest.approx(np.mean(hits))
+    assert set(rows) == {"top1", "top5"}
+    assert rows["top1"].value > 0
+    assert rows["top1"].extra["chance"] == pytest.approx((6 * 500 + 6 * 2) / 12 / 1000)
 
 
 @pytest.mark.parametrize("content", ["[[1], [2]]", '[["cat"]]', "[[1000]]", "{}", "[3]"])
@@ -338,6 +371,7 @@ def test_a_run_in_timms_form_is_the_model_that_timm_makes_of_it(how, tmp_path):
     with torch.no_grad():
         assert torch.equal(ours.network(images), theirs(images))
     assert own_size(run) == (64, 64)
+    assert find_checkpoint(run) == find_checkpoint(step) == step
 
 
 def test_a_run_is_judged_on_its_own_classes_by_its_own_preprocessing(tmp_path, capsys):
@@ -453,9 +487,10 @@ def test_a_distorted_test_set_and_two_kinds_of_models_together(vit, tmp_path):
 
 
 def test_training_validates_a_classifier_by_its_class_names(tmp_path):
-    for i in range(6):
-        (tmp_path / "own" / f"c{i % 3}").mkdir(parents=True, exist_ok=True)
-        picture(i).save(tmp_path / "own" / f"c{i % 3}" / f"{i}.png")
+    labels = [0, 1, 1, 2, 2, 2]
+    for i, label in enumerate(labels):
+        (tmp_path / "own" / f"c{label}").mkdir(parents=True, exist_ok=True)
+        picture(i).save(tmp_path / "own" / f"c{label}" / f"{i}.png")
     task = f"folder:{tmp_path / 'own'}"
     torch.manual_seed(2)
     network = timm.create_model("test_resnet", num_classes=3).train()
@@ -467,7 +502,7 @@ def test_training_validates_a_classifier_by_its_class_names(tmp_path):
     with torch.no_grad():
         guesses = [network(preprocess(picture(i))[None]).argmax().item() for i in range(6)]
     assert rows[0].value == pytest.approx(
-        np.mean([("c2", "c0", "c1")[g] == f"c{i % 3}" for i, g in enumerate(guesses)])
+        np.mean([("c2", "c0", "c1")[g] == f"c{labels[i]}" for i, g in enumerate(guesses)])
     )
     assert set(rows[0].extra) <= {"title", "kind", "chance", "partial", "unreadable", "said"}
     with pytest.raises(ValueError, match=r"m has 2 classes \(x, y\), own has 3 classes \(c0, c1, c2\)"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,12 +63,11 @@ class ByScores(Judge):
     def target(self, scores: Float[Tensor, "n c"], seen: ImageEmbeddings) -> Int[Tensor, " n"]:
         """Return the right class of each image; of several, the one that scores highest (the first of equals), so
         that an image is a hit among the first k if any of its classes is."""
-        answers = getattr(self.test_set, "answers", None)
-        if answers is None:
+        if getattr(self.test_set, "answers", None) is None:
             return seen.labels
         allowed = torch.zeros_like(scores, dtype=torch.bool)
-        for row, place in enumerate(seen.index.tolist()):
-            allowed[row, list(answers[place])] = True
+        for row, right in enumerate(self._answers(seen)):
+            allowed[row, right] = True
         return scores.masked_fill(~allowed, -torch.inf).argmax(dim=1)
 
     def usual_metrics(self) -> tuple[str, ...]:
@@ -114,7 +112,14 @@ class ByScores(Judge):
         }
         if getattr(self.test_set, "answers", None) is None:
             extra |= {"per_class": _per_class(scores, target, names), **_confusion(scores, target, names)}
-        return extra | _examples(replace(seen, labels=target), self.shown(scores), names, self.test_set, settings)
+        return extra | _examples(seen.index, self._answers(seen), self.shown(scores), names, self.test_set, settings)
+
+    def _answers(self, seen: ImageEmbeddings) -> list[list[int]]:
+        """Return the right classes of each image."""
+        answers = getattr(self.test_set, "answers", None)
+        if answers is None:
+            return [[label] for label in seen.labels.tolist()]
+        return [list(answers[place]) for place in seen.index.tolist()]
 
     def _chance(self, metric: str) -> float | None:
         chance = METRICS[metric].chance(len(self.names))
@@ -175,12 +180,12 @@ def _confusion(scores: Tensor, target: Tensor, names: list[str]) -> dict[str, Co
 
 
 def _examples(
-    images: ImageEmbeddings, scores: Tensor, names: list[str], dataset: Any, settings: Settings
+    index: Tensor, answers: list[list[int]], scores: Tensor, names: list[str], dataset: Any, settings: Settings
 ) -> dict[str, Any]:
     rows = pictures.draw(len(scores), settings.examples, settings.seed)
     if not rows:
         return {}
-    places, labels = [str(place) for place in images.index.tolist()], images.labels.tolist()
+    places, labels = [str(place) for place in index.tolist()], [right[0] for right in answers]
     classes = sorted(pictures.draw(len(names), 2 * settings.examples, settings.seed))
     first = {label: labels.index(label) for label in classes if label in labels}  # one image of each class
     drawn = list(first.values())
@@ -189,8 +194,8 @@ def _examples(
         "image_to_text": [
             ImageExample(
                 image=places[row],
-                truth=[names[labels[row]]],
-                found=pictures.found(scores[row], names, {labels[row]}, SHOWN),
+                truth=[names[label] for label in answers[row]],
+                found=pictures.found(scores[row], names, set(answers[row]), SHOWN),
             )
             for row in rows
         ],

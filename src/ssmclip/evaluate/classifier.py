@@ -55,16 +55,14 @@ class Classifier(ByScores):
 
     def _extra(self, seen: ImageEmbeddings, scores: Tensor, target: Tensor, metric: str) -> dict[str, Any]:
         extra = super()._extra(seen, scores, target, metric)
-        extra.pop("same_names", None)  # two classes of one name are two outputs
-        return extra
+        # Two classes of one name are two outputs, and there is no text that an image could be similar to.
+        return {key: value for key, value in extra.items() if key not in ("same_names", "similarity")}
 
     def about(self, seen: ImageEmbeddings) -> dict[str, Any]:
-        outputs = {"used": len(self.outputs.places), "of": self.clip.outputs}
-        return (
-            measured(self.clip, seen)
-            | {"outputs": outputs}
-            | ({"said": self.outputs.note} if self.outputs.note else {})
-        )
+        places, note = self.outputs
+        said = "; ".join(filter(None, (getattr(self.test_set, "said", ""), note)))
+        outputs = {"outputs": {"used": len(places), "of": self.clip.outputs}}
+        return measured(self.clip, seen) | outputs | ({"said": said} if said else {})
 
 
 def measured(model: Model, seen: ImageEmbeddings) -> dict[str, Any]:

@@ -118,8 +118,8 @@ class Part:
 
 def _of_classes(test_set: Any, synsets: Sequence[str]) -> Part:
     """Return the pictures of these classes. Raises ValueError for none."""
-    of_label = dict(enumerate(synsets_on(test_set.card)))
-    places = [place for place, label in enumerate(test_set.labels) if of_label.get(label) in set(synsets)]
+    labels = {label for label, synset in enumerate(synsets_on(test_set.card)) if synset in set(synsets)}
+    places = [place for place, label in enumerate(test_set.labels) if label in labels]
     if not places:
         raise ValueError(f"{test_set.where} has no pictures of the {len(synsets)} classes to tell outliers from")
     return Part(test_set, places)

@@ -40,13 +40,17 @@ _HASHES: WeakKeyDictionary[Model, dict[str, dict[str, str]]] = WeakKeyDictionary
 Encode = Callable[[Model, Tensor], Tensor]
 
 
+def _name(function: Encode) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def _once(make: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
     """Decorator: computed once for each `Model`, whose weights and settings are to stay as they are."""
 
     @wraps(make)
     def made(clip: Model, *functions: Encode) -> dict[str, str]:
         known = _HASHES.setdefault(clip, {})
-        name = " ".join([make.__name__, *(function.__name__ for function in functions)])
+        name = " ".join([make.__name__, *map(_name, functions)])
         if name not in known:
             known[name] = make(clip, *functions)
         return known[name]
@@ -94,7 +98,7 @@ def outputs_made_of(clip: Model, encode: Encode) -> dict[str, str]:
     parts = {part: hashes(clip)[part] for part in ("model", "preprocess", "arithmetic")}
     with inference(clip.network):
         outputs = fingerprint.outputs_hash(output, fingerprint.probe_pictures()[: fingerprint.SHOWN])
-    return parts | {"versions": fingerprint.versions(), "outputs": outputs, "encode": encode.__name__}
+    return parts | {"versions": fingerprint.versions(), "outputs": outputs, "encode": _name(encode)}
 
 
 @_once
