@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,22 +26,21 @@ IDX = {"test": "t10k", "train": "train"}  # how MNIST's files begin
 
 @LAYOUTS.register("embedded_digits")
 def embedded_digits(folder: Path, card: Card) -> Found | str:
-    """synthetic.digits("test"), wherever; for training, synthetic.digits("train")."""
-    split = card.part or "test"
-    if split not in ("test", "train"):
-        return f"a split {split} (there are test and train)"
-    return _embedded("scikit-learn's digits", synthetic.digits(split), split)
+    """synthetic.digits("test"), wherever; and "train"."""
+    return _embedded("scikit-learn's digits", synthetic.digits, card)
 
 
 @LAYOUTS.register("embedded_scenes")
 def embedded_scenes(folder: Path, card: Card) -> Found | str:
-    """synthetic.scenes("test"), wherever."""
-    if card.part:
-        return f"a split {card.part} (scenes to train on are of other classes)"
-    return _embedded("drawn scenes", synthetic.scenes("test"), "test")
+    """synthetic.scenes("test"), wherever; and "train"."""
+    return _embedded("drawn scenes", synthetic.scenes, card)
 
 
-def _embedded(where: str, items: list[synthetic.Item], split: str) -> Found:
+def _embedded(where: str, make: Callable[[str], list[synthetic.Item]], card: Card) -> Found | str:
+    split = card.part or "test"
+    if split not in ("train", "test"):
+        return f"a split {split} (there are train and test)"
+    items = make(split)
     pictures = Pictures(len(items), partial(_draw, items))
     return Found(where, pictures, [item.key for item in items], labels=[item.label for item in items], split=split)
 
