@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
-from ssmclip.config import TrainConfig
+from ssmclip.config import AugmentConfig, TrainConfig
 from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
 from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
 from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
@@ -36,6 +36,8 @@ OWN_FIELDS = (
     "gray_scale_prob",
     "gaussian_blur_prob",
     "solarize_prob",
+    "interpolation",
+    "color_order",
 )
 
 
@@ -152,7 +154,7 @@ def open_stream(
             _LOG.info("reading %s", source)
         stream = open_pairs(
             source,
-            transform=build_transform(config, plan, size),
+            transform=build_transform(config.data.augment, plan, size),
             tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
@@ -176,9 +178,8 @@ def open_stream(
     return stream
 
 
-def build_transform(config: TrainConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
+def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
     """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
-    augment = config.data.augment
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}
