@@ -31,6 +31,8 @@ class ModelConfig(Settings, group="model"):
     head_init_scale: float = bounded(1.0, above=0)  # a classifier's new head starts with weights this much smaller
     # Stochastic depth at the deepest block; None: the model's own.
     drop_path_rate: float | None = bounded(None, at_least=0, below=1)
+    # Share of the patches that a vision transformer does not see in training (FLIP); None: the model's own.
+    patch_drop_rate: float | None = bounded(None, at_least=0, below=1)
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
     text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form

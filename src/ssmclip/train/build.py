@@ -22,6 +22,7 @@ from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
 from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
 from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
 from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
+from ssmclip.models.patch_dropout import set_patch_dropout
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.objective import OBJECTIVES, Objective
@@ -124,6 +125,8 @@ def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn
     if config.model.freeze_text:
         freeze_text_tower(model)
     batch = config.batch_size // world_size
+    if config.model.patch_drop_rate is not None:
+        set_patch_dropout(model, config.model.patch_drop_rate)
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
     probe = copy.deepcopy(model).train() if alone else model.eval()
