@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.config import ModelConfig, apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
 from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import Result, read_rows
@@ -23,10 +23,12 @@ from ssmclip.train.blueprint import blueprint
 from ssmclip.train.build import build_accelerator, is_sharded
 from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.gradient import backward
+from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
+NOTHING = ModelConfig()
 SETTINGS = [
     "steps=4",
     "source=synthetic:digits",
@@ -68,7 +70,9 @@ def said(folder):
 
 
 @pytest.mark.parametrize(
-    "what", [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
+    "what",
+    [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
+    + [f"frozen {how}" for how in ("whole", "cached")],
 )
 def test_two_processes_have_the_doubled_batchs_gradient(said, what):
     assert f"{what}: same" in said
@@ -133,6 +137,9 @@ def _compare(accelerator) -> None:
         for name, micro_batch, captions in (("whole", None, 1), ("cached", 3, 1), ("several", 3, 2)):
             _compare_gradients(accelerator, kind, micro_batch, captions)
             accelerator.print(f"{kind} {name}: same")
+    for name, micro_batch in (("whole", None), ("cached", 3)):
+        _compare_gradients(accelerator, "clip", micro_batch, 1, ModelConfig(freeze_image=True, freeze_text=True))
+        accelerator.print(f"frozen {name}: same")
     if PARITY.is_dir():
         _compare_with_original(accelerator.process_index)
         accelerator.print("original: same")
@@ -142,9 +149,11 @@ def _config(*overrides):
     return apply_overrides(load_recipe(ROOT / "recipes" / "tiny.py"), [*SETTINGS, *overrides])
 
 
-def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
+def _compare_gradients(accelerator, kind, micro_batch, captions, frozen=NOTHING) -> None:
     torch.manual_seed(0)
-    model = blueprint(_config(f"kind={kind}", "drop_path_rate=0")).create().double().train()
+    model = blueprint(_config(f"loss.kind={kind}", "drop_path_rate=0")).create().double()
+    freeze(model, frozen)
+    training_mode(model, frozen)
     images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16 * captions, 32))
     texts[:, 9] = 49407
     alone = copy.deepcopy(model)
@@ -163,6 +172,9 @@ def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     value = backward(accelerator, spread, objective, images[mine], words, micro_batch)
     torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if not p.requires_grad:
+            assert p.grad is None
+            continue
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -25,8 +25,8 @@ from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
 from ssmclip.models.patch_dropout import set_patch_dropout
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
+from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
-from ssmclip.train.optimiser import freeze_text_tower
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -120,27 +120,29 @@ def _check_even(config: TrainConfig, world_size: int) -> None:
 
 
 def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn.Module:
-    """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
+    """Return the model in training mode, frozen where the settings say so.
+
+    Raises ValueError if it cannot take every image size of the schedule, and for layers to freeze that it lacks.
+    """
     model = plan.create(config.model.grad_checkpointing)
-    if config.model.freeze_text:
-        freeze_text_tower(model)
+    freeze(model, config.model)
     batch = config.batch_size // world_size
     if config.model.patch_drop_rate is not None:
         set_patch_dropout(model, config.model.patch_drop_rate)
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
-    probe = copy.deepcopy(model).train() if alone else model.eval()
+    probe = training_mode(copy.deepcopy(model), config.model) if alone else model.eval()
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
                 plan.encode(probe, torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} cannot take images of {size} pixels, one of data.image_sizes="
+                f"{config.model.label} cannot take images of {size} pixels, one of data.image_sizes="
                 f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
-    return model.train()
+    return training_mode(model, config.model)
 
 
 def open_stream(
