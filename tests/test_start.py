@@ -28,6 +28,7 @@ from ssmclip.config import (
     apply_overrides,
 )
 from ssmclip.models import CheckpointError, create_clip, load_state
+from ssmclip.models.classifier_files import classifier_config, create_classifier, save_classifier
 from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import read_rows
 from ssmclip.train import loop, train
@@ -425,6 +426,32 @@ def test_an_encoder_without_its_head_becomes_the_tower(tmp_path):
     assert keys.left == ("visual.trunk.classifier.head.weight", "visual.trunk.classifier.head.bias")
     assert keys.fresh == ("visual.head.proj.weight",)
     assert {f"visual.trunk.{key}" for key in classifier.state_dict()} == set(keys.taken)
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_efficientnet"])
+@pytest.mark.parametrize("with_its_place", [True, False])  # folders of earlier versions do not name the head
+def test_a_saved_classifier_becomes_the_tower(tmp_path, name, with_its_place):
+    config = classifier_config(name, ["ant", "bee", "cow"], image_size=32)
+    classifier = create_classifier(config).eval()
+    if not with_its_place:
+        config["pretrained_cfg"].pop("classifier", None)
+    save_classifier(classifier, config, tmp_path / "saved")
+    changes = with_vision(timm_model_name=name, timm_pool="" if name == "test_vmamba" else "avg")
+    model, taken = started(settings(changes, image_weights=str(tmp_path / "saved")))
+    images = torch.randn(2, 3, 32, 32)
+    classifier.reset_classifier(0)
+    assert torch.equal(model.eval().visual.trunk(images), classifier(images))
+    assert len(taken["image_weights"].left) == 2  # the head's weight and bias
+
+
+def test_timm_gives_a_saved_classifier_a_head_for_other_classes(tmp_path):
+    config = classifier_config("test_vmamba", ["ant", "bee", "cow"], image_size=32)
+    classifier = create_classifier(config).eval()
+    save_classifier(classifier, config, tmp_path)
+    tuned = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert tuned(images).shape == (2, 5)
+    assert torch.equal(tuned.forward_features(images), classifier.forward_features(images))
 
 
 def test_a_head_of_several_layers_is_left_where_the_tower_has_one():
