@@ -89,6 +89,7 @@ class AugmentConfig(Settings, group="data.augment"):
     gray_scale_prob: float = bounded(0.0, at_least=0, at_most=1)
     gaussian_blur_prob: float = bounded(0.0, at_least=0, at_most=1)  # sigma 0.1 to 2 pixels
     solarize_prob: float = bounded(0.0, at_least=0, at_most=1)  # values of 128 and above are inverted
+    colors: bool = True  # false: none of the five above, whatever they are; crop and flip stay
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of the crop; random: of timm alone
     # In which brightness, contrast, saturation and hue change; random: drawn for each image, as torchvision does.
     color_order: Literal["fixed", "random"] = "fixed"
@@ -112,6 +113,8 @@ class AugmentConfig(Settings, group="data.augment"):
     def _check_library(self) -> None:
         if self.library == "timm" and self.solarize_prob:
             self._refuse("solarize_prob", "must be 0 for library=timm, which has solarize in auto_augment alone")
+        if self.auto_augment and not self.colors:
+            self._refuse("colors", "must be true for auto_augment, most of whose operations change colors")
         for name in ("auto_augment", "erase_prob") if self.library == "own" else ():
             if getattr(self, name):
                 self._refuse(name, "needs data.augment.library=timm")
@@ -222,6 +225,10 @@ class LossConfig(Settings, group="loss"):
     micro_batch: int | None = bounded(None, at_least=1)
     # Weight of the loss between two views of an image, which is added (SLIP); needs views_per_image > 1.
     view_weight: float = bounded(0.0, at_least=0)
+    # Whether the gradient of clip's loss passes through the features that were gathered from other processes. False: as
+    # codes that gather without, such as SLIP's: a feature gets the gradient of the softmax over its own candidates
+    # alone. One process gives the gradient that several would.
+    gather_with_grad: bool = True
     max_logit_scale: float = bounded(100.0, above=1)  # logit_scale is clamped to [0, ln of this] after every step
     # Of classification: share of the label that all classes get; binary cross-entropy for each class in place of a
     # softmax; mixing of images.

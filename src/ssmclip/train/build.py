@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,13 @@ OWN_FIELDS = (
     "interpolation",
     "color_order",
 )
+_NO_COLORS = {
+    "color_jitter": 0.0,
+    "color_jitter_prob": 1.0,
+    "gray_scale_prob": 0.0,
+    "gaussian_blur_prob": 0.0,
+    "solarize_prob": 0.0,
+}
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -185,6 +193,7 @@ def open_stream(
 
 def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
     """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+    augment = augment if augment.colors else replace(augment, **_NO_COLORS)
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}
