@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint docs release-check clean results figure
 .PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-startup bench-hessian bench-gpu
-.PHONY: eval26 captions distorted hessian efficiency timm-tests
+.PHONY: scan-needed controlled-pair eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
@@ -97,6 +97,10 @@ scan-needed: setup  ## six encoders, three seeds each, with and without a scan: 
 	$(BIN)/python benchmarks/scan_needed.py train
 	$(BIN)/python benchmarks/scan_needed.py evaluate --data $(DATA)
 	$(BIN)/python benchmarks/scan_needed.py compare
+
+controlled-pair: setup  ## three encoders, five recipes, three seeds in CLIPs: an hour on one core
+	SSMCLIP_DATA=$(DATA) $(BIN)/python benchmarks/controlled_pair.py measure
+	$(BIN)/python benchmarks/controlled_pair.py compare
 
 eval26: setup  ## every data set found under DATA
 	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
