@@ -27,8 +27,9 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
+# Not --quiet: it silences warnings before --strict counts them.
 docs: setup  ## the site, in build/site, with warnings as errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 release-check: setup  ## a wheel and a source distribution, checked, installed and used
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python .ci/release_check.py

@@ -5,8 +5,7 @@
 # a file that was downloaded by hand. Fine-tuning is then a run like any other, with a lower learning rate.
 #
 # ```sh
-# ssmclip train recipes/flickr8k.py --out runs/tuned \
-#     --set model.name=CLIP-VMamba-S model.weights=checkpoint_best.pt lr=1e-5
+# ssmclip train recipes/finetune_clip.py --set source=PAIRS.parquet model.name= model.weights=hf-hub:OWNER/NAME
 # ```
 #
 # No network is needed here: the first part makes a small CLIP and writes it in the form in which open_clip publishes
@@ -32,6 +31,7 @@ from ssmclip.config import (
     TrainConfig,
 )
 from ssmclip.evaluate import evaluate
+from ssmclip.models import blend
 from ssmclip.train import train
 
 folder = Path(tempfile.mkdtemp())
@@ -125,27 +125,48 @@ print(f"before: {before:.1%}")
 # %% [markdown]
 # ## Fine-tuning
 #
-# The same recipe with the weights named, other pairs, fewer steps and a lower rate; and once more from random weights,
-# to see what the pretraining was worth. Weights that do not fit the model are an error that names them.
+# The same recipe with other pairs, fewer steps and a lower rate. An empty `model.name` takes the architecture from the
+# weights. Weights that do not fit are an error that names them, and `start.json` says what became of each.
 
 # %%
 tuning = replace(
     BASE,
     steps=20,
     data=replace(BASE.data, source=write_pairs(list(COLOURS), 180, folder / "new")),
-    model=replace(BASE.model, weights=str(published)),
+    model=ModelConfig(name="", weights=str(published)),
     optimiser=OptimiserConfig(lr=2e-3),
 )
-tuned = accuracy(train(tuning, folder / "tuned"), "tuned")
+run = train(tuning, folder / "tuned")
+tuned = accuracy(run, "tuned")
+print(f"after 20 steps: {tuned:.1%}")
+assert (run / "start.json").exists()
+
+# %% [markdown]
+# What was the pretraining worth? The same steps from random weights get less far.
+
+# %%
 scratch = accuracy(train(replace(tuning, model=BASE.model), folder / "scratch"), "from scratch")
-print(f"after 20 steps: {tuned:.1%}; 20 steps from random weights: {scratch:.1%}")
+print(f"20 steps from random weights: {scratch:.1%}")
 assert tuned > before + 0.1
 assert tuned > scratch + 0.1
+
+# %% [markdown]
+# ## Between before and after
+#
+# A blend of the weights before and after often keeps more of what each knows (WiSE-FT). Half of the tuned model is a
+# folder like any other; its weights are the means.
+
+# %%
+(half,) = blend(published, run, [0.5], folder / "half")
+print(f"half way: {accuracy(half, 'half'):.1%}")
+models = [ssmclip.load(each).model for each in (published, run, half)]
+for first, last, between in zip(*(model.parameters() for model in models), strict=True):
+    torch.testing.assert_close(between, (first + last) / 2)
 
 # %% [markdown]
 # ## From here
 #
 # - [Models](../models.md#published-weights): which published checkpoints are read, and what is inferred from them.
-# - `text_lr_scale` and `block_lr_scale` give the towers different learning rates; `model.freeze_text` keeps a Mamba
-#   text tower as it is.
+# - [Commands](../commands.md#start-from-trained-weights): one tower's weights alone, towers that are locked or learn
+#   at other rates, layer by layer.
 # - `ssmclip convert` and `ssmclip push` write and upload the result.
