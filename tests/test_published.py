@@ -205,7 +205,8 @@ def test_a_bare_clip_of_this_package_is_read_as_its_configuration(name, caplog):
     assert read_published(state).config == config
     guessed = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     if name == "CLIP-VMamba-Nano-GatedConv":  # no registered encoder has its weights, and no weight shows a GELU
-        assert len(guessed) == 1 and guessed[0].startswith("guessing conv_act=True")
+        assert len(guessed) == 1
+        assert guessed[0].startswith("guessing conv_act=True")
     else:
         assert not guessed
 
