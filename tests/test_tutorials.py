@@ -29,7 +29,12 @@ ids = {"ids": lambda path: path.stem}
 
 def alone(tmp_path) -> dict[str, str]:
     """Return an environment without network and caches, as nothing may be downloaded."""
-    return os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path),
+    }
 
 
 @pytest.fixture(scope="module")
