@@ -216,6 +216,23 @@ class MixConfig(Settings, group="loss.mix"):
 
 
 @dataclass(frozen=True)
+class DistillConfig(Settings, group="loss.distill"):
+    """Distillation from a teacher CLIP, of loss.kind=distill."""
+
+    # Any name, file or folder of a CLIP with trained weights and the model's tokenizer and context length. "": the
+    # data store its features.
+    teacher: str = ""
+    teacher_scale: float = bounded(100.0, above=0)  # logit scale of stored features, which have none; OpenAI's is 100
+    weight: float = bounded(1.0, at_least=0)
+    contrastive_weight: float = bounded(1.0, at_least=0)  # of CLIP's own loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.weight or self.contrastive_weight):
+            self._refuse("weight", "must be above 0 when loss.distill.contrastive_weight is 0")
+
+
+@dataclass(frozen=True)
 class LossConfig(Settings, group="loss"):
     """The objective."""
 
@@ -235,6 +252,7 @@ class LossConfig(Settings, group="loss"):
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     binary: bool = False
     mix: MixConfig = MixConfig()
+    distill: DistillConfig = DistillConfig()
 
 
 @dataclass(frozen=True)

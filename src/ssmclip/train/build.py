@@ -95,8 +95,10 @@ def plan(config: TrainConfig) -> Blueprint:
 def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num_classes: int = 0) -> Objective:
     """Return the objective that `loss.kind` names, for this process. num_classes: of a classifier.
 
-    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
+    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters, and for
+    settings that it cannot do with.
     """
+    OBJECTIVES[config.loss.kind].check(config)
     if config.loss.mix.on:
         _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](

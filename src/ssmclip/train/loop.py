@@ -44,7 +44,7 @@ from ssmclip.train.checkpoint import (
     save_checkpoint,
 )
 from ssmclip.train.ema import Ema, ema_decay
-from ssmclip.train.gradient import backward
+from ssmclip.train.gradient import backward, more_of
 from ssmclip.train.layers import training_mode
 from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, set_lr
@@ -127,6 +127,7 @@ class _Run:
         planned = plan(config)
         classes = len(planned.classes)
         objective = build_objective(config, accelerator.process_index, accelerator.num_processes, classes)
+        objective.prepare(planned, accelerator.device)
         seed_everything(config.seed)
         if accelerator.is_main_process:
             planned.describe(out)
@@ -232,8 +233,9 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         images = batch.images.to(accelerator.device, non_blocking=True)
         texts = batch.texts.to(accelerator.device, non_blocking=True)
+        more = {name: value.to(accelerator.device, non_blocking=True) for name, value in more_of(batch).items()}
         set_lr(self.optimiser, lr)
-        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch)
+        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch, more)
         norm = self._grad_norm()
         skipped = self._update()
         self.optimiser.zero_grad(set_to_none=True)
