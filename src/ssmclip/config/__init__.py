@@ -1,6 +1,6 @@
 """The definition of a training run: typed settings, the recipe that returns them, overrides. Needs no torch."""
 
-from ssmclip.config.overrides import apply_overrides, changed_fields, from_dict, to_dict
+from ssmclip.config.overrides import apply_overrides, changed, changed_fields, from_dict, to_dict
 from ssmclip.config.recipe import load_recipe
 from ssmclip.config.settings import (
     AugmentConfig,
@@ -14,6 +14,7 @@ from ssmclip.config.settings import (
     ModelConfig,
     OptimiserConfig,
     ScheduleConfig,
+    SslConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -30,9 +31,11 @@ __all__ = [
     "ModelConfig",
     "OptimiserConfig",
     "ScheduleConfig",
+    "SslConfig",
     "TrainConfig",
     "ValidationConfig",
     "apply_overrides",
+    "changed",
     "changed_fields",
     "from_dict",
     "load_recipe",

@@ -233,6 +233,22 @@ class DistillConfig(Settings, group="loss.distill"):
 
 
 @dataclass(frozen=True)
+class SslConfig(Settings, group="loss.ssl"):
+    """The self-supervised loss between views of an image, and the head that it trains: of loss.kind=slip.
+
+    The defaults are SLIP's: a head of width 4096 has 21 million weights for a tower of width 768.
+    """
+
+    weight: float = bounded(1.0, at_least=0)  # of NT-Xent between two views (SimCLR)
+    temperature: float = bounded(0.1, above=0)
+    head_width: int = bounded(4096, at_least=1)
+    head_features: int = bounded(256, at_least=1)  # that the head ends in
+    # Changes to SLIP's augmentation of these views, as JSON: fields of data.augment, such as {"flip": false} where
+    # images show letters. The views that are shown with the texts have data.augment.
+    augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LossConfig(Settings, group="loss"):
     """The objective."""
 
@@ -253,6 +269,7 @@ class LossConfig(Settings, group="loss"):
     binary: bool = False
     mix: MixConfig = MixConfig()
     distill: DistillConfig = DistillConfig()
+    ssl: SslConfig = SslConfig()
 
 
 @dataclass(frozen=True)

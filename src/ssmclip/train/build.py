@@ -28,6 +28,7 @@ from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
+from ssmclip.train.trainee import Trainee
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -99,6 +100,7 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
     settings that it cannot do with.
     """
     OBJECTIVES[config.loss.kind].check(config)
+    _check_views(config)
     if config.loss.mix.on:
         _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](
@@ -112,9 +114,36 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
             f"the objective {config.loss.kind!r} must not have parameters (got {', '.join(names)}): "
-            "only the model's are trained and saved, so add them to the model with `start`"
+            "only the model's are trained and saved, so add them to the model with `start`, or to `heads`"
         )
     return made
+
+
+def _check_views(config: TrainConfig) -> None:
+    """Raise ValueError for views that the data cannot give the objective."""
+    if OBJECTIVES[config.loss.kind].further_views(config.loss) and config.data.augment.library != "own":
+        raise ValueError(
+            f"data.augment.library must be own for loss.kind={config.loss.kind}, which needs further views of each "
+            f"image (got {config.data.augment.library})"
+        )
+
+
+def build_trainee(
+    model: nn.Module, objective: Objective, heads_state: dict[str, Any] | None = None, sharded: bool = False
+) -> nn.Module:
+    """Return what the optimiser trains: the model, and with it the objective's heads, if it has some.
+
+    heads_state: of the heads, when a run goes on; None for new ones. Raises ValueError for a model that they do not
+    fit, and where weights are sharded.
+    """
+    heads = objective.heads(model)
+    if heads is None:
+        return model
+    if sharded:
+        raise ValueError(f"loss.kind must be one without heads under FSDP (got {objective.name}): use one process each")
+    if heads_state is not None:
+        heads.load_state_dict(heads_state)
+    return Trainee(model, heads)
 
 
 def _check_even(config: TrainConfig, world_size: int) -> None:
@@ -169,7 +198,7 @@ def open_stream(
             _LOG.info("reading %s", source)
         stream = open_pairs(
             source,
-            transform=build_transform(config.data.augment, plan, size),
+            transform=_with_further(build_transform(config.data.augment, plan, size), config, plan),
             tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
@@ -218,6 +247,16 @@ def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> Train
             "re_count": augment.erase_count,
         }
     )
+
+
+def _with_further(
+    transform: TrainTransform | TimmTransform, config: TrainConfig, plan: Blueprint
+) -> TrainTransform | TimmTransform:
+    """Return a transform that also makes the further views that the objective needs."""
+    further = OBJECTIVES[config.loss.kind].further_views(config.loss)
+    if not further:
+        return transform
+    return replace(transform, further=tuple(build_transform(each, plan, transform.image_size) for each in further))
 
 
 def _table_format(config: TrainConfig) -> TableFormat:

@@ -26,12 +26,12 @@ def backward(
 ) -> Tensor:
     """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
 
-    images (batch * views, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
+    images (batch * shown, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
     micro_batch: pairs to embed at a time; memory is then that of a micro-batch. Features are cached (see
     `_backward_cached`), or gradients accumulated where the loss is a mean over images. None embeds all at once.
     more: what else the objective takes, by name, each with the same number of rows for every pair.
     """
-    pairs = len(images) // objective.views
+    pairs = len(images) // objective.shown
     whole = {"images": images, "targets": targets, **more}
     at_once = micro_batch is None or micro_batch >= pairs
     with accelerator.autocast():

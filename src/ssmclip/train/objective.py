@@ -26,7 +26,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ssmclip.config import LossConfig, TrainConfig
+from ssmclip.config import AugmentConfig, LossConfig, TrainConfig
 from ssmclip.registry import Registry
 from ssmclip.train.checkpoint import config_of_run
 
@@ -42,8 +42,9 @@ class Network(Protocol):
 class Objective(nn.Module):
     """A loss, built for one process of a run. A subclass defines `forward`, and overrides anything else that differs.
 
-    Learnt parameters belong to the model: the objective names in `start` those it needs there, such as SigLIP's
-    logit bias, and has none itself.
+    Learnt parameters belong to the model, where the objective names those it needs in `start`, such as SigLIP's logit
+    bias; or to `heads`, which are trained with the model and kept for resuming, but are no part of the result. The
+    objective itself has none.
 
     name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
     starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
@@ -81,12 +82,29 @@ class Objective(nn.Module):
         self.rank, self.world_size, self.views, self.captions = rank, world_size, views, captions
         self.num_classes = num_classes
 
+    @property
+    def shown(self) -> int:
+        """Return how many views of each image a batch has, further ones included."""
+        return self.views + len(self.further_views(self.settings))
+
+    @classmethod
+    def further_views(cls, settings: LossConfig) -> tuple[AugmentConfig, ...]:
+        """Return how each view of an image is augmented that comes after those of its texts. Here: there are none."""
+        return ()
+
     @classmethod
     def check(cls, config: TrainConfig) -> None:
         """Raise ValueError for settings of a run that this objective cannot do with, before any work. Here: none."""
 
     def prepare(self, network: Network, device: torch.device) -> None:
         """Load what the loss needs besides the model that is trained, such as a teacher. Here: nothing."""
+
+    def heads(self, model: nn.Module) -> nn.Module | None:
+        """Return new networks that are trained with the model, None for none: here, None.
+
+        With them, `outputs` gets a `ssmclip.train.trainee.Trainee`. Raises ValueError for an unfit model.
+        """
+        return None
 
     def inputs(self, images: Tensor, targets: Tensor, **more: Tensor) -> tuple[Tensor, Any]:
         """Return what a (micro-)batch is trained on, such as a mixture of its images: here, unchanged.
@@ -99,7 +117,7 @@ class Objective(nn.Module):
     def outputs(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """Return the arguments of the loss by name: here, a CLIP's outputs for images and texts.
 
-        images (batch * views, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
+        images (batch * shown, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
         """
         return model(images, targets)
 
@@ -119,7 +137,9 @@ class Objective(nn.Module):
         return {}
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective", ["ssmclip.train.distill"])
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", ["ssmclip.train.distill", "ssmclip.train.self_supervised.slip"]
+)
 
 
 def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ class TrainTransform:
     and BYOL's augmentations (arXiv:2002.05709, appendix A; arXiv:2006.07733, appendix B), in this order.
     interpolation: of the resized crop, "bicubic" or "bilinear"; color_order: in which colours are jittered, "fixed" as
     above, or "random", drawn for each picture as torchvision's ColorJitter does.
+    further: the transforms of further views, which `views` makes of each picture at this one's size.
     """
 
     image_size: int
@@ -50,6 +51,7 @@ class TrainTransform:
     solarize_prob: float = 0.0
     interpolation: str = "bicubic"
     color_order: str = "fixed"
+    further: tuple[TrainTransform, ...] = ()
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
@@ -74,6 +76,11 @@ class TrainTransform:
             order = torch.randperm(4, generator=generator).tolist() if self.color_order == "random" else range(4)
             out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]], order)
         return self._treat(out, *more[2:]) if more else out
+
+    def views(self, image: np.ndarray, generator: torch.Generator, count: int) -> list[torch.Tensor]:
+        """Return `count` views of a picture, then its further ones, each as `pixels` makes it."""
+        further = [replace(each, image_size=self.image_size) for each in self.further]
+        return [each.pixels(image, generator) for each in [self] * count + further]
 
     @property
     def _shares(self) -> bool:

@@ -42,7 +42,8 @@ class NoUsableSamples(ValueError):
 class Batch:
     """keys: the B samples' names.
 
-    images: float (B * views_per_image, 3, H, W), an image's views one after the other;
+    images: float (B * views, 3, H, W), an image's views one after the other: views_per_image, then the transform's
+    further ones;
     texts: int64 (B * captions_per_image, context_length), its captions likewise.
     """
 
@@ -244,9 +245,11 @@ class ReaderBatches(IterableDataset):
         picture = self._decode(sample)
         generator = generator_for(self.preparation.seed, number, sample.key)
         drawn = _draw_captions(captions, self.preparation.captions_per_image, generator)
-        transform = self.preparation.transform
-        transform = transform.pixels if isinstance(transform, TrainTransform) else transform
-        views = [transform(picture, generator) for _ in range(self.preparation.views_per_image)]
+        transform, count = self.preparation.transform, self.preparation.views_per_image
+        if isinstance(transform, TrainTransform):
+            views = transform.views(picture, generator, count)
+        else:
+            views = [transform(picture, generator) for _ in range(count)]
         return sample.key, views, drawn
 
     def _decode(self, sample: Sample) -> Image.Image | np.ndarray:
