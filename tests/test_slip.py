@@ -145,7 +145,7 @@ def test_the_views_of_the_texts_are_those_of_clip_and_the_others_slips():
         32, (0.5,) * 3, (0.5,) * 3, further=(TrainTransform(32, (0.5,) * 3, (0.5,) * 3, flip=True),)
     )
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    made = transform.views(picture, torch.Generator().manual_seed(3), 1)
+    made, _ = transform.views(picture, torch.Generator().manual_seed(3), 1)
     generator = torch.Generator().manual_seed(3)
     expected = [each.pixels(picture, generator) for each in (transform, transform.further[0])]
     assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))

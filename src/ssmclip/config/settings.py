@@ -234,18 +234,34 @@ class DistillConfig(Settings, group="loss.distill"):
 
 @dataclass(frozen=True)
 class SslConfig(Settings, group="loss.ssl"):
-    """The self-supervised loss between views of an image, and the head that it trains: of loss.kind=slip.
+    """The self-supervised losses between views of an image, and the heads that they train: of slip and a-clip.
 
-    The defaults are SLIP's: a head of width 4096 has 21 million weights for a tower of width 768.
+    The defaults are the published ones: SimCLR's head of width 4096 has 21 million weights for a tower of width 768.
     """
 
     weight: float = bounded(1.0, at_least=0)  # of NT-Xent between two views (SimCLR)
     temperature: float = bounded(0.1, above=0)
+    # Of a-clip: weight of the distance between predictions from the views and the averaged model's projection (BYOL).
+    ema_weight: float = bounded(2.0, at_least=0)
     head_width: int = bounded(4096, at_least=1)
-    head_features: int = bounded(256, at_least=1)  # that the head ends in
-    # Changes to SLIP's augmentation of these views, as JSON: fields of data.augment, such as {"flip": false} where
-    # images show letters. The views that are shown with the texts have data.augment.
+    head_features: int = bounded(256, at_least=1)  # that the heads end in
+    # Of a-clip: NT-Xent compares the first view with itself, as the published code does.
+    as_published: bool = False
+    # Of slip: changes to SLIP's augmentation of these views, as JSON: fields of data.augment, such as {"flip": false}
+    # where images show letters. The views that are shown with the texts have data.augment.
     augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MaskConfig(Settings, group="loss.mask"):
+    """Masked views, of loss.kind=a-clip: each loses the blocks of the image that matter least to the averaged model.
+
+    choice: which blocks stay: "attentive", those that matter most; "inverse", least; "random"; or "all" of them.
+    """
+
+    choice: Literal["attentive", "inverse", "random", "all"] = "attentive"
+    keep: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
+    block: int = bounded(32, at_least=1)  # side of a block in pixels; of a vision transformer, a multiple of its patch
 
 
 @dataclass(frozen=True)
@@ -270,6 +286,7 @@ class LossConfig(Settings, group="loss"):
     mix: MixConfig = MixConfig()
     distill: DistillConfig = DistillConfig()
     ssl: SslConfig = SslConfig()
+    mask: MaskConfig = MaskConfig()
 
 
 @dataclass(frozen=True)

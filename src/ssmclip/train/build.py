@@ -121,7 +121,8 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
 
 def _check_views(config: TrainConfig) -> None:
     """Raise ValueError for views that the data cannot give the objective."""
-    if OBJECTIVES[config.loss.kind].further_views(config.loss) and config.data.augment.library != "own":
+    kind = OBJECTIVES[config.loss.kind]
+    if (kind.further_views(config.loss) or kind.window) and config.data.augment.library != "own":
         raise ValueError(
             f"data.augment.library must be own for loss.kind={config.loss.kind}, which needs further views of each "
             f"image (got {config.data.augment.library})"
@@ -253,10 +254,12 @@ def _with_further(
     transform: TrainTransform | TimmTransform, config: TrainConfig, plan: Blueprint
 ) -> TrainTransform | TimmTransform:
     """Return a transform that also makes the further views that the objective needs."""
-    further = OBJECTIVES[config.loss.kind].further_views(config.loss)
-    if not further:
+    kind = OBJECTIVES[config.loss.kind]
+    further = kind.further_views(config.loss)
+    if not (further or kind.window):
         return transform
-    return replace(transform, further=tuple(build_transform(each, plan, transform.image_size) for each in further))
+    made = tuple(build_transform(each, plan, transform.image_size) for each in further)
+    return replace(transform, further=made, window=kind.window)
 
 
 def _table_format(config: TrainConfig) -> TableFormat:

@@ -48,10 +48,12 @@ def backward(
 def more_of(batch: Any) -> dict[str, Tensor]:
     """Return what a batch has besides images and texts, by the names that objectives take it by.
 
-    teacher_images, teacher_texts: the features that a teacher has of them, where the data store those.
+    teacher_images, teacher_texts: the features that a teacher has of them, where the data store those. boxes: see
+    `ssmclip.data.pairs.stream.Batch`.
     """
-    teacher = getattr(batch, "teacher", None)
-    return {} if teacher is None else {"teacher_images": teacher.images, "teacher_texts": teacher.texts}
+    teacher, boxes = getattr(batch, "teacher", None), getattr(batch, "boxes", None)
+    more = {} if boxes is None else {"boxes": boxes}
+    return more if teacher is None else more | {"teacher_images": teacher.images, "teacher_texts": teacher.texts}
 
 
 def _split(whole: Mapping[str, Tensor], pairs: int, micro_batch: int) -> list[dict[str, Tensor]]:

@@ -140,6 +140,7 @@ class _Run:
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
+        objective.follow(ema.model if ema else None)
         if config.model.compile:
             model.compile()
         model = sharding.prepare_scalars(model) if is_sharded(accelerator) else model

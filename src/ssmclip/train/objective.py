@@ -52,7 +52,9 @@ class Objective(nn.Module):
     of a batch are each other's negatives, so that one pair twice is a wrong one. separable: whether the loss of a
     batch is the mean over its images, so that gradients of micro-batches add up to its gradient. labelled: whether
     the targets are the labels of classes, and the model an image classifier. analysed_as: the name of the objective
-    whose loss a trained model is analysed with, where its own needs more than the model; "" for its own.
+    whose loss a trained model is analysed with, where its own needs more than the model; "" for its own. window:
+    whether the last view of each image is a window around those of its texts, whose places in it `inputs` gets as
+    `boxes`.
     """
 
     name: ClassVar[str]
@@ -62,6 +64,7 @@ class Objective(nn.Module):
     separable: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
     analysed_as: ClassVar[str] = ""
+    window: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class Objective(nn.Module):
     @property
     def shown(self) -> int:
         """Return how many views of each image a batch has, further ones included."""
-        return self.views + len(self.further_views(self.settings))
+        return self.views + len(self.further_views(self.settings)) + self.window
 
     @classmethod
     def further_views(cls, settings: LossConfig) -> tuple[AugmentConfig, ...]:
@@ -106,11 +109,14 @@ class Objective(nn.Module):
         """
         return None
 
+    def follow(self, average: nn.Module | None) -> None:
+        """Take the moving average, if there is one, of what is trained, heads included. Here: do nothing."""
+
     def inputs(self, images: Tensor, targets: Tensor, **more: Tensor) -> tuple[Tensor, Any]:
         """Return what a (micro-)batch is trained on, such as a mixture of its images: here, unchanged.
 
         It is called once for each, and for all that takes no gradient; `outputs` gets what it returns. more: what else
-        the batch has, by name, such as a teacher's stored features (`ssmclip.train.gradient.more_of`).
+        the batch has, by name, as `ssmclip.train.gradient.more_of` gives it.
         """
         return images, targets
 
@@ -138,7 +144,7 @@ class Objective(nn.Module):
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry(
-    "objective", ["ssmclip.train.distill", "ssmclip.train.self_supervised.slip"]
+    "objective", ["ssmclip.train.distill", "ssmclip.train.self_supervised.slip", "ssmclip.train.self_supervised.a_clip"]
 )
 
 

@@ -29,3 +29,9 @@ def nt_xent(one: Tensor, other: Tensor, temperature: float, rank: int = 0, world
 
 def _gathered(rows: Tensor, world_size: int) -> Tensor:
     return torch.cat(all_gather(rows.contiguous())) if world_size > 1 else rows
+
+
+def prediction_distance(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of 2 - 2 cos between rows, without a gradient to the targets (BYOL, arXiv:2006.07733)."""
+    predictions, targets = (x.float() if x.dtype.itemsize < 4 else x for x in (predictions, targets.detach()))
+    return 2 - 2 * F.cosine_similarity(predictions, targets, dim=-1).mean()
