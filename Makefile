@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint clean results figure
-.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-startup bench-hessian bench-gpu
+.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-loader bench-startup bench-hessian bench-gpu
 .PHONY: scan-needed controlled-pair eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
 
@@ -68,6 +68,9 @@ bench-embedder: setup  ## the embedder against the bare encoder, texts sorted an
 
 bench-probes: setup  ## probes on 10,000 embeddings against scikit-learn
 	$(BIN)/python benchmarks/probes.py --out results/probes.jsonl
+
+bench-loader: setup  ## training that reads its images against the training step alone
+	$(BIN)/python benchmarks/loader.py --out results/loader.jsonl
 
 bench-startup: setup  ## seconds until a command answers, over those of `import torch`
 	$(BIN)/python benchmarks/startup.py --out results/startup.jsonl

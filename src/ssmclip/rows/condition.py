@@ -45,7 +45,7 @@ for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)
 KEYS.register(IMAGE)((int, str))
 # What benchmarks vary.
-for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "width", "workers"):
+for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "vector_bytes", "width", "workers"):
     KEYS.register(name)(int)
 for name in ("dim", "heads", "length", "state"):
     KEYS.register(name)((int, str))
