@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ssmclip.config.bounds import Settings
 from ssmclip.config.settings import TrainConfig
 from ssmclip.registry import UnknownName
 
@@ -35,8 +36,8 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
     return from_dict(tree)
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return the config as plain JSON values."""
+def to_dict(config: Settings) -> dict[str, Any]:
+    """Return settings as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -46,6 +47,14 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises UnknownName for unknown fields, ValueError for values of another type.
     """
     return _build(TrainConfig, values, "")
+
+
+def changed(group: Settings, values: dict[str, Any], name: str) -> Any:
+    """Return a group of settings with changes as plain JSON values. name: what errors call the group.
+
+    Raises UnknownName for unknown fields, ValueError for values of another type or out of range.
+    """
+    return _build(type(group), to_dict(group) | values, f"{name}.")
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

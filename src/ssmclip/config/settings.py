@@ -216,6 +216,55 @@ class MixConfig(Settings, group="loss.mix"):
 
 
 @dataclass(frozen=True)
+class DistillConfig(Settings, group="loss.distill"):
+    """Distillation from a teacher CLIP, of loss.kind=distill."""
+
+    # Any name, file or folder of a CLIP with trained weights and the model's tokenizer and context length. "": the
+    # data store its features.
+    teacher: str = ""
+    teacher_scale: float = bounded(100.0, above=0)  # logit scale of stored features, which have none; OpenAI's is 100
+    weight: float = bounded(1.0, at_least=0)
+    contrastive_weight: float = bounded(1.0, at_least=0)  # of CLIP's own loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.weight or self.contrastive_weight):
+            self._refuse("weight", "must be above 0 when loss.distill.contrastive_weight is 0")
+
+
+@dataclass(frozen=True)
+class SslConfig(Settings, group="loss.ssl"):
+    """The self-supervised losses between views of an image, and the heads that they train: of slip and a-clip.
+
+    The defaults are the published ones: SimCLR's head of width 4096 has 21 million weights for a tower of width 768.
+    """
+
+    weight: float = bounded(1.0, at_least=0)  # of NT-Xent between two views (SimCLR)
+    temperature: float = bounded(0.1, above=0)
+    # Of a-clip: weight of the distance between predictions from the views and the averaged model's projection (BYOL).
+    ema_weight: float = bounded(2.0, at_least=0)
+    head_width: int = bounded(4096, at_least=1)
+    head_features: int = bounded(256, at_least=1)  # that the heads end in
+    # Of a-clip: NT-Xent compares the first view with itself, as the published code does.
+    as_published: bool = False
+    # Of slip: changes to SLIP's augmentation of these views, as JSON: fields of data.augment, such as {"flip": false}
+    # where images show letters. The views that are shown with the texts have data.augment.
+    augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MaskConfig(Settings, group="loss.mask"):
+    """Masked views, of loss.kind=a-clip: each loses the blocks of the image that matter least to the averaged model.
+
+    choice: which blocks stay: "attentive", those that matter most; "inverse", least; "random"; or "all" of them.
+    """
+
+    choice: Literal["attentive", "inverse", "random", "all"] = "attentive"
+    keep: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
+    block: int = bounded(32, at_least=1)  # side of a block in pixels; of a vision transformer, a multiple of its patch
+
+
+@dataclass(frozen=True)
 class LossConfig(Settings, group="loss"):
     """The objective."""
 
@@ -235,6 +284,9 @@ class LossConfig(Settings, group="loss"):
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     binary: bool = False
     mix: MixConfig = MixConfig()
+    distill: DistillConfig = DistillConfig()
+    ssl: SslConfig = SslConfig()
+    mask: MaskConfig = MaskConfig()
 
 
 @dataclass(frozen=True)

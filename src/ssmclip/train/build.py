@@ -28,6 +28,7 @@ from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
+from ssmclip.train.trainee import Trainee
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -95,8 +96,11 @@ def plan(config: TrainConfig) -> Blueprint:
 def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num_classes: int = 0) -> Objective:
     """Return the objective that `loss.kind` names, for this process. num_classes: of a classifier.
 
-    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
+    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters, and for
+    settings that it cannot do with.
     """
+    OBJECTIVES[config.loss.kind].check(config)
+    _check_views(config)
     if config.loss.mix.on:
         _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](
@@ -110,9 +114,37 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
             f"the objective {config.loss.kind!r} must not have parameters (got {', '.join(names)}): "
-            "only the model's are trained and saved, so add them to the model with `start`"
+            "only the model's are trained and saved, so add them to the model with `start`, or to `heads`"
         )
     return made
+
+
+def _check_views(config: TrainConfig) -> None:
+    """Raise ValueError for views that the data cannot give the objective."""
+    kind = OBJECTIVES[config.loss.kind]
+    if (kind.further_views(config.loss) or kind.window) and config.data.augment.library != "own":
+        raise ValueError(
+            f"data.augment.library must be own for loss.kind={config.loss.kind}, which needs further views of each "
+            f"image (got {config.data.augment.library})"
+        )
+
+
+def build_trainee(
+    model: nn.Module, objective: Objective, heads_state: dict[str, Any] | None = None, sharded: bool = False
+) -> nn.Module:
+    """Return what the optimiser trains: the model, and with it the objective's heads, if it has some.
+
+    heads_state: of the heads, when a run goes on; None for new ones. Raises ValueError for a model that they do not
+    fit, and where weights are sharded.
+    """
+    heads = objective.heads(model)
+    if heads is None:
+        return model
+    if sharded:
+        raise ValueError(f"loss.kind must be one without heads under FSDP (got {objective.name}): use one process each")
+    if heads_state is not None:
+        heads.load_state_dict(heads_state)
+    return Trainee(model, heads)
 
 
 def _check_even(config: TrainConfig, world_size: int) -> None:
@@ -167,7 +199,7 @@ def open_stream(
             _LOG.info("reading %s", source)
         stream = open_pairs(
             source,
-            transform=build_transform(config.data.augment, plan, size),
+            transform=_with_further(build_transform(config.data.augment, plan, size), config, plan),
             tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
@@ -216,6 +248,18 @@ def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> Train
             "re_count": augment.erase_count,
         }
     )
+
+
+def _with_further(
+    transform: TrainTransform | TimmTransform, config: TrainConfig, plan: Blueprint
+) -> TrainTransform | TimmTransform:
+    """Return a transform that also makes the further views that the objective needs."""
+    kind = OBJECTIVES[config.loss.kind]
+    further = kind.further_views(config.loss)
+    if not (further or kind.window):
+        return transform
+    made = tuple(build_transform(each, plan, transform.image_size) for each in further)
+    return replace(transform, further=made, window=kind.window)
 
 
 def _table_format(config: TrainConfig) -> TableFormat:

@@ -30,6 +30,7 @@ from ssmclip.train.build import (
     build_accelerator,
     build_model,
     build_objective,
+    build_trainee,
     is_sharded,
     open_stream,
     plan,
@@ -44,7 +45,7 @@ from ssmclip.train.checkpoint import (
     save_checkpoint,
 )
 from ssmclip.train.ema import Ema, ema_decay
-from ssmclip.train.gradient import backward
+from ssmclip.train.gradient import backward, more_of
 from ssmclip.train.layers import training_mode
 from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, set_lr
@@ -53,6 +54,7 @@ from ssmclip.train.schedule import lr_schedule
 from ssmclip.train.signals import Agreement, Signals, Stopped
 from ssmclip.train.start import load_start, report_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
+from ssmclip.train.trainee import model_of, split_state
 
 # validate(model, step) -> rows: the model in eval mode on its device, with its preprocessing. Called in the main
 # process only. The loop adds the step to the rows.
@@ -127,15 +129,18 @@ class _Run:
         planned = plan(config)
         classes = len(planned.classes)
         objective = build_objective(config, accelerator.process_index, accelerator.num_processes, classes)
+        objective.prepare(planned, accelerator.device)
         seed_everything(config.seed)
         if accelerator.is_main_process:
             planned.describe(out)
         model = build_model(config, planned, accelerator.num_processes)
         taken = load_start(model, config, planned, checkpoint)
         report_start(out, taken, model, accelerator.is_main_process)
+        model = build_trainee(model, objective, state.get("heads") if state else None, is_sharded(accelerator))
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
+        objective.follow(ema.model if ema else None)
         if config.model.compile:
             model.compile()
         model = sharding.prepare_scalars(model) if is_sharded(accelerator) else model
@@ -232,13 +237,14 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         images = batch.images.to(accelerator.device, non_blocking=True)
         texts = batch.texts.to(accelerator.device, non_blocking=True)
+        more = {name: value.to(accelerator.device, non_blocking=True) for name, value in more_of(batch).items()}
         set_lr(self.optimiser, lr)
-        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch)
+        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch, more)
         norm = self._grad_norm()
         skipped = self._update()
         self.optimiser.zero_grad(set_to_none=True)
         bare = accelerator.unwrap_model(self.model)
-        self.objective.constrain(bare)
+        self.objective.constrain(model_of(bare))
         if self.ema:
             self.ema.update(bare, ema_decay(self.step, config.steps, config.ema.decay, config.ema.schedule))
         self.skips += skipped
@@ -308,7 +314,7 @@ class _Run:
         return count
 
     def _model_numbers(self) -> dict[str, float]:
-        numbers = self.objective.numbers(self.accelerator.unwrap_model(self.model))
+        numbers = self.objective.numbers(model_of(self.accelerator.unwrap_model(self.model)))
         return {name: float(sharding.gathered(value)) for name, value in numbers.items()}
 
     def _report_skipped(self, stream: Any) -> None:
@@ -329,7 +335,7 @@ class _Run:
         """Measure, write the rows, and return whether the named metric is the best so far."""
         improved = False
         if self.accelerator.is_main_process:
-            model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+            model = model_of(self.ema.model if self.ema else self.accelerator.unwrap_model(self.model))
             model.eval()
             with same_rng_after(self.accelerator.device), torch.no_grad():
                 rows = validate(self.plan.ready(model, size, self.config.model.label), self.step)
@@ -354,19 +360,22 @@ class _Run:
         optimiser = sharding.optimiser_state(accelerator, self.model, self.optimiser)
         online = sharding.model_state(accelerator, self.model)
         if accelerator.is_main_process:
+            kept = self.ema.model if self.ema else accelerator.unwrap_model(self.model)
+            weights, heads = split_state(kept, kept.state_dict() if self.ema else online)
             state = {
                 "step": self.step,
                 "config": to_dict(self.config),
                 "optimiser": optimiser,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "online": online if self.ema else None,
+                "heads": heads,
                 "best": self.best,
                 "skips": self.skips,
                 "repeats": repeats,
                 "owes_validation": self.owes_validation,
                 "ranks": ranks,
             }
-            model = self.ema.model if self.ema else self.plan.plain(online)
+            model = model_of(kept) if self.ema else self.plan.plain(weights)
             best = self.best["step"] if self.best else None
 
             save = partial(self.plan.save, model)

@@ -30,7 +30,7 @@ MOST_BARREN_PASSES = 100
 MOST_BARREN_SAMPLES = 100_000
 
 State = dict[str, Any]
-Row = tuple[str, list[Any], list[str]]  # key, an image's views, its captions
+Row = tuple[str, list[Any], list[str], torch.Tensor | None]  # key, an image's views, its captions, views' places
 Place = list[int]  # of a sample: the pass, where its window starts (two numbers), its place in the window's order
 
 
@@ -42,13 +42,17 @@ class NoUsableSamples(ValueError):
 class Batch:
     """keys: the B samples' names.
 
-    images: float (B * views_per_image, 3, H, W), an image's views one after the other;
-    texts: int64 (B * captions_per_image, context_length), its captions likewise.
+    images: float (B * views, 3, H, W), an image's views one after the other: views_per_image, then the transform's
+    further ones and its window;
+    texts: int64 (B * captions_per_image, context_length), its captions likewise;
+    boxes: float (B * views_per_image, 5), where the views are in the transform's window (`TrainTransform.views`), if
+    it has one.
     """
 
     images: torch.Tensor
     texts: torch.Tensor
     keys: list[str]
+    boxes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -244,10 +248,12 @@ class ReaderBatches(IterableDataset):
         picture = self._decode(sample)
         generator = generator_for(self.preparation.seed, number, sample.key)
         drawn = _draw_captions(captions, self.preparation.captions_per_image, generator)
-        transform = self.preparation.transform
-        transform = transform.pixels if isinstance(transform, TrainTransform) else transform
-        views = [transform(picture, generator) for _ in range(self.preparation.views_per_image)]
-        return sample.key, views, drawn
+        transform, count = self.preparation.transform, self.preparation.views_per_image
+        if isinstance(transform, TrainTransform):
+            views, boxes = transform.views(picture, generator, count)
+        else:
+            views, boxes = [transform(picture, generator) for _ in range(count)], None
+        return sample.key, views, drawn, boxes
 
     def _decode(self, sample: Sample) -> Image.Image | np.ndarray:
         """Decode the picture for the transform: pixels for TrainTransform, a PIL picture for any other."""
@@ -266,12 +272,13 @@ class ReaderBatches(IterableDataset):
         return picture
 
     def _batch(self, rows: list[Row]) -> Batch:
-        keys = [key for key, _, _ in rows]
-        pictures = [view for _, views, _ in rows for view in views]
-        captions = [caption for _, _, drawn in rows for caption in drawn]
+        keys = [key for key, *_ in rows]
+        pictures = [view for _, views, _, _ in rows for view in views]
+        captions = [caption for _, _, drawn, _ in rows for caption in drawn]
+        boxes = [each for *_, each in rows if each is not None]
         transform = self.preparation.transform
         images = transform.normalise(pictures) if isinstance(transform, TrainTransform) else torch.stack(pictures)
-        return Batch(images, self.preparation.tokenize(captions), keys)
+        return Batch(images, self.preparation.tokenize(captions), keys, torch.cat(boxes) if boxes else None)
 
     def _too_large(self, usable: int) -> str:
         has = f"has {usable:,}" if self.readers == 1 else f"gives reader {self.first_reader} {usable:,}"
