@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint docs release-check clean results figure
+.PHONY: setup quickstart test lint docs release-check clean results figure demo-model
 .PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-loader bench-startup bench-hessian bench-gpu
 .PHONY: scan-needed controlled-pair eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
@@ -43,6 +43,10 @@ results: setup
 	$(BIN)/ssmclip report $(RESULTS_ROWS) --out runs/results --readme docs/results.md
 	$(BIN)/ssmclip models > runs/models.md
 	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' docs/models.md
+
+demo-model: setup  ## the model that `ssmclip demo` opens with, into src/ssmclip/demo/model: five minutes on one core
+	OMP_NUM_THREADS=1 $(BIN)/ssmclip train recipes/demo.py --out runs/demo
+	$(BIN)/python -m ssmclip.demo.packaged runs/demo
 
 figure: setup  ## the README's figure, from rows
 	$(BIN)/python docs/figure.py results/efficiency.jsonl docs/cost.svg
