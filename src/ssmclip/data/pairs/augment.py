@@ -13,16 +13,22 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as tv
 
+from ssmclip.data.pairs.reinforced import Augmentation
+
 CROP_ATTEMPTS = 10
 NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mirror, the colours
+Size = int | tuple[int, int]  # pixels of a square's side, or (height, width)
+
 NUM_SHARE_DRAWS = 6  # whether the colours are jittered, hue, grey, whether it is blurred, how much, solarised
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """`transform(picture, generator)` is a float tensor (3, image_size, image_size).
+    """`transform(picture, generator)` is a float tensor (3, height, width).
 
-    scale: range of the crop's share of the area; ratio: range of its width / height.
+    image_size: pixels of a square's side, or (height, width).
+    scale: range of the crop's share of the area; ratio: range of its width / height, over that of image_size, so that
+    pictures are distorted as little in any shape.
     flip: mirror half of the pictures; off by default, as captions say "on the left".
     color_jitter: strength of random brightness, contrast and saturation, or of each and of hue (in turns of the colour
     circle, at most 0.5), applied in this order; 0 is none.
@@ -31,7 +37,7 @@ class TrainTransform:
     and BYOL's augmentations (arXiv:2002.05709, appendix A; arXiv:2006.07733, appendix B), in this order.
     """
 
-    image_size: int
+    image_size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: tuple[float, float] = (0.5, 1.0)
@@ -47,17 +53,17 @@ class TrainTransform:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
 
     def pixels(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """Apply the random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
+        """Apply the random part: uint8 (height, width, 3) to uint8 (3, *image_size).
 
         Only the crop is touched, by torch's resize for 8-bit pixels: three times as fast as Pillow's, and equal to
         within 1.
         """
         draws = torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64).tolist()
         height, width, _ = image.shape
-        left, top, right, bottom = crop_box(width, height, self.scale, self.ratio, draws)
-        crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)
-        size = (self.image_size, self.image_size)
-        out = interpolate(crop[None], size=size, mode="bicubic", antialias=True)[0]
+        shape = self.sides[1] / self.sides[0]
+        ratio = (self.ratio[0] * shape, self.ratio[1] * shape)
+        left, top, right, bottom = crop_box(width, height, self.scale, ratio, draws)
+        out = self._resized(image[top:bottom, left:right])
         if self.flip and draws[-4] < 0.5:
             out = out.flip(-1)
         # Drawn apart and by every picture of a stream or none, so that what comes before is as it is without them.
@@ -65,6 +71,28 @@ class TrainTransform:
         if self.color_jitter and (not more or more[0] < self.color_jitter_prob):
             out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]])
         return self._treat(out, *more[2:]) if more else out
+
+    def repeated(self, image: np.ndarray, augmentation: Augmentation) -> torch.Tensor:
+        """Apply an augmentation whose draws are given instead: uint8 (height, width, 3) to uint8 (3, *image_size).
+
+        Raises ValueError for a crop that is not within the image.
+        """
+        top, left, height, width = augmentation.crop or (0, 0, *image.shape[:2])
+        if not (top >= 0 and left >= 0 and height > 0 and width > 0) or (
+            top + height > image.shape[0] or left + width > image.shape[1]
+        ):
+            size = f"{image.shape[0]} x {image.shape[1]} pixels"
+            raise ValueError(f"the crop must lie within the image of {size} (got {augmentation.crop})")
+        return augmentation.finish(self._resized(image[top : top + height, left : left + width]))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of the transformed images."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    def _resized(self, pixels: np.ndarray) -> torch.Tensor:
+        crop = torch.from_numpy(pixels).permute(2, 0, 1)
+        return interpolate(crop[None], size=self.sides, mode="bicubic", antialias=True)[0]
 
     @property
     def _shares(self) -> bool:
@@ -86,7 +114,7 @@ class TrainTransform:
 
 
 def train_transform(
-    image_size: int,
+    image_size: Size,
     mean: Sequence[float],
     std: Sequence[float],
     *,
