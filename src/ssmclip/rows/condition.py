@@ -30,12 +30,13 @@ IMAGE = "image"  # pixels of an image's side, or "HEIGHTxWIDTH"
 TOKENS = "tokens"  # length of a text
 ATTENTION = "attention"  # how attention was computed, where that is not the default
 AVERAGE = "average"  # what the value is an average over, in words
+SOURCE = "source"  # where data came from, such as one of several sources of training pairs
 CASE = "case"  # anything else, in words
 
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)
@@ -45,7 +46,7 @@ for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "width"
     KEYS.register(name)(int)
 for name in ("dim", "heads", "length", "state"):
     KEYS.register(name)((int, str))
-for name in "command encoder kind memory operator pages pass precision prompts source text_tower type".split():
+for name in "command encoder kind memory operator pages pass precision prompts text_tower type".split():
     KEYS.register(name)(str)
 
 BARE = (AVERAGE, CASE)  # printed without their key

@@ -22,9 +22,11 @@ from torch import nn
 from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.config.places import data_folders, find_data, not_found
-from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs, train_transform
+from ssmclip.config.settings import ImageSize
+from ssmclip.data.pairs.loader import PairLoader, Remote, TableFormat, Weighted, open_pairs, train_transform
 from ssmclip.models.files import weights
 from ssmclip.models.published.language_model import load_language_model
+from ssmclip.models.text_towers import text_tower_of
 from ssmclip.train import launch
 from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
@@ -64,7 +66,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def model_config(config: TrainConfig) -> dict[str, Any]:
     """Return the model's configuration in open_clip's format, at the final image size of the training."""
     made = models.clip_config(
-        config.model.name, image_size=config.data.image_sizes[-1][1], drop_path_rate=config.model.drop_path_rate
+        config.model.name, image_size=config.image_size(config.steps), drop_path_rate=config.model.drop_path_rate
     )
     start = _merge(made["model_cfg"], dict(OBJECTIVES[config.loss.kind].start))
     return {**made, "model_cfg": _merge(start, config.model.changes)}
@@ -99,14 +101,16 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
     probe = copy.deepcopy(model).train() if alone else model.eval()
-    for _, size in config.data.image_sizes:
+    name = "multi_sizes" if config.data.multi_sizes else "image_sizes"
+    for size in config.data.sizes():
+        sides = (size, size) if isinstance(size, int) else size
         try:
             with torch.no_grad():
-                probe.encode_image(torch.zeros(1, 3, size, size))
+                probe.encode_image(torch.zeros(1, 3, *sides))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} cannot take images of {size} pixels, one of data.image_sizes="
-                f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
+                f"{config.model.name} cannot take images of {' x '.join(map(str, dict.fromkeys(sides)))} pixels, "
+                f" one of data.{name}={getattr(config.data, name)} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
     return model.train()
@@ -135,12 +139,19 @@ def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -
 
 
 def open_stream(
-    config: TrainConfig, architecture: dict[str, Any], size: int, rank: int, world_size: int, cursor: Any = None
+    config: TrainConfig, architecture: dict[str, Any], size: ImageSize, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
     """Return this process's stream of batches at an image size, starting at `cursor` (None: at the beginning).
 
-    Raises FileNotFoundError naming every folder searched for a relative `data.source`; what `open_pairs` raises.
+    Raises FileNotFoundError naming every folder searched for a relative `data.source`; ValueError for length buckets
+    with a text tower that sees the padding; what `open_pairs` raises.
     """
+    data, text_cfg = config.data, architecture["model_cfg"].get("text_cfg", {})
+    if data.length_buckets and not text_tower_of(text_cfg).ignores_padding:
+        raise ValueError(
+            f"data.length_buckets must be 0 for {config.model.name} (got {data.length_buckets}): "
+            "its text tower's embeddings depend on the padding"
+        )
     preprocess = architecture["preprocess_cfg"]
     transform = train_transform(
         size,
@@ -149,12 +160,14 @@ def open_stream(
         **dataclasses.asdict(config.data.augment),
     )
     folders = data_folders(os.environ)
-    source = find_data(config.data.source, folders)
-    if source != config.data.source and rank == 0:
-        _LOG.info("reading %s", source)
-    with _naming_places(config.data.source, folders):
+    names = [name for name, _ in data.sources] or [data.source]
+    places = {name: find_data(name, folders) for name in names}
+    for name, place in places.items():
+        if place != name and rank == 0:
+            _LOG.info("reading %s", place)
+    with _naming_places(names, folders):
         return open_pairs(
-            source,
+            [Weighted(places[name], weight, name) for name, weight in data.sources] or places[data.source],
             transform=transform,
             tokenize=models.build_tokenizer(architecture),
             batch_size=config.batch_size // world_size,
@@ -167,6 +180,13 @@ def open_stream(
             captions_per_image=config.data.captions_per_image,
             views_per_image=config.data.views_per_image,
             distinct=config.data.distinct,
+            resample=data.resample,
+            caption_shares=data.captions,
+            stored_teacher=data.stored_teacher == "datacompdr",
+            sizes=data.multi_sizes,
+            length_buckets=data.length_buckets,
+            pad_id=text_cfg.get("pad_id", 0),
+            remote=Remote(data.retries, cache_dir=data.cache_dir, cache_gib=data.cache_gib),
             table_format=TableFormat(
                 config.data.image_column, config.data.caption_column, config.data.encoding, config.data.separator
             ),
@@ -174,11 +194,12 @@ def open_stream(
 
 
 @contextmanager
-def _naming_places(source: str, folders: Sequence[Path]) -> Iterator[None]:
+def _naming_places(sources: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{not_found(source, folders)}") from error
+        missing = sources if len(sources) == 1 else [source for source in sources if source in str(error)][:1]
+        raise FileNotFoundError(f"{error}{''.join(not_found(source, folders) for source in missing)}") from error
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

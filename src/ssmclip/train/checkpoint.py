@@ -32,7 +32,8 @@ from ssmclip.models.files.weights import first_line
 from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
-_HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influence on what is learnt
+# Groups, and beginnings of settings, without influence on what is learnt.
+_HARMLESS = ("logging.", "validation.", "checkpoint.", "data.cache_", "data.retries")
 
 
 @contextmanager

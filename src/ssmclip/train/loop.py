@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,7 @@ from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_
 Validate = Callable[[nn.Module, Any, Any, int], list[Result]]
 
 _REPEATS_MATTER = 0.01  # share of the pairs; fewer move the loss less than its noise
+SIDES = ("image_height", "image_width")  # metrics of images that are not square
 _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
 
 
@@ -172,7 +173,8 @@ class _Run:
             if config.image_size(self.step) != size:
                 size = config.image_size(self.step)
                 stream = self._open_stream(size, stream)
-            watch.add(self._one_step(next(stream), rates[self.step]))
+            batch = next(stream)
+            watch.add(self._one_step(batch, rates[self.step]))
             self.cursor = stream.cursor
             self.log.stepped()
             pause = (
@@ -182,7 +184,7 @@ class _Run:
             )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
             if self._due(config.logging.every):
-                self._write_numbers(*seen, rates[self.step - 1], size, stream)
+                self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:], stream)
             with self.log.pause():
                 improved = (
                     validate is not None and self._due(config.validation.every) and self._validate(validate, size)
@@ -245,20 +247,29 @@ class _Run:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return open_stream(self.config, self.architecture, size, rank, world, self.cursor)
 
-    def _write_numbers(self, loss: float, norm: float, lr: float, size: int, stream: Any) -> None:
+    def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int], stream: Any) -> None:
         skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
         numbers = {
             "loss": loss,
             "grad_norm": norm,
             **self._model_numbers(),
             "lr": float(lr),
-            "image_size": size,
+            **({"image_size": sides[0]} if sides[0] == sides[1] else dict(zip(SIDES, sides, strict=True))),
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
             "samples_repeated": float(self._count_repeats()),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
+        if self.config.data.sources:
+            self._write_sources(stream)
+
+    def _write_sources(self, stream: Any) -> None:
+        """Write how many samples were drawn from each source so far, over all processes."""
+        names = [name for name, weight in self.config.data.sources if weight]
+        counts = torch.tensor([float(stream.drawn[name]) for name in names], device=self.accelerator.device)
+        drawn = self.accelerator.reduce(counts, "sum").tolist()
+        self.log.counts(self.step, "samples_drawn", dict(zip(names, drawn, strict=True)))
 
     def _count_repeats(self) -> int:
         """Return how many pairs were in their batch already, and say once when it is enough to matter."""
@@ -286,6 +297,10 @@ class _Run:
             examples = such_as | examples
         for reason, count in counts.items():
             self.log.say(f"skipped {count} samples: {reason}, such as {examples.get(reason)}")
+        if self.config.data.captions:
+            missing = sum((Counter(each) for each in self._of_all([dict(stream.missing)])), Counter())
+            for name, count in missing.items():
+                self.log.say(f"{count} samples had no caption {name!r}: one of the others was drawn")
 
     def _of_all(self, own: list) -> list:
         """Return the concatenated lists of all processes."""

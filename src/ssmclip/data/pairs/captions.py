@@ -18,7 +18,7 @@ def draw_captions(count: int, among: int, generator: torch.Generator) -> list[in
 def draw_by_field(
     count: int, fields: Sequence[str], shares: Mapping[str, float], generator: torch.Generator
 ) -> list[int]:
-    """Draw `count` captions: each time a field by its share, then one of its captions, none twice while others are left.
+    """Draw `count` captions: each time a field by its share, then a caption of it, none twice while others are left.
 
     fields: the field of each caption; shares: probability of each field. Fields without a caption that is left do not
     count, and the others' probabilities are scaled up to a sum of 1.

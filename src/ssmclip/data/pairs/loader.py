@@ -177,7 +177,7 @@ def _check_combination(
 
 
 def _open_mixture(sources: Sequence[Weighted], opener: Callable[[str], Source]) -> Mixture:
-    """Open the sources whose weight is not 0. Raises ValueError that names one that is empty, and what opening raises."""
+    """Open the sources whose weight is not 0. Raises ValueError that names an empty one, and what opening raises."""
     check_weights(sources)
     total = math.fsum(each.weight for each in sources)
     parts = []
@@ -201,7 +201,9 @@ def _open_source(
     remote: Remote,
 ) -> Source:
     if shard_format.stored and (source.startswith((SYNTHETIC, STREAMED)) or is_table(source)):
-        raise ValueError(f"a teacher's stored features are read from shards alone (got {source}): set data.teacher=''")
+        raise ValueError(
+            f"a teacher's stored features are read from shards alone (got {source}): set data.stored_teacher=none"
+        )
     if source.startswith(SYNTHETIC):
         return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed, resample=resample)
     if source.startswith(STREAMED):

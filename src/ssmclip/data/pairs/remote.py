@@ -101,7 +101,7 @@ def check_reachable(shards: Sequence[str], remote: Remote) -> None:
 
 
 def open_shard(address: str, remote: Remote, *, keep: bool = True) -> io.BufferedIOBase:
-    """Return a readable stream of an address of a scheme that fsspec knows. keep: put it into the cache, if there is one.
+    """Return a readable stream of an address of a scheme that fsspec knows. keep: put it into the cache, if any.
 
     Raises what the file system raises, when it has done so as often as `remote` says; ImportError as `file_system`.
     """
