@@ -82,11 +82,11 @@ class DataConfig(Settings, group="data"):
     # How many captions are drawn, and how many views augmented, each time an image is seen; the loss is their mean.
     captions_per_image: int = bounded(1, at_least=1)
     views_per_image: int = bounded(1, at_least=1)
-    # Probability of each caption field: columns of a table; of shards, keys of the .json and suffixes such as txt. {}: the
-    # captions that are there, alike. What a sample lacks is left out, and the others' probabilities are scaled up.
+    # Probability of each caption field: columns of a table; of shards, keys of the .json and suffixes such as txt. What
+    # a sample lacks is left out, and the others' probabilities are scaled up. {}: the captions that are there, alike.
     captions: dict[str, float] = field(default_factory=dict)
-    # Texts of similar length in a batch: how many batches are filled together and then divided by length; padding beyond
-    # a batch's longest text is cut. Needs a text tower for which padding does not matter. 0: batches as they come.
+    # How many batches are filled together and then divided by the length of their texts; padding beyond a batch's
+    # longest text is cut. Needs a text tower that ignores padding, as Mamba's do. 0: batches as they come, all padding.
     length_buckets: int = bounded(0, at_least=0)
     # Features of a teacher that shards store, in DataCompDR's form, with images augmented as the teacher saw them.
     stored_teacher: Literal["none", "datacompdr"] = "none"
@@ -114,8 +114,6 @@ class DataConfig(Settings, group="data"):
             self._refuse("multi_sizes", "must be () when data.image_sizes has several")
         self._check_sources()
         self._check_captions()
-        if self.cache_gib is not None and not self.cache_dir:
-            self._refuse("cache_gib", "must be none without data.cache_dir")
 
     def _check_sources(self) -> None:
         weights = [weight for _, weight in self.sources]
@@ -130,8 +128,7 @@ class DataConfig(Settings, group="data"):
 
     def _check_captions(self) -> None:
         for name, share in self.captions.items():
-            number = isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share)
-            if not (number and share > 0):
+            if not (share > 0 and math.isfinite(share)):
                 self._refuse("captions", f"must have a probability above 0 for {name!r}")
 
     def sizes(self) -> list[ImageSize]:
@@ -239,6 +236,8 @@ class TrainConfig(Settings):
                 f"loss.view_weight must be 0 when data.views_per_image is 1 (got {self.loss.view_weight}): "
                 "it weights the loss between two views of an image"
             )
+        if self.data.cache_gib is not None and not self.data.cache_dir:
+            raise ValueError(f"data.cache_gib must be none without data.cache_dir (got {self.data.cache_gib})")
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps must be less than steps={self.steps} (got {self.schedule.warmup_steps})"

@@ -104,13 +104,14 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
     name = "multi_sizes" if config.data.multi_sizes else "image_sizes"
     for size in config.data.sizes():
         sides = (size, size) if isinstance(size, int) else size
+        pixels = " x ".join(map(str, dict.fromkeys(sides)))
         try:
             with torch.no_grad():
                 probe.encode_image(torch.zeros(1, 3, *sides))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} cannot take images of {' x '.join(map(str, dict.fromkeys(sides)))} pixels, "
-                f" one of data.{name}={getattr(config.data, name)} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
+                f"{config.model.name} cannot take images of {pixels} pixels, one of data.{name}="
+                f"{getattr(config.data, name)} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
     return model.train()
