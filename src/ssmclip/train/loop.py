@@ -22,6 +22,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
+from ssmclip.config.settings import ImageSize
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
@@ -240,7 +241,7 @@ class _Run:
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "mean")
 
-    def _open_stream(self, size: int, before: Any) -> Any:
+    def _open_stream(self, size: ImageSize, before: Any) -> Any:
         if before is not None:
             self._report_skipped(before)
             before.close()
@@ -306,7 +307,7 @@ class _Run:
         """Return the concatenated lists of all processes."""
         return gather_object(own) if self.accelerator.num_processes > 1 else own
 
-    def _validate(self, validate: Validate, size: int) -> bool:
+    def _validate(self, validate: Validate, size: ImageSize) -> bool:
         """Measure, write the rows, and return whether the named metric is the best so far."""
         improved = False
         if self.accelerator.is_main_process:

@@ -16,7 +16,7 @@ def draw_captions(count: int, among: int, generator: torch.Generator) -> list[in
 
 
 def draw_by_field(
-    count: int, fields: Sequence[str], shares: Mapping[str, float], generator: torch.Generator
+    count: int, fields: Sequence[str], shares: Mapping[str, int | float], generator: torch.Generator
 ) -> list[int]:
     """Draw `count` captions: each time a field by its share, then a caption of it, none twice while others are left.
 

@@ -78,7 +78,7 @@ def open_pairs(
     table_format: TableFormat | None = None,
     distinct: bool = False,
     resample: bool = False,
-    caption_shares: Mapping[str, float] | None = None,
+    caption_shares: Mapping[str, int | float] | None = None,
     stored_teacher: bool = False,
     sizes: Sequence[tuple[int, int]] = (),
     length_buckets: int = 0,
@@ -158,7 +158,7 @@ def _check_combination(
     distinct: bool,
     sizes: Sequence[tuple[int, int]],
     stored_teacher: bool,
-    caption_shares: Mapping[str, float],
+    caption_shares: Mapping[str, int | float],
 ) -> None:
     if resample and distinct:
         raise ValueError("distinct must be false with resample, which may draw a sample twice: leave one out")

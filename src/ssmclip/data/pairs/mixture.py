@@ -20,7 +20,7 @@ class Weighted:
     """
 
     source: str
-    weight: float
+    weight: int | float
     name: str = ""
 
     @property

@@ -120,7 +120,7 @@ class Preparation:
     views_per_image: int = 1
     cache_bytes: int = 0
     distinct: bool = False
-    caption_shares: Mapping[str, float] = field(default_factory=dict)
+    caption_shares: Mapping[str, int | float] = field(default_factory=dict)
     resample: bool = False
     sizes: Sequence[tuple[int, int]] = ()
     length_buckets: int = 0
