@@ -84,6 +84,11 @@ TEXTS ?= $(DATA)/longcaps/*/data.jsonl
 TOKENIZER ?= $(DATA)/tokenizers/20B_tokenizer.json
 # It is an error if the file has rows from different settings: remove it to start over.
 
+scan-needed: setup  ## six encoders, three seeds each, with and without a scan: an hour on two cores
+	$(BIN)/python benchmarks/scan_needed.py train
+	$(BIN)/python benchmarks/scan_needed.py evaluate --data $(DATA)
+	$(BIN)/python benchmarks/scan_needed.py compare
+
 eval26: setup  ## every data set found under DATA
 	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl
 

@@ -33,7 +33,8 @@ import ssmclip.models  # noqa: F401  registers ours with timm
 from ssmclip.ops.memory import keep_freed_memory
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
 from ssmclip.rows.condition import parse
-from ssmclip.train.build import build_accelerator, build_model, model_config
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import build_accelerator, build_model
 from ssmclip.train.ema import Ema
 from ssmclip.train.gradient import backward
 from ssmclip.train.objective import OBJECTIVES
@@ -176,7 +177,7 @@ def training_step(model_of, config, images, texts) -> Callable[[], None]:
     """One step, as the loop takes it, of the recipe with this model."""
     config = replace(config, model=model_of)
     accelerator = build_accelerator(config)
-    model = build_model(config, model_config(config))
+    model = build_model(config, blueprint(config))
     optimiser, average = build_optimiser(model, config.optimiser), Ema(model)
     loss = OBJECTIVES[config.loss.kind](captions=config.data.captions_per_image)
 

@@ -15,7 +15,8 @@ import ssmclip
 from ssmclip.config import DataConfig, LoggingConfig, ModelConfig, OptimiserConfig, ScheduleConfig, TrainConfig
 from ssmclip.models import build_preprocess, build_tokenizer, clip_config, create_clip
 from ssmclip.models.tokenizer import LanguageModelTokenizer, find_tokenizer
-from ssmclip.train.build import load_start, model_config
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.start import load_start
 
 transformers = pytest.importorskip("transformers")
 
@@ -180,9 +181,9 @@ def test_open_clip_names_what_makes_a_climp(tmp_path):
 class FourPairs:
     """A stream of the same four pairs."""
 
-    def __init__(self, config, architecture, size, rank=0, world_size=1, cursor=None):
+    def __init__(self, config, plan, size, rank=0, world_size=1, cursor=None):
         self.images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-        self.texts = build_tokenizer(architecture)(["cat", "dog", "red dog", "blue cat cat"])
+        self.texts = plan.texts()(["cat", "dog", "red dog", "blue cat cat"])
         self.skipped, self.skipped_examples, self.cursor = {}, {}, None
 
     def __next__(self):
@@ -232,7 +233,7 @@ def test_a_run_keeps_a_frozen_language_model_and_its_tokenizer(tmp_path, monkeyp
     for name, value in theirs.state_dict().items():
         assert torch.equal(trained.text.transformer.state_dict()[name], value), name
     torch.manual_seed(config.seed)
-    fresh = create_clip(model_config(config))
+    fresh = blueprint(config).create()
     for name in ("text.proj.weight", "visual.head.proj.weight", "visual.trunk.layers.0.blocks.0.op.in_proj.weight"):
         assert not torch.equal(trained.state_dict()[name], fresh.state_dict()[name]), name
 
@@ -240,7 +241,7 @@ def test_a_run_keeps_a_frozen_language_model_and_its_tokenizer(tmp_path, monkeyp
 def test_only_mamba_towers_start_from_a_language_model():
     config = TrainConfig(model=ModelConfig(name="CLIP-ViT-Nano", text_weights="somewhere"))
     with pytest.raises(ValueError, match="must be none for CLIP-ViT-Nano"):
-        load_start(create_clip("CLIP-ViT-Nano"), config, None)
+        load_start(create_clip("CLIP-ViT-Nano"), config, blueprint(config), None)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def test_what_is_not_there_is_named(folder, name, said):
 def test_columns_that_are_missing_and_settings_that_do_not_fit(folder):
     with pytest.raises(ValueError, match="has no caption column: looked for label, its columns are image, caption"):
         opened(f"hf-datasets:{folder}", table_format=TableFormat(caption_column="label"))
-    with pytest.raises(ValueError, match="cannot be resampled: set data.resample=false"):
+    with pytest.raises(ValueError, match=r"cannot be resampled: set data\.resample=false"):
         opened(f"hf-datasets:{folder}", resample=True)
 
 

@@ -12,7 +12,6 @@ import torch
 from scipy.stats import chisquare
 
 from pair_files import assert_continues, captions_of, described, numbered, opened, png, same, take, write_tar
-from ssmclip import models
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.config.places import checkout
 from ssmclip.data.pairs.captions import draw_by_field
@@ -21,7 +20,8 @@ from ssmclip.data.pairs.samples import generator_for
 from ssmclip.data.pairs.stream import text_lengths
 from ssmclip.rows import read_rows
 from ssmclip.train import train
-from ssmclip.train.build import build_model, model_config, open_stream
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import build_model, open_stream
 
 
 @pytest.fixture
@@ -322,7 +322,7 @@ def test_a_model_of_one_size_refuses_others():
         ["name=open_clip:ViT-B-32", f"changes={changes}", "image_sizes=[[0, 64]]", "multi_sizes=[[64, 64], [64, 96]]"],
     )
     with pytest.raises(ValueError, match=r"cannot take images of 64 x 96 pixels, one of data.multi_sizes=\(\(64, 64\)"):
-        build_model(config, model_config(config))
+        build_model(config, blueprint(config))
 
 
 # ---- texts of similar length
@@ -386,11 +386,11 @@ def test_features_of_a_mamba_tower_do_not_see_the_padding_that_is_cut():
         load_recipe(checkout() / "recipes" / "tiny.py"),
         ["name=CLIMP-Nano", "length_buckets=4", "batch_size=8", "image_sizes=[[0, 32]]", f"changes={changes}"],
     )
-    architecture = model_config(config)
+    plan = blueprint(config)
     torch.manual_seed(0)
-    model, tokenizer = models.create_clip(architecture).eval(), models.build_tokenizer(architecture)
+    model, tokenizer = plan.create().eval(), plan.texts()
     widths = set()
-    for batch in take(open_stream(config, architecture, 32, 0, 1), 6):
+    for batch in take(open_stream(config, plan, 32, 0, 1), 6):
         widths.add(batch.texts.shape[1])
         whole = tokenizer([_decoded(row) for row in batch.texts])
         assert whole.shape == (8, 24)
@@ -404,7 +404,7 @@ def test_features_of_a_mamba_tower_do_not_see_the_padding_that_is_cut():
 def test_a_tower_that_sees_padding_is_refused():
     config = apply_overrides(load_recipe(checkout() / "recipes" / "tiny.py"), ["length_buckets=2"])
     with pytest.raises(ValueError, match=r"data.length_buckets must be 0 for .*embeddings depend on the padding"):
-        open_stream(config, model_config(config), 32, 0, 1)
+        open_stream(config, blueprint(config), 32, 0, 1)
 
 
 def test_buckets_as_large_as_their_source_are_refused_when_distinct(lengths):

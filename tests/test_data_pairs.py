@@ -27,7 +27,8 @@ from ssmclip.data.pairs.samples import generator_for, permutation
 from ssmclip.data.pairs.shards import count_samples, find_shards, read_shard
 from ssmclip.data.pairs.tables import table_source
 from ssmclip.registry import UnknownName
-from ssmclip.train.build import model_config, open_stream
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import open_stream
 
 TRANSFORM = train_transform(16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=True)
 
@@ -880,13 +881,13 @@ def test_messages_name_the_setting_that_would_do(tmp_path):
     config = apply_overrides(TrainConfig(), [f"source={path}", "batch_size=1"])
     for setting, value in (("image_column", "url"), ("caption_column", "words"), ("encoding", "latin-1")):
         with pytest.raises(ValueError, match=f"--set data.{setting}="):
-            open_stream(config, model_config(config), 16, 0, 1)
+            open_stream(config, blueprint(config), 16, 0, 1)
         config = apply_overrides(config, [f"data.{setting}={value}"])
-    assert next(open_stream(config, model_config(config), 16, 0, 1)).keys == ["1.jpg"]
+    assert next(open_stream(config, blueprint(config), 16, 0, 1)).keys == ["1.jpg"]
     with pytest.raises(
         ValueError, match=r"a\.csv: unknown encoding: klingon; choose one that Python knows, such as utf-8"
     ):
-        open_stream(apply_overrides(config, ["encoding=klingon"]), model_config(config), 16, 0, 1)
+        open_stream(apply_overrides(config, ["encoding=klingon"]), blueprint(config), 16, 0, 1)
 
 
 def test_rows_without_picture_or_caption_are_counted(table):

@@ -33,7 +33,8 @@ from ssmclip.data.tars import index_samples, split_name
 from ssmclip.data.testsets.open import open_dataset
 from ssmclip.humans.trials import read_trials
 from ssmclip.rows import read_rows
-from ssmclip.train.build import model_config, open_stream
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import open_stream
 from ssmclip.train.progress import truncate_rows
 
 
@@ -229,9 +230,9 @@ def test_a_separator_is_a_setting_that_the_message_names(tmp_path):
     (tmp_path / "a.csv").write_text("image^caption\n1.jpg^a cat\n")
     config = apply_overrides(TrainConfig(), [f"source={tmp_path}/a.csv", "batch_size=1"])
     with pytest.raises(ValueError, match=r"its columns are image\^caption.*--set data\.separator="):
-        open_stream(config, model_config(config), 16, 0, 1)
+        open_stream(config, blueprint(config), 16, 0, 1)
     config = apply_overrides(config, ["data.separator=^"])
-    assert next(open_stream(config, model_config(config), 16, 0, 1)).keys == ["1.jpg"]
+    assert next(open_stream(config, blueprint(config), 16, 0, 1)).keys == ["1.jpg"]
     (tmp_path / "a.csv").write_text("image,id\tcaption\n1.jpg,7\ta cat\n")
     for tab in ("tab", r"\t", "\t"):
         assert pairs_of(tmp_path / "a.csv", separator=tab, image_column="image,id") == [("1.jpg,7", ["a cat"])]

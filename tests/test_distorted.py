@@ -190,7 +190,7 @@ def test_tables_are_asked_for_where_they_are_needed(caplog):
 
 
 def test_the_command_writes_the_curves_and_the_comparison(tmp_path, tiny_clip, monkeypatch, capsys):
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: tiny_clip)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: tiny_clip)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     words = (

@@ -122,7 +122,7 @@ def test_every_command_is_in_the_table_of_questions():
 
 
 def test_the_commands_of_the_documents_are_understood():
-    lines = re.findall(r"^ssmclip (.*)$", EVERYWHERE, re.MULTILINE)
+    lines = re.findall(r"^ssmclip (.*)$", re.sub(r"\\\n\s*", "", EVERYWHERE), re.MULTILINE)
     assert len(lines) > 15
     for line in lines:
         args = build_parser().parse_args(shlex.split(line))

@@ -359,8 +359,8 @@ def test_a_subset_is_drawn_by_chance_and_marked(world):
 
 
 def test_validation_rows_carry_no_pictures(world):
-    validate = training_validation(["levels", "captions"], "", model_name="seer", max_images=None)
-    rows = validate(Seer(), see, read, 300)
+    validate = training_validation(["levels", "captions"], "", max_images=None)
+    rows = validate(Model(Seer(), see, read, "seer"), 300)
     assert {row.condition for row in rows} == {""}  # the loop writes the step
     assert [(row.metric, row.value) for row in rows if row.metric == "top1"] == [("top1", 0.75)]
     assert rows[0].extra == {"title": "Grey levels", "kind": "classification", "chance": pytest.approx(1 / 6)}
@@ -380,7 +380,7 @@ def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, ca
         loads.append((name, device, image_size))
         return Seer(), see, read
 
-    monkeypatch.setattr("ssmclip.evaluate.models.load", load, raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", load, raising=False)
     out = tmp_path / "new" / "rows.jsonl"
     words = [
         "--model",
@@ -407,7 +407,7 @@ def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, ca
 
 
 def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
     out = str(tmp_path / "rows.jsonl")
     with pytest.raises(UnknownName, match="known: captions, levels"):
         command.run(parse("--model", "A", "--tasks", "colours", "--out", out))
@@ -430,7 +430,7 @@ def test_command_complains_before_it_computes(world, tmp_path, monkeypatch):
     "option", ["batch-size 0", "workers -1", "max-images 0", "max-images -5", "examples -3", "truncate -3"]
 )
 def test_numbers_too_small_are_told_before_a_model_is_loaded(world, tmp_path, monkeypatch, option):
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: pytest.fail("loaded a model"), raising=False)
     name, value = option.split()
     with pytest.raises(ValueError, match=f"^{name.replace('-', '_')} must be at least [01] .got {value}.$"):
         command.run(parse("--model", "A", "--tasks", "levels", "--out", str(tmp_path / "rows"), f"--{name}", value))
@@ -438,7 +438,7 @@ def test_numbers_too_small_are_told_before_a_model_is_loaded(world, tmp_path, mo
 
 def test_rows_of_the_file_stay_until_they_are_measured_anew(world, tmp_path, monkeypatch):
     out = tmp_path / "rows.jsonl"
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: (Seer(), see, read), raising=False)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: (Seer(), see, read), raising=False)
     command.run(parse("--model", "A,B", "--tasks", "levels,captions", "--out", str(out)))
     _, whole = read_rows(out)
     world["captions"].broken |= set(range(6))  # as a kill after the first data set

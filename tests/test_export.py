@@ -16,10 +16,12 @@ FIELDS = {
         STAGE | dict(d_state=16, gated=True, conv_bias=True, mlp_ratio=0.0, patch_embed="v1", downsample="v1"),
     ),
     "vmamba, gated_conv": ("vmamba", STAGE | dict(mixer="gated_conv", conv_norm="batch")),
+    "vmamba, two directions": ("vmamba", STAGE | dict(directions=2)),
     "simba": ("simba", STAGE | dict(mlp_ratios=(2,), stem_dim=4, d_state=4)),
     "simba, einfft": ("simba", STAGE | dict(mlp_ratios=(2,), stem_dim=4, d_state=4, channel_mixer="einfft")),
     "mambaout": ("mambaout_femto_linear_head", dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))),
     "vit": ("vit_nano_patch16", dict(depth=1)),
+    "vit, causal": ("vit_nano_patch16", dict(depth=2, embed_dim=48, mixing="causal", readout="last")),
 }
 SIZE = (48, 80)  # of maps: 12 x 20 positions, the ViT's 3 x 5
 

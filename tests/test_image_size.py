@@ -70,9 +70,12 @@ def test_mambaout_takes_every_size(size):
     torch.testing.assert_close(model(image), model.head.norm(maps.mean((1, 2))))
 
 
+SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
 class SmallViT(VisionTransformer):
     def __init__(self, **settings):
-        super().__init__(**{**settings, "depth": 1, "embed_dim": 24, "num_heads": 2})
+        super().__init__(**{**settings, **SMALL})
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -80,13 +83,13 @@ class SmallViT(VisionTransformer):
 @torch.no_grad()
 def test_positions_are_resampled_as_timm_does(tiny_config, tmp_path, name, size, monkeypatch):
     """Against timm's own model of that size. An image is filled up to whole patches, or loses what is left over."""
-    for module in (timm.models.vision_transformer, ssmclip.models.networks.vit):
-        monkeypatch.setattr(module, "VisionTransformer", SmallViT)
-    tiny_config["model_cfg"]["vision_cfg"] |= {"timm_model_name": name, "image_size": 224}
+    monkeypatch.setattr(timm.models.vision_transformer, "VisionTransformer", SmallViT)
+    filled = name == "vit_nano_patch16"
+    small_name = name_with_fields(name, SMALL) if filled else name
+    tiny_config["model_cfg"]["vision_cfg"] |= {"timm_model_name": small_name, "image_size": 224}
     small = perturbed(create_clip(tiny_config))
     ssmclip.save_model(small, tiny_config, tmp_path)
     state = small.visual.trunk.state_dict()
-    filled = name == "vit_nano_patch16"
     grid = [-(-side // 16) if filled else side // 16 for side in size]
     theirs = SmallViT(
         img_size=[16 * side for side in grid], num_classes=0, global_pool="avg" if filled else "token"

@@ -45,11 +45,29 @@ def weights_of_text() -> dict:
     return build_clip_text(fields).state_dict()
 
 
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def lite_state(name: str) -> dict:
+    """The weights of timm's EfficientNet-Lite under the names of its first port, which has them in the same order."""
+    weights = weights_of_encoder(name)
+    blocks = len({tuple(key.split(".")[:3]) for key in weights if key.startswith("blocks.")})
+    names = ["_conv_stem.weight", *(f"_bn0.{part}" for part in NORM)]
+    for block in range(blocks):
+        parts = ["_expand_conv.weight", *(f"_bn0.{part}" for part in NORM)] if block else []
+        parts += ["_depthwise_conv.weight", *(f"_bn1.{part}" for part in NORM)]
+        parts += ["_project_conv.weight", *(f"_bn2.{part}" for part in NORM)]
+        names += [f"_blocks.{block}.{part}" for part in parts]
+    names += ["_conv_head.weight", *(f"_bn1.{part}" for part in NORM), "_fc.weight", "_fc.bias"]
+    return dict(zip(names, weights.values(), strict=True))
+
+
 EXAMPLES = {
     "clip": lambda: weights_of_clip("CLIP-VMamba-Nano"),
     "clip_mamba": weights_of_clip_mamba,
     "clip_text": weights_of_text,
     "climp": weights_of_climp,
+    "efficientnet_lite": lambda: lite_state("tf_efficientnet_lite0"),
     "language_model": lambda: LanguageModel(
         read_config(dict(vocab_size=9, hidden_size=24, num_hidden_layers=1))
     ).state_dict(),
@@ -179,3 +197,24 @@ def test_a_hint_goes_before_a_configuration(tiny_config, tmp_path):
     assert (config["quick_gelu"], config["vision_cfg"]["image_size"]) == (True, 64)
     with pytest.raises(TypeError, match="heads"):
         ssmclip.load_published(tmp_path, heads=3)
+
+
+@pytest.mark.parametrize("size", range(5))
+def test_the_first_port_of_efficientnet_lite_is_timms_in_other_names(size):
+    name = f"tf_efficientnet_lite{size}"
+    state = lite_state(name)
+    read = read_published(state)
+    assert read.config == {"architecture": name, "model_args": {"num_classes": 1000}}
+    assert list(read.weights) == list(weights_of_encoder(name))
+    assert all(read.weights[ours] is value for ours, value in zip(read.weights, state.values(), strict=True))
+
+
+def test_an_efficientnet_lite_of_other_widths_is_refused():
+    state = lite_state("tf_efficientnet_lite0")
+    state["_blocks.3._project_conv.weight"] = torch.empty(9, 144, 1, 1, device="meta")
+    with pytest.raises(
+        CheckpointError, match=r"shapes that match no architecture .*has 16 blocks of widths 16, 24, 24, 9"
+    ):
+        read_published(state)
+    with pytest.raises(CheckpointError, match=r"_squeeze\.weight belongs to no layer of EfficientNet-Lite"):
+        read_published(lite_state("tf_efficientnet_lite0") | {"_squeeze.weight": torch.zeros(1)})

@@ -66,6 +66,34 @@ def test_products_are_those_of_pytorchs_counter(name):
     assert 2 * (ours.matmul - shifted - projected) == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("readout", ["mean", "first", "last"])
+@torch.no_grad()
+def test_causal_attention_is_half_of_what_pytorchs_counter_counts(readout):
+    """PyTorch's counts all pairs of tokens, whatever it is told of a mask."""
+    fields = dict(img_size=64, embed_dim=48, depth=2, readout=readout)
+    full, causal = (timm.create_model("vit_nano_patch16", mixing=mixing, **fields) for mixing in ("full", "causal"))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        causal.eval()(torch.randn(1, 3, 64, 64))
+    ours, all_pairs = count_macs(causal, 64).image, count_macs(full, 64).image
+    assert ours.attention == 2 * 48 * (16 + 1) ** 2
+    assert 2 * (ours.matmul + ours.attention) == counter.get_total_flops() == 2 * all_pairs.matmul
+    assert (ours.linear, ours.conv, ours.norm) == (all_pairs.linear, all_pairs.conv, all_pairs.norm)
+    causal.blocks[0].attn.fused_attn = False
+    assert count_macs(causal, 64).image == ours
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in causal.modules())
+
+
+def test_a_causal_vit_b_by_the_formulas():
+    """L = 197, D = 768: (24 D^2 L + 4 D L^2) / 2 for each of 12 blocks, causal 2 D L^2; patches 3 * 16^2 D N."""
+    blocks, patches, head = 12 * (12 * 768**2 * 197 + 2 * 768 * 197**2), 768 * 196 * 768, 768 * 1000
+    full, causal = (count_macs(f'vit_base_patch16.mixing="{mixing}"').image for mixing in ("full", "causal"))
+    assert (blocks + patches) / 1e9 == pytest.approx(17.56, abs=0.01)
+    assert full.matmul == blocks + patches + head
+    assert full.matmul - causal.matmul == 12 * 2 * 768 * 197**2 // 2
+    assert causal.matmul == transformer_macs(768, 12, 197, causal=True) + patches + head
+    assert full == count_macs("deit_base_patch16_224").image
+
+
 @torch.no_grad()
 def test_text_towers_are_counted_at_their_length(tiny_clip):
     model, _, tokenizer = tiny_clip
@@ -140,25 +168,26 @@ def test_a_block_of_mamba_2_by_hand():
     assert parts == {"linear": linear, "conv": length * mixed * taps, "attention": 0, "scan": scan, "norm": 0}
 
 
-def test_a_cross_scan_by_hand():
+@pytest.mark.parametrize("directions", [4, 2, 1])
+def test_a_cross_scan_by_hand(directions):
     dim, inner, state, height, width = 16, 32, 2, 5, 7
     rank = 1
 
     class Map(nn.Module):
         def __init__(self):
             super().__init__()
-            self.op = SS2D(dim, d_state=state)
+            self.op = SS2D(dim, d_state=state, directions=directions)
 
         def forward(self, images):
             return self.op(images.new_empty(1, height, width, dim))
 
     parts, places = count_macs(Map(), 8).parts, height * width
-    linear = places * (2 * dim * inner + 4 * inner * (rank + 2 * state) + 4 * rank * inner)
+    linear = places * (2 * dim * inner + directions * inner * (rank + 2 * state) + directions * rank * inner)
     assert parts == {
         "linear": linear,
         "conv": places * inner * 9,
         "attention": 0,
-        "scan": 4 * places * inner * (9 * state + 1),
+        "scan": directions * places * inner * (9 * state + 1),
         "norm": 5 * places * inner,
     }
 
@@ -216,6 +245,10 @@ def test_mambaouts_criterion():
         (tower,) = sequence_criterion(name, 56 * patch)
         assert (tower["threshold"], round(tower["side"])) == (threshold, side)
         assert tower["ratio"] == pytest.approx(56 * 56 / threshold)
+    (tower,) = sequence_criterion('vit_base_patch16.mixing="causal"', 896)
+    assert (tower["causal"], tower["threshold"], round(tower["side"])) == (True, 9216, 1536)  # 96 x 96 patches
+    assert tower["ratio"] == pytest.approx(56 * 56 / 9216)
+    assert [one["threshold"] for one in sequence_criterion("vit_base_patch16", 896)] == [4608]
     image, text = sequence_criterion("CLIP-ViT-B-16", 896)
     assert (image["ratio"], text["threshold"], text["causal"]) == (pytest.approx(0.6806, abs=1e-4), 6144, True)
     assert sequence_criterion("open_clip:ViT-L-14", 224)[0]["threshold"] == 6144

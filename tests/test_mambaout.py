@@ -4,9 +4,10 @@ import open_clip
 import pytest
 import timm
 import torch
+from timm.models.mambaout import MambaOut
 from torch.nn import functional as F
 
-from ssmclip.models import create_clip, list_clips
+from ssmclip.models import clip_config, create_clip, list_clips
 from ssmclip.models.networks import mambaout
 
 TINY_FIELDS = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1))
@@ -25,8 +26,8 @@ def parameters(module):
 
 
 def test_every_size_has_a_clip():
-    assert {f"mambaout_{size}" for size in mambaout.SIZES} == set(CLIPS.values())
-    assert {name for name in list_clips() if "MambaOut" in name} == set(CLIPS)
+    assert {f"mambaout_{size}" for size, fields in mambaout.SIZES.items() if not fields} == set(CLIPS.values())
+    assert {name for name in list_clips() if "MambaOut" in name} == {*CLIPS, "CLIP-MambaOut-Nano"}
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -92,6 +93,41 @@ def test_pretrained_weights_are_timms(tmp_path):
     for key, value in ours.state_dict().items():
         if not key.startswith("head.fc"):
             torch.testing.assert_close(value, original.state_dict()[key])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (75, 49)])
+@torch.no_grad()
+def test_nano_is_timms_network_with_other_fields(size):
+    torch.manual_seed(0)
+    ours = timm.create_model("mambaout_nano_linear_head", num_classes=0).eval()
+    theirs = MambaOut(depths=(1, 1, 6, 1), dims=(40, 80, 160, 336)).eval()
+    for p in theirs.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    kept = {key: value for key, value in theirs.state_dict().items() if not key.startswith(("head.pre", "head.fc"))}
+    ours.load_state_dict(kept)
+    image = torch.randn(2, 3, *size)
+    pooled = theirs.forward_features(image).mean(dim=(1, 2))
+    normed = F.layer_norm(pooled, pooled.shape[1:], theirs.head.norm.weight, theirs.head.norm.bias, 1e-6)
+    torch.testing.assert_close(ours(image), normed)
+    assert theirs.forward_features(image).shape[1:3] == tuple(-(-side // 32) for side in size)
+
+
+def test_nano_knows_nothing_of_timms_weights():
+    model = timm.create_model("mambaout_nano_linear_head")
+    assert (model.pretrained_cfg["architecture"], model.pretrained_cfg.get("hf_hub_id")) == (
+        "mambaout_nano_linear_head",
+        None,
+    )
+    for more in ({}, {"features_only": True}):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist for mambaout_nano_linear_head"):
+            timm.create_model("mambaout_nano_linear_head", pretrained=True, **more)
+
+
+def test_the_small_clips_differ_in_the_image_tower_alone():
+    configs = [clip_config(f"CLIP-{name}-Nano") for name in ("VMamba", "MambaOut", "ViT")]
+    names = [config["model_cfg"]["vision_cfg"].pop("timm_model_name") for config in configs]
+    assert names == ["vmamba_nano", "mambaout_nano_linear_head", "vit_nano_patch16"]
+    assert configs[0] == configs[1] == configs[2]
 
 
 def test_vit_l_has_the_papers_size():

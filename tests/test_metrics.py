@@ -3,13 +3,40 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, top_k_accuracy_score
+from scipy.special import softmax
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    log_loss,
+    roc_auc_score,
+    top_k_accuracy_score,
+)
 
-from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval, first_relevant_ranks, metric, recall_at_k
+from ssmclip.evaluate.statistics.metrics import (
+    METRICS,
+    average_precision,
+    bootstrap_interval,
+    first_relevant_ranks,
+    metric,
+    recall_at_k,
+)
 
 
 def top_k(target, scores, w, k: int) -> float:
     return top_k_accuracy_score(target, scores, k=k, labels=range(scores.shape[1]), sample_weight=w)
+
+
+def calibration_error(target, probability, w) -> float:
+    """Guo et al. 2017, equation 3, bin by bin."""
+    w = np.ones(len(target)) if w is None else w
+    confidence, right = probability.max(1), probability.argmax(1) == target
+    total = 0.0
+    for m in range(15):
+        inside = (confidence > m / 15) & (confidence <= (m + 1) / 15) & (w > 0)
+        if inside.any():
+            accuracy, sure = (np.average(x[inside], weights=w[inside]) for x in (right, confidence))
+            total += w[inside].sum() / w.sum() * abs(accuracy - sure)
+    return total
 
 
 SKLEARN = {
@@ -17,6 +44,8 @@ SKLEARN = {
     "top5": lambda target, scores, w: top_k(target, scores, w, 5),
     "mean_top1_top5": lambda target, scores, w: (top_k(target, scores, w, 1) + top_k(target, scores, w, 5)) / 2,
     "mean_per_class": lambda target, scores, w: balanced_accuracy_score(target, scores.argmax(1), sample_weight=w),
+    "nll": lambda target, scores, w: log_loss(target, softmax(scores, axis=1), sample_weight=w),
+    "ece": lambda target, scores, w: calibration_error(target, softmax(scores, axis=1), w),
     "roc_auc": lambda target, scores, w: roc_auc_score(target, scores[:, 1] - scores[:, 0], sample_weight=w),
 }
 
@@ -44,6 +73,15 @@ def test_metric_equals_scikit_learn_also_when_weighted(name):
     assert function(*tensors).item() == pytest.approx(SKLEARN[name](target, scores, None), abs=1e-12)
     expected = [SKLEARN[name](target, scores, w) for w in weights]
     torch.testing.assert_close(function(*tensors, torch.from_numpy(weights)).tolist(), expected)
+
+
+def test_average_precision_equals_scikit_learns_also_when_weighted():
+    scores, target, weights = problem(2)
+    score, positive = scores[:, 0].round(1), target == 0  # ties
+    tensors = torch.from_numpy(score), torch.from_numpy(positive)
+    assert average_precision(*tensors).item() == pytest.approx(average_precision_score(positive, score), abs=1e-12)
+    expected = [average_precision_score(positive, score, sample_weight=w) for w in weights]
+    torch.testing.assert_close(average_precision(*tensors, torch.from_numpy(weights)).tolist(), expected)
 
 
 def test_of_equal_scores_the_first_class_is_the_answer():

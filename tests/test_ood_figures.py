@@ -7,7 +7,7 @@ import pytest
 from matplotlib.colors import same_color
 from PIL import Image
 
-from ssmclip.evaluate.pictures import thumbnail
+from ssmclip.data.images import thumbnail
 from ssmclip.report import FIGURES, drawings, read_store, write_report
 from ssmclip.report.figures import humans as ood_figures
 from ssmclip.report.style import INK, styles

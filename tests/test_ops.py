@@ -378,22 +378,23 @@ SQUARES = [(1, 1), (3, 5), (7, 4), (1, 6), (5, 1)]
 CHARTS = [(1, 1, 8, 1), (3, 5, 24, 1), (7, 4, 10, 16), (1, 40, 16, 4), (9, 8, 8, 1), (14, 9, 200, 1)]
 
 
-def sequences_by_hand(x):
-    """(batch, channels, height, width) -> (batch, 4, channels, length), one position at a time."""
+def sequences_by_hand(x, directions=4):
+    """(batch, channels, height, width) -> (batch, directions, channels, length), one position at a time."""
     _, _, height, width = x.shape
     rows = [(i, j) for i in range(height) for j in range(width)]
     columns = [(i, j) for j in range(width) for i in range(height)]
-    orders = rows, columns, rows[::-1], columns[::-1]
+    orders = {4: (rows, columns, rows[::-1], columns[::-1]), 2: (rows, rows[::-1]), 1: (rows,)}[directions]
     return torch.stack([torch.stack([x[:, :, i, j] for i, j in order], -1) for order in orders], 1)
 
 
 @pytest.mark.parametrize(("height", "width"), SQUARES)
-def test_cross_scan_reads_four_orders_and_merge_is_its_transpose(height, width):
+@pytest.mark.parametrize("directions", [4, 2, 1])
+def test_cross_scan_reads_its_orders_and_merge_is_its_transpose(height, width, directions):
     x = torch.randn(2, 3, height, width, dtype=torch.float64)
-    assert torch.equal(cross_scan(x), sequences_by_hand(x))
-    y = torch.randn(2, 4, 3, height * width, dtype=torch.float64)
+    assert torch.equal(cross_scan(x, directions), sequences_by_hand(x, directions))
+    y = torch.randn(2, directions, 3, height * width, dtype=torch.float64)
     # <scan x, y> = <x, merge y>
-    assert torch.allclose((cross_scan(x) * y).sum(), (x * cross_merge(y, height, width)).sum(), rtol=1e-12)
+    assert torch.allclose((cross_scan(x, directions) * y).sum(), (x * cross_merge(y, height, width)).sum(), rtol=1e-12)
 
 
 def test_cross_scan_and_merge_equal_the_original_code(shared):
@@ -404,7 +405,7 @@ def test_cross_scan_and_merge_equal_the_original_code(shared):
     assert error(merged.flatten(2), fixtures["cross_merge"]["output_bcl"]) < 1e-14
 
 
-def map_inputs(batch, height, width, dim, states, optional=("D", "delta_bias")):
+def map_inputs(batch, height, width, dim, states, optional=("D", "delta_bias"), directions=4):
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
@@ -412,12 +413,12 @@ def map_inputs(batch, height, width, dim, states, optional=("D", "delta_bias")):
 
     inputs = {
         "x": draw(batch, height, width, dim),
-        "delta": draw(batch, 4, height, width, dim) - 1,
-        "A": -torch.exp(draw(4, dim, states)),
-        "B": draw(batch, 4, height, width, states),
-        "C": draw(batch, 4, height, width, states),
-        "D": draw(4, dim),
-        "delta_bias": draw(4, dim),
+        "delta": draw(batch, directions, height, width, dim) - 1,
+        "A": -torch.exp(draw(directions, dim, states)),
+        "B": draw(batch, directions, height, width, states),
+        "C": draw(batch, directions, height, width, states),
+        "D": draw(directions, dim),
+        "delta_bias": draw(directions, dim),
     }
     return {k: v for k, v in inputs.items() if k in optional or k not in ("D", "delta_bias")}
 
@@ -425,18 +426,18 @@ def map_inputs(batch, height, width, dim, states, optional=("D", "delta_bias")):
 def low_rank(inputs, rank):
     """The same maps with a delta of so many numbers for each position, and its matrices."""
     generator = torch.Generator().manual_seed(2)
-    batch, _, height, width, dim = inputs["delta"].shape
-    delta = torch.randn(batch, 4, height, width, rank, generator=generator, dtype=torch.float64)
-    return inputs | {"delta": delta, "delta_weight": torch.randn(4, dim, rank, generator=generator).double() / rank}
+    batch, k, height, width, dim = inputs["delta"].shape
+    delta = torch.randn(batch, k, height, width, rank, generator=generator, dtype=torch.float64)
+    return inputs | {"delta": delta, "delta_weight": torch.randn(k, dim, rank, generator=generator).double() / rank}
 
 
 def map_truth(x, delta, A, B, C, D=None, delta_bias=None, delta_weight=None):
-    """The four sequences and `truth` on each."""
+    """The sequences, as many as A has directions, and `truth` on each."""
     total = 0
     if delta_weight is not None:
         delta = torch.einsum("bkhwr,kdr->bkhwd", delta, delta_weight)
     positions = torch.arange(x.shape[1] * x.shape[2]).view(1, 1, *x.shape[1:3])
-    orders = sequences_by_hand(positions)[0, :, 0]
+    orders = sequences_by_hand(positions, len(A))[0, :, 0]
     for k, order in enumerate(orders):
         u, d = (t.flatten(1, 2)[:, order].transpose(1, 2) for t in (x, delta[:, k]))
         b, c = (t[:, k].flatten(1, 2)[:, order].transpose(1, 2)[:, None] for t in (B, C))
@@ -460,6 +461,36 @@ def test_map_scan_equals_four_loops(backend, height, width, dim, states, dtype):
         grads = torch.autograd.grad(got, given.values(), upstream.to(dtype))
         errors = [error(g, w) for g, w in zip((got, *grads), (wanted, *wanted_grads), strict=True)]
         assert max(errors) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", CROSS)
+@pytest.mark.parametrize("directions", [2, 1])
+@pytest.mark.parametrize(("height", "width", "dim", "states"), [(1, 1, 8, 1), (5, 3, 10, 4), (9, 8, 24, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fewer_directions_are_as_many_loops(backend, directions, height, width, dim, states, dtype):
+    whole = map_inputs(2, height, width, dim, states, directions=directions)
+    for inputs in (whole, low_rank(whole, 3)):
+        exact, given = as_leaves(inputs), as_leaves(inputs, dtype)
+        wanted, got = map_truth(**exact), cross_selective_scan(**given, backend=backend)
+        upstream = torch.sin(torch.arange(wanted.numel(), dtype=torch.float64)).view(wanted.shape)
+        wanted_grads = torch.autograd.grad(wanted, exact.values(), upstream)
+        grads = torch.autograd.grad(got, given.values(), upstream.to(dtype))
+        errors = [error(g, w) for g, w in zip((got, *grads), (wanted, *wanted_grads), strict=True)]
+        assert max(errors) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", CROSS)
+@pytest.mark.parametrize("directions", [2, 1])
+def test_fewer_directions_are_the_four_with_the_others_silent(backend, directions):
+    """A direction whose C and D are zero adds nothing: all four scan, and only those of the rows are heard."""
+    four = map_inputs(2, 5, 6, 16, 2)
+    heard = [0, 2][:directions]
+    silent = [k for k in range(4) if k not in heard]
+    for name, axis in (("C", 1), ("D", 0)):
+        four[name] = four[name].index_fill(axis, torch.tensor(silent), 0.0)
+    few = {k: v[:, heard] if k in ("delta", "B", "C") else v if k == "x" else v[heard] for k, v in four.items()}
+    wanted = cross_selective_scan(**four, backend=backend)
+    assert error(cross_selective_scan(**few, backend=backend), wanted) < 1e-14
 
 
 @pytest.mark.parametrize("backend", CROSS)
@@ -492,8 +523,9 @@ def test_a_map_of_one_column_may_have_any_strides(backend):
     assert max(error(g, w) for g, w in zip(grads, wanted_grads, strict=True)) < 1e-12
 
 
-def test_map_scan_has_second_derivatives():
-    leaves = as_leaves(map_inputs(1, 2, 3, 2, 2))
+@pytest.mark.parametrize("directions", [4, 2, 1])
+def test_map_scan_has_second_derivatives(directions):
+    leaves = as_leaves(map_inputs(1, 2, 3, 2, 2, directions=directions))
     assert torch.autograd.gradcheck(cross_selective_scan, tuple(leaves.values()))
     assert torch.autograd.gradgradcheck(cross_selective_scan, tuple(leaves.values()))
 
@@ -704,6 +736,8 @@ def test_operators_keep_pytorchs_rules():
     torch.library.opcheck(torch.ops.ssmclip.cross_selective_scan.default, (*maps.values(), None, True, True))
     maps = as_leaves(low_rank(map_inputs(2, 3, 4, 8, 1), 2), torch.float32)
     torch.library.opcheck(torch.ops.ssmclip.cross_selective_scan.default, (*maps.values(), True, True))
+    maps = as_leaves(low_rank(map_inputs(2, 3, 4, 8, 1, directions=1), 2), torch.float32)
+    torch.library.opcheck(torch.ops.ssmclip.cross_selective_scan.default, (*maps.values(), True, True))
 
 
 # ---- choice and errors
@@ -789,6 +823,19 @@ def test_a_map_of_nothing_gives_nothing(backend, shape):
     assert y.shape == (*shape, 8)
     grads = torch.autograd.grad(y.sum(), leaves.values(), allow_unused=True)
     assert all(g is None or not g.any() for g in grads)
+
+
+def test_other_numbers_of_directions_are_an_error():
+    says = r"directions must be 4, 2, 1 \(got 3\)"
+    with pytest.raises(ValueError, match=says):
+        cross_scan(torch.zeros(1, 1, 2, 2), 3)
+    with pytest.raises(ValueError, match=says):
+        cross_merge(torch.zeros(1, 3, 1, 4), 2, 2)
+    with pytest.raises(ValueError, match=says):
+        cross_selective_scan(**map_inputs(1, 2, 3, 4, 1, directions=3))
+    two = map_inputs(1, 2, 3, 4, 1, directions=2) | {"D": torch.zeros(4, 4, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"D must have shape \(2, 4\)"):
+        getattr(cross_selective_scan, "__wrapped__", cross_selective_scan)(**two)
 
 
 def test_merging_the_wrong_size_is_an_error():

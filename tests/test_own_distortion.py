@@ -93,7 +93,7 @@ def test_the_command_distorts_a_folder_with_it(file, tmp_path, corruptions):
 
 
 def test_the_command_evaluates_models_on_it(file, tmp_path, tiny_clip, monkeypatch, corruptions):
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: tiny_clip)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: tiny_clip)
     out = tmp_path / "rows.jsonl"
     names = f"{file}:weather/dusk,imagenet-c/fog,rotation"
     words = ["--model", "a=x,b=y", "--tasks", "distorted:digits", "--distortions", names, "--cache", "none"]
@@ -123,7 +123,7 @@ def test_the_command_evaluates_models_on_it(file, tmp_path, tiny_clip, monkeypat
 
 
 def test_embeddings_of_a_distortion_are_not_those_of_its_earlier_code(file, tmp_path, tiny_clip, monkeypatch):
-    monkeypatch.setattr("ssmclip.evaluate.models.load", lambda *a, **k: tiny_clip)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", lambda *a, **k: tiny_clip)
     for place, picture in enumerate(pictures(6)):
         path = tmp_path / "own" / ("cat", "dog")[place % 2] / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,6 +130,8 @@ VMAMBAS = [
     dict(dt_rank=3, patch_embed="v1", depths=(2, 1, 1), dims=(10, 26, 34)),
     dict(mixer="gated_conv", gated=True, conv_norm="batch", conv_act=True, ssm_ratio=2.3, depths=(1, 2), dims=(14, 22)),
     dict(dims=(48, 96, 192, 384), depths=(1, 1, 11, 1), ssm_ratio=1.0),
+    dict(directions=2, d_state=3, gated=True),
+    dict(directions=1),
 ]
 SIMBAS = [
     {},

@@ -8,9 +8,11 @@ import pytest
 
 from ssmclip.__main__ import main
 from ssmclip.config import AugmentConfig, EmaConfig, from_dict, load_recipe, to_dict
-from ssmclip.models import clip_config
+from ssmclip.models.names import source
 from ssmclip.rows import read_rows
-from ssmclip.train.optimiser import lr_schedule
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import build_transform
+from ssmclip.train.schedule import lr_schedule
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 
@@ -20,7 +22,7 @@ def test_recipe_is_whole(path):
     config = load_recipe(path)
     assert from_dict(to_dict(config)) == config
     assert f"ssmclip train recipes/{path.name}" in _docstring(path) or path.stem == "yfcc15m"
-    clip_config(config.model.name)
+    source(config.model.name)
     assert bool(config.validation.every) == bool(config.validation.tasks)
 
 
@@ -52,3 +54,33 @@ def test_tiny_learns_from_the_command_line(tmp_path, monkeypatch):
     rows = read_rows(tmp_path / "runs" / "tiny" / "rows.jsonl")[1]
     losses = [r.value for r in rows if r.metric == "loss"]
     assert losses[-1] < math.log(32) - 0.3
+
+
+def test_mambaouts_recipe_is_the_papers_field_by_field():
+    config = load_recipe(next(p for p in RECIPES if p.stem == "imagenet_mambaout_tiny"))
+    assert (config.batch_size, config.steps, config.loss.micro_batch) == (4096, 310 * 312, 128)
+    rates = lr_schedule(config.steps, config.schedule, config.optimiser.lr)[::312]
+    expected = {0: 1e-6, 1: 2.0095e-4, 20: 3.9564e-3, 150: 2.005e-3, 299: 1.011e-5, 305: 1e-5}
+    assert {epoch: rates[epoch] for epoch in expected} == pytest.approx(expected, rel=1e-4)
+    transform = build_transform(config, blueprint(config, ("a", "b")), 224)._transform
+    shown = str(transform)
+    for part in (
+        "scale=(0.08, 1.0)",
+        "RandAugment(n=2",
+        "m=9",
+        "mstd=0.5",
+        "p=0.5",
+        "RandomErasing(p=0.25, mode=pixel",
+    ):
+        assert part in shown, shown
+    rates = {p.stem: load_recipe(p).model.drop_path_rate for p in RECIPES if p.stem.startswith("imagenet_mambaout")}
+    sizes = {"femto": 0.025, "kobe": 0.025, "tiny": 0.2, "small": 0.4, "base": 0.6}
+    assert rates == {f"imagenet_mambaout_{size}": rate for size, rate in sizes.items()}
+
+
+def test_vmambas_rate_warms_up_before_its_cosine():
+    config = load_recipe(next(p for p in RECIPES if p.stem == "imagenet_vmamba_tiny"))
+    rates = lr_schedule(config.steps, config.schedule, config.optimiser.lr)
+    warm, rest = 20 * 1251, 280 * 1251
+    assert rates[warm] == pytest.approx(1e-3)
+    assert rates[warm + rest // 2] == pytest.approx((1e-3 + 1e-5) / 2, rel=1e-3)

@@ -226,10 +226,10 @@ class Page(HTMLParser):
 
 
 def test_every_figure_draws_what_the_rows_say(drawn):
-    # People's trials, memory at one size, and the table of 26 data sets need rows of their own: test_ood_figures.py,
-    # test_efficiency.py, and below.
+    # People's trials, memory at one size, what a model looks at, and the table of 26 data sets need rows of their own:
+    # test_ood_figures.py, test_efficiency.py, test_saliency.py, and below.
     elsewhere = {name for name, cls in FIGURES.items() if cls.__module__ == "ssmclip.report.figures.humans"}
-    elsewhere |= {"accuracy_per_parameter", "memory"}
+    elsewhere |= {"accuracy_per_parameter", "memory", "saliency"}
     assert {name for name, found in drawn.items() if found} == set(FIGURES) - elsewhere
     for found in drawn.values():
         for one in found:

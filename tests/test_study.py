@@ -134,7 +134,7 @@ def test_each_model_is_opened_once_and_alone(vit, monkeypatch):
         opened.append(name)
         return parts(vit)
 
-    monkeypatch.setattr("ssmclip.evaluate.models.load", load)
+    monkeypatch.setattr("ssmclip.evaluate.models.find", load)
     sets = [Task(Patches()), Task(Patches(name="others"))]
     rows = Study({"A": "first", "B": "second"}, sets, FEW).rows()
     assert opened == ["first", "second"]
@@ -159,4 +159,4 @@ def test_rows_are_kept_when_a_later_task_fails(vit, tmp_path):
 def test_names_and_distorted_names_open_the_same_test_set():
     plain, distorted = open_tasks(["digits", "distorted:digits"], "", how=choose(["rotation"]))
     assert distorted.task is plain
-    assert (plain.name, plain.judge, distorted.name) == ("digits", "zero-shot", "distorted:digits")
+    assert (plain.name, plain.judge, distorted.name) == ("digits", "", "distorted:digits")

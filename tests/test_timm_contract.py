@@ -21,11 +21,17 @@ MAPS = {
     "vmamba, first version": ("vmamba", STAGES | FIRST_VERSION),
     "vmamba, batch norm": ("vmamba", STAGES | dict(conv_norm="batch", conv_act=True)),
     "vmamba, gated_conv": ("vmamba", STAGES | dict(mixer="gated_conv", patch_embed="v1", conv_norm="batch")),
+    "vmamba, one direction": ("vmamba", STAGES | dict(directions=1)),
     "simba": ("simba", SIMBA),
     "simba, einfft": ("simba", SIMBA | dict(channel_mixer="einfft", aux_head=True)),
     "mambaout": ("mambaout_femto_linear_head", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))),
 }
-FAMILIES = MAPS | {"vit": ("vit_nano_patch16", dict(depth=1))}
+VIT = dict(depth=1, embed_dim=48)
+FAMILIES = MAPS | {
+    "vit": ("vit_nano_patch16", dict(depth=1)),
+    "vit, causal": ("vit_nano_patch16", VIT | dict(mixing="causal")),
+    "vit, causal, token last": ("vit_small_patch16", VIT | dict(mixing="causal", num_heads=3)),
+}
 FIRST_STAGE = {"VMamba": "layers.0.blocks", "SiMBA": "block1", "MambaOut": "stages.0"}  # the last node under it
 SIZE = (80, 112)  # of maps: 20 x 28, 10 x 14 and 5 x 7 positions
 

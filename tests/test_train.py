@@ -23,12 +23,14 @@ from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.registry import UnknownName
 from ssmclip.rows import Result, append_rows, read_rows
 from ssmclip.train import NonFinite, loop, train
-from ssmclip.train.build import build_accelerator, build_model, model_config
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import build_accelerator, build_model
 from ssmclip.train.checkpoint import checkpoints, load_training_state, save_checkpoint
 from ssmclip.train.ema import Ema, ema_decay
 from ssmclip.train.objective import OBJECTIVES, clamp_logit_scale
-from ssmclip.train.optimiser import build_optimiser, decays, lr_schedule, set_lr
+from ssmclip.train.optimiser import build_optimiser, decays, set_lr
 from ssmclip.train.progress import Measured, Watch, truncate_rows
+from ssmclip.train.schedule import lr_schedule
 from ssmclip.train.state import same_rng_after, seed_everything
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -48,10 +50,10 @@ def series(out, metric):
 class EightPairs:
     """A stream of the same eight pairs: noise, each with its own word."""
 
-    def __init__(self, config, architecture, size, rank=0, world_size=1, cursor=None):
+    def __init__(self, config, plan, size, rank=0, world_size=1, cursor=None):
         self.images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
         words = "cat dog red blue sun moon tree car".split()
-        self.texts = models.build_tokenizer(architecture)(words)
+        self.texts = plan.texts()(words)
         self.skipped, self.skipped_examples, self.count = Counter(), {}, (cursor or {"count": 0})["count"]
 
     def __next__(self):
@@ -244,7 +246,7 @@ def test_overfits_eight_pairs(tmp_path, eight_pairs, overrides):
     losses = series(tmp_path, "loss")
     assert losses[config.steps] < 0.1 * losses[1]
     model = models.load(tmp_path).model
-    stream = EightPairs(config, model_config(config), 32)
+    stream = EightPairs(config, blueprint(config), 32)
     with torch.no_grad():
         out = model(stream.images, stream.texts)
     assert (out["image_features"] @ out["text_features"].T).argmax(1).tolist() == list(range(8))
@@ -256,7 +258,7 @@ def test_run_folder_and_rows(tmp_path, eight_pairs):
     assert [p.name for p in checkpoints(tmp_path)] == ["step_00000006", "step_00000007"]
     assert (tmp_path / "checkpoints" / "last").read_text().strip() == "step_00000007"
     assert list((tmp_path / "tensorboard").iterdir())
-    assert models.load_config(tmp_path) == model_config(config)
+    assert models.load_config(tmp_path) == blueprint(config).config
     names = {"loss", "grad_norm", "logit_scale", "lr", "images_per_s", "memory_mib", "image_size", "samples_skipped"}
     names |= {"samples_repeated"}
     rows = read_rows(tmp_path / "rows.jsonl")[1]
@@ -272,8 +274,8 @@ def test_best_checkpoint_is_kept_and_validation_leaves_no_trace(tmp_path, eight_
     values = iter([0.1, 0.9, 0.5, 0.2])
     steps = []
 
-    def validate(model, preprocess, tokenizer, step):
-        assert not model.training
+    def validate(model, step):
+        assert not model.network.training
         torch.rand(5)
         steps.append(step)
         return [
@@ -333,17 +335,17 @@ def test_model_with_fixed_positions_refuses_sizes():
     config = tiny("image_sizes=[[0, 32], [0.5, 64]]", "name=open_clip:ViT-B-32")
     config = apply_overrides(config, ['changes={"vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}'])
     with pytest.raises(ValueError, match=r"open_clip:ViT-B-32 cannot take images of 32 pixels, one of data.image"):
-        build_model(config, model_config(config))
+        build_model(config, blueprint(config))
 
 
 def test_batch_norm_refuses_a_lone_image_whose_last_map_is_one_pixel():
     overrides = ["batch_size=3", "micro_batch=2", 'changes={"vision_cfg": {"timm_model_name": "vmamba_nano"}}']
     config = tiny(*overrides, "image_sizes=[[0, 32]]")
     with pytest.raises(ValueError, match=r"images of 32 pixels.*several in each batch and micro-batch"):
-        build_model(config, model_config(config))
+        build_model(config, blueprint(config))
     for change in ("micro_batch=3", "image_sizes=[[0, 33]]"):
         config = tiny(*overrides, change)
-        build_model(config, model_config(config))
+        build_model(config, blueprint(config))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
@@ -515,7 +517,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path, eight_pairs):
 def test_the_best_is_of_one_metric(tmp_path, eight_pairs):
     measured = {"big": iter([math.nan, 0.9, 0.8]), "small": iter([0.0, 0.02, 0.01, 0.03])}
 
-    def validate(model, preprocess, tokenizer, step):
+    def validate(model, step):
         return [Result("tiny", "digits", name, next(values, 0.0)) for name, values in measured.items()]
 
     usual = ["validation.every=2", "checkpoint.every=2", "keep=9", 'tasks=["digits"]']

@@ -19,7 +19,8 @@ from ssmclip.evaluate.tasks import training_validation
 from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
-from ssmclip.train.build import build_accelerator, is_sharded, model_config
+from ssmclip.train.blueprint import blueprint
+from ssmclip.train.build import build_accelerator, is_sharded
 from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.gradient import backward
 from ssmclip.train.objective import OBJECTIVES
@@ -118,7 +119,7 @@ def main(out: Path) -> None:
     _resume(out)
     accelerator.print("resumed: same")
     _skip(out / "skips")
-    digits = training_validation(["digits"], "", model_name="tiny")
+    digits = training_validation(["digits"], "")
     train(_config('tasks=["digits"]', "best=digits/top1"), out / "validated", validate=digits)
     loop.build_accelerator = _sharded
     _resume(out / "fsdp", "validation.every=0", "tasks=[]", "best=")
@@ -143,7 +144,7 @@ def _config(*overrides):
 
 def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     torch.manual_seed(0)
-    model = models.create_clip(model_config(_config(f"kind={kind}", "drop_path_rate=0"))).double().train()
+    model = blueprint(_config(f"kind={kind}", "drop_path_rate=0")).create().double().train()
     images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16 * captions, 32))
     texts[:, 9] = 49407
     alone = copy.deepcopy(model)
@@ -204,8 +205,8 @@ def _skip(out: Path) -> None:
     """A run whose first process skips two samples, and the second three."""
     whole = loop.open_stream
 
-    def open_stream(config, architecture, size, rank, *more):
-        stream = whole(config, architecture, size, rank, *more)
+    def open_stream(config, plan, size, rank, *more):
+        stream = whole(config, plan, size, rank, *more)
         stream.skipped.update({"broken": 1 + rank, f"only {rank}": 1})
         stream.skipped_examples.update({"broken": [f"image of {rank}"]})
         return stream
@@ -221,7 +222,7 @@ def _numbers(folder: Path) -> dict:
 
 
 def _resume(out: Path, *overrides: str) -> None:
-    def validate(model, preprocess, tokenizer, step):
+    def validate(model, step):
         return [Result("tiny", "none", "one", 1.0)]
 
     whole, resumed = out / "whole", out / "resumed"

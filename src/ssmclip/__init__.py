@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ssmclip.analyze.cost.macs import count_macs as count_macs
     from ssmclip.analyze.curvature.spectrum import Spectrum as Spectrum
     from ssmclip.analyze.curvature.spectrum import hessian_eigenvalues as hessian_eigenvalues
+    from ssmclip.analyze.saliency.explanation import explain as explain
     from ssmclip.data.distortions.apply import distort as distort
+    from ssmclip.evaluate.prediction import classify as classify
     from ssmclip.evaluate.search.embedder import Embedder as Embedder
     from ssmclip.models import clip_config as clip_config
     from ssmclip.models import convert as convert
@@ -41,11 +43,13 @@ _HOMES = {
     "Spectrum": "ssmclip.analyze.curvature.spectrum",
     "UnknownName": "ssmclip.registry",
     "append_rows": "ssmclip.rows",
+    "classify": "ssmclip.evaluate.prediction",
     "clip_config": "ssmclip.models",
     "convert": "ssmclip.models",
     "count_macs": "ssmclip.analyze.cost.macs",
     "create_clip": "ssmclip.models",
     "distort": "ssmclip.data.distortions.apply",
+    "explain": "ssmclip.analyze.saliency.explanation",
     "export_onnx": "ssmclip.models.export",
     "find": "ssmclip.models",
     "hessian_eigenvalues": "ssmclip.analyze.curvature.spectrum",

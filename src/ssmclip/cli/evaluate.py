@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ssmclip.cli.ood import ood_task
 from ssmclip.cli.options import (
@@ -20,7 +22,12 @@ from ssmclip.cli.options import (
     task_list,
 )
 
-HELP = "zero-shot accuracy and retrieval recall of one or more models, as rows"
+if TYPE_CHECKING:
+    from ssmclip.models.names import Model
+
+log = logging.getLogger(__name__)
+
+HELP = "accuracy of classifiers, zero-shot accuracy and retrieval recall of CLIPs, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +91,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image size, in pixels or as HEIGHTxWIDTH (default: the size the model was trained at)",
     )
     parser.add_argument(
+        "--crop-pct",
+        type=float,
+        help="part of the resized picture's shorter side that a classifier's crop keeps (default: the model's)",
+    )
+    parser.add_argument(
+        "--use-test-size", action="store_true", help="classifiers at timm's test size and crop, where a model has them"
+    )
+    parser.add_argument(
+        "--test-pool", action="store_true", help="timm's test-time pooling of classifiers above their training size"
+    )
+    parser.add_argument(
         "--max-images",
         type=int,
         help="size of a random subset of each data set, recorded in the rows (default: all images)",
@@ -113,7 +131,9 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.embeddings.ranks import launched
     from ssmclip.evaluate.study import Study
     from ssmclip.evaluate.tasks import DISTORTED, open_tasks
+    from ssmclip.models.classifier import View
     from ssmclip.ops.memory import keep_freed_memory
+    from ssmclip.report.tables import classifier_table
     from ssmclip.rows import read_rows
     from ssmclip.rows.condition import LEVEL
     from ssmclip.rows.tasks import OOD
@@ -134,9 +154,22 @@ def run(args: argparse.Namespace) -> int:
     truncate = args.truncate or None
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, truncate)
     about = {"prompts": args.prompts}
-    study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about)
+    view = View(None, args.crop_pct, args.use_test_size, args.test_pool)
+    study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about, view, cost)
     rows = study.rows()
     if launched(args.device)[0] == 0:
         shown = [row for row in rows if LEVEL not in row.where]  # those are curves, for the report
         sys.stdout.write("\n".join(map(line, shown)) + f"\n{len(read_rows(args.out)[1])} rows in {args.out}\n")
+        sys.stdout.write(classifier_table(rows))
     return 0
+
+
+def cost(model: Model, size: tuple[int, int]) -> dict[str, Any]:
+    """Return the multiply-accumulates of a classifier for one image, {} where an operator has no formula."""
+    from ssmclip.analyze.cost.macs import count_macs
+
+    try:
+        return {"macs": count_macs(model.network, size).image.total}
+    except (NotImplementedError, ValueError) as error:
+        log.warning("the operations of %s cannot be counted: %s", model.label, error)
+        return {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ssmclip.config.lists import split_label, split_list
 
@@ -14,6 +16,7 @@ MODEL = (
     "the name of a CLIP; a run or checkpoint folder; a checkpoint file; open_clip:NAME/PRETRAINED; timm:NAME.TAG; or "
     "hf-hub:OWNER/NAME[/FILE]"
 )
+STANDARD_INPUT = "-"
 MODELS = f"models, separated by commas; LABEL=MODEL sets the name used in the rows. A model is {MODEL}"
 
 
@@ -116,6 +119,32 @@ def _is_path(task: str) -> bool:
     named = task.removeprefix("distorted:")
     start, colon, path = named.partition(":")
     return bool(colon) and start in ("folder", "card") and os.path.exists(path)
+
+
+def listed(text: str) -> list[str]:
+    r"""Return the entries of a list with commas between, or the lines of a file of that name that are not blank.
+
+    A comma that is part of an entry is written with a backslash before it; in a file it is one like any other.
+    Raises ValueError for a file that is not UTF-8.
+
+    >>> listed(r"a dog,a cat,red\, green"), listed("")
+    (['a dog', 'a cat', 'red, green'], [])
+    """
+    if os.path.isfile(text):
+        from ssmclip.data.lines import read_lines
+
+        return [entry.strip() for entry in read_lines(Path(text)) if entry.strip()]
+    return [entry.strip() for entry in split_list(text) if entry.strip()]
+
+
+def pictures_of(sources: list[str]) -> dict[str, Any]:
+    """Return name -> picture for `ssmclip.data.sources.read_picture`; "-" stands for the bytes of standard input."""
+    from ssmclip.data.sources import MAX_BYTES, picture_paths
+
+    pictures = {path: path for path in picture_paths(sources)}
+    if STANDARD_INPUT in pictures:
+        pictures[STANDARD_INPUT] = sys.stdin.buffer.read(MAX_BYTES + 1)  # one more than is allowed, to be told so
+    return pictures
 
 
 def default_cache() -> Path | None:

@@ -37,21 +37,23 @@ def run(args: argparse.Namespace) -> int:
 def build_validation(config: Any) -> Callable | None:
     """Return the function that validates a training run, from its TrainConfig; None without validation tasks.
 
-    Evaluation stands above training, so the command hands it down: validate(model, preprocess, tokenizer, step) ->
-    list[Result], with a model in eval mode on its device, PIL image -> tensor (3, H, W), list of n strings -> int64
-    tensor (n, context), and the number of finished steps. A relative validation.root, and none, is looked for where
-    training data are. Raises FileNotFoundError listing every place.
+    Evaluation stands above training, so the command hands it down: validate(model, step) -> list[Result], with a
+    `models.Model` in evaluation mode and the number of finished steps. A relative validation.root, and none, is looked
+    for where training data are. Raises FileNotFoundError listing every place.
     """
     asked = config.validation
     if not (asked.every and asked.tasks):
         return None
     from ssmclip.config.places import VARIABLE, below, data_folders
     from ssmclip.evaluate.tasks import training_validation
+    from ssmclip.train.build import plan
 
     folders, errors = data_folders(os.environ), []
     for root in below(asked.root, folders):
         try:
-            return training_validation(asked.tasks, root, model_name=config.model.name, seed=config.seed)
+            return training_validation(
+                asked.tasks, root, seed=config.seed, classes=plan(config).classes, model_name=config.model.name
+            )
         except FileNotFoundError as error:
             errors.append(str(error))
     advice = f". Set validation.root=DIR, or set {VARIABLE}" if len(errors) > 1 else ""

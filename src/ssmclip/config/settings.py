@@ -25,21 +25,34 @@ ImageSize = int | tuple[int, int]  # pixels of a square's side, or (height, widt
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, group="model"):
-    """The network: built by `ssmclip.models.create_clip` with random weights, except for `text_weights`."""
+    """The network: a CLIP, or an image classifier where `loss.kind` is "classification"."""
 
-    name: str = "CLIP-VMamba-Nano"  # one of `ssmclip models`, or open_clip:NAME
+    # One of `ssmclip models`, or open_clip:NAME; of a classifier an image encoder's, such as timm:mambaout_tiny.
+    name: str = "CLIP-VMamba-Nano"
+    # Weights to start from, of the whole model: any name, file or folder that `ssmclip.load` takes. A classifier of
+    # other classes has a new head; positions are resampled to the image size.
+    weights: str = ""
+    head_init_scale: float = bounded(1.0, above=0)  # a classifier's new head starts with weights this much smaller
     # Stochastic depth at the deepest block; None: the model's own.
     drop_path_rate: float | None = bounded(None, at_least=0, below=1)
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
     text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
     freeze_text: bool = False  # the text tower keeps the weights it starts with; its projection learns
-    changes: dict[str, Any] = field(default_factory=dict)  # merged into the model's configuration, open_clip's form
+    # Merged into the model's configuration: of a CLIP open_clip's, of a classifier the arguments of timm.create_model.
+    changes: dict[str, Any] = field(default_factory=dict)
+    # Merged into the preprocessing that is saved with the model: of a CLIP open_clip's preprocess_cfg, of a classifier
+    # timm's pretrained_cfg (crop_pct, interpolation, mean, std, test_input_size ...).
+    preprocess: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AugmentConfig(Settings, group="data.augment"):
-    """How training images are augmented: the arguments of `ssmclip.data.pairs.loader.train_transform`."""
+    """How training images are augmented.
+
+    library: "own", fast: the fields are the arguments of `ssmclip.data.pairs.augment.train_transform`; "timm": those of
+    timm.data.create_transform, which the published recipes of classifiers use.
+    """
 
     scale: tuple[float, float] = (0.5, 1.0)  # share of the image's area that a random crop keeps
     flip: bool = False  # mirror half of the images; wrong wherever captions say left and right, or show digits
@@ -50,14 +63,32 @@ class AugmentConfig(Settings, group="data.augment"):
     gray_scale_prob: float = bounded(0.0, at_least=0, at_most=1)
     gaussian_blur_prob: float = bounded(0.0, at_least=0, at_most=1)  # sigma 0.1 to 2 pixels
     solarize_prob: float = bounded(0.0, at_least=0, at_most=1)  # values of 128 and above are inverted
+    library: Literal["own", "timm"] = "own"
+    # Of timm alone: RandAugment and the like, such as "rand-m9-mstd0.5-inc1", in place of the color jitter; random
+    # erasing; the interpolation of the crop.
+    auto_augment: str = ""
+    erase_prob: float = bounded(0.0, at_least=0, at_most=1)
+    erase_mode: Literal["const", "rand", "pixel"] = "pixel"
+    erase_count: int = bounded(1, at_least=1)
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_library()
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             self._refuse("scale", "must be two shares above 0, the smaller one first")
         strengths = self.color_jitter if isinstance(self.color_jitter, tuple) else (self.color_jitter,)
         if not (min(strengths) >= 0 and max(strengths[3:], default=0) <= 0.5):
             self._refuse("color_jitter", "must be at least 0, and of the hue at most 0.5")
+
+    def _check_library(self) -> None:
+        if self.library == "timm" and self.solarize_prob:
+            self._refuse("solarize_prob", "must be 0 for library=timm, which has solarize in auto_augment alone")
+        for name in ("auto_augment", "erase_prob") if self.library == "own" else ():
+            if getattr(self, name):
+                self._refuse(name, "needs data.augment.library=timm")
+        if self.library == "own" and self.interpolation != "bicubic":
+            self._refuse("interpolation", "must be bicubic for library=own")
 
 
 @dataclass(frozen=True)
@@ -94,7 +125,9 @@ class DataConfig(Settings, group="data"):
     cache_gib: float | None = bounded(None, above=0)  # its size at most, least recently used shards first; None: any
     retries: int = bounded(4, at_least=0)  # how often a failed read of a remote shard is repeated
     image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.pairs.tables
-    caption_column: str = ""
+    caption_column: str = ""  # of a classifier's labels as well
+    # Of a classifier: a file with the name of a class on each line, or their number; "": those that the data have.
+    classes: str = ""
     encoding: str = "utf-8"  # of a csv or tsv file
     separator: str = ""  # of a csv or tsv file: a character or tab, semicolon ...; "": the one its header shows
 
@@ -138,11 +171,19 @@ class DataConfig(Settings, group="data"):
 
 @dataclass(frozen=True)
 class OptimiserConfig(Settings, group="optimiser"):
-    """AdamW."""
+    """The optimiser. See train/optimiser.py."""
 
+    algorithm: str = "adamw"  # or any other name in timm.optim.list_optimizers(), such as lamb
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # further arguments of timm's optimiser, such as {"momentum": 0.9}
     lr: float = bounded(1e-3, above=0)  # at the end of the warm-up
     block_lr_scale: float = bounded(1.0, at_least=0)  # the learning rate of the image tower's residual blocks, over lr
     text_lr_scale: float = bounded(1.0, at_least=0)  # the text tower's learning rate, its projection's apart, over lr
+    # The image tower's learning rate falls by this factor from each layer to the one before it; None: it does not.
+    layer_decay: float | None = bounded(None, above=0, at_most=1)
+    # What a layer is: a block of the tower, or a stage; as timm groups them (`group_matcher`).
+    layer_groups: Literal["block", "stage"] = "block"
     betas: tuple[float, float] = bounded((0.9, 0.98), at_least=0, below=1)
     eps: float = bounded(1e-8, above=0)
     weight_decay: float = bounded(0.1, at_least=0)
@@ -152,11 +193,38 @@ class OptimiserConfig(Settings, group="optimiser"):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Settings, group="schedule"):
-    """The learning rate: linear warm-up, then half a cosine. See train/optimiser.py."""
+    """The learning rate: linear warm-up, then half a cosine, or one of timm's schedules. See train/schedule.py."""
 
     warmup_steps: int = bounded(100, at_least=0)
     start_lr: float = bounded(1e-6, at_least=0)  # at the first step
     end_lr: float = bounded(1e-5, at_least=0)  # approached at the last
+    shape: str = "cosine"  # or timm:NAME, of timm.scheduler.create_scheduler_v2: timm:cosine, timm:step, timm:poly ...
+    # Of timm's schedules: steps for which the rate is held, an epoch's in recipes that change it by epoch; steps at
+    # the end of the run at end_lr; further arguments of create_scheduler_v2, such as {"decay_rate": 0.1}.
+    hold_steps: int = bounded(1, at_least=1)
+    cooldown_steps: int = bounded(0, at_least=0)
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        timm_only = {"hold_steps": self.hold_steps > 1, "cooldown_steps": self.cooldown_steps, "args": self.args}
+        if self.shape == "cosine" and (given := [name for name, value in timm_only.items() if value]):
+            self._refuse(given[0], "needs a schedule of timm, such as schedule.shape=timm:cosine")
+
+
+@dataclass(frozen=True)
+class MixConfig(Settings, group="loss.mix"):
+    """Mixing of a classifier's images and labels in pairs (timm.data.Mixup): mixup and CutMix."""
+
+    mixup: float = bounded(0.0, at_least=0)  # alpha of the Beta distribution that shares are drawn from; 0: no mixup
+    cutmix: float = bounded(0.0, at_least=0)  # alpha of CutMix; 0: no CutMix
+    prob: float = bounded(1.0, at_least=0, at_most=1)  # share of the batches (or images, see mode) that are mixed
+    switch_prob: float = bounded(0.5, at_least=0, at_most=1)  # share of CutMix where both are on
+    mode: Literal["batch", "pair", "elem"] = "batch"  # one share for a micro-batch, for a pair, for an image
+
+    @property
+    def on(self) -> bool:
+        return bool((self.mixup or self.cutmix) and self.prob)
 
 
 @dataclass(frozen=True)
@@ -164,11 +232,17 @@ class LossConfig(Settings, group="loss"):
     """The objective."""
 
     kind: str = "clip"  # a name in ssmclip.train.objective.OBJECTIVES, looked up when training starts
-    # Pairs that a process embeds at a time (GradCache); None: the whole batch.
+    # Pairs that a process embeds at a time (GradCache); of a classifier, images whose gradients are accumulated. None:
+    # the whole batch.
     micro_batch: int | None = bounded(None, at_least=1)
     # Weight of the loss between two views of an image, which is added (SLIP); needs views_per_image > 1.
     view_weight: float = bounded(0.0, at_least=0)
     max_logit_scale: float = bounded(100.0, above=1)  # logit_scale is clamped to [0, ln of this] after every step
+    # Of classification: share of the label that all classes get; binary cross-entropy for each class in place of a
+    # softmax; mixing of images.
+    label_smoothing: float = bounded(0.0, at_least=0, below=1)
+    binary: bool = False
+    mix: MixConfig = MixConfig()
 
 
 @dataclass(frozen=True)

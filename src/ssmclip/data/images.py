@@ -6,6 +6,7 @@ transparent is laid over white; of an animation the first frame is taken. Orient
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import warnings
@@ -16,6 +17,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decompression bombs
+
+THUMBNAIL = 96  # pixels; about 2 kB
 
 # Only formats decoded in this process: Pillow would hand an EPS file to Ghostscript.
 # MPO is opened as JPEG; by a name of its own Pillow knows no MPO, and looks no further.
@@ -176,3 +179,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> str:
+    """Return a JPEG of at most side x side pixels in base64. Small images (digits) are enlarged by whole factors."""
+    image = image.convert("RGB")
+    if (factor := side // max(image.size)) > 1:
+        image = image.resize([factor * length for length in image.size], Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=75)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -25,10 +25,11 @@ from ssmclip.data.distortions import DISTORTIONS, GEIRHOS, distort
 from ssmclip.data.distortions.apply import fingerprint
 from ssmclip.data.distortions.pictures import SIDE, crop, picture_seed
 from ssmclip.data.distortions.registry import Table, find, kept, prepare
+from ssmclip.data.images import thumbnail
 from ssmclip.evaluate.embeddings.cache import texts_hash
 from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, subset
 from ssmclip.evaluate.judge import Judge, coverage
-from ssmclip.evaluate.pictures import draw, thumbnail
+from ssmclip.evaluate.pictures import draw
 from ssmclip.evaluate.statistics import paired
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval
 from ssmclip.rows import Result

@@ -35,6 +35,11 @@ class Judge(ABC):
     kind: ClassVar[str]
     headline: ClassVar[str]
 
+    @classmethod
+    def takes(cls, model: Model, test_set: Any) -> bool:
+        """Return whether it can judge models of this sort on this test set, of its kind."""
+        return True
+
     def __init__(self, clip: Model, test_set: Any, settings: Settings):
         self.clip, self.test_set, self.settings = clip, test_set, settings
 
@@ -51,16 +56,28 @@ class Judge(ABC):
         """Return which pictures the model got right, in the order of `seen.index`."""
 
 
-# The first that is registered for a kind of test set is its usual one.
-JUDGES: Registry[type[Judge]] = Registry("judge", ["ssmclip.evaluate.zeroshot", "ssmclip.evaluate.retrieval"])
+# The first that is registered for a kind of test set and takes the model is its usual one.
+_HOMES = ("zeroshot", "retrieval", "outliers", "classifier")
+JUDGES: Registry[type[Judge]] = Registry("judge", [f"ssmclip.evaluate.{name}" for name in _HOMES])
 
 
-def usual_judge(kind: str) -> str:
-    """Return the name of the judge for a kind of test set. Raises ValueError if no judge is registered for it."""
-    for name, judge in JUDGES.items():
-        if judge.kind == kind:
-            return name
+def judges_of(kind: str) -> dict[str, type[Judge]]:
+    """Return the judges of a kind of test set by name. Raises ValueError if none is registered for it."""
+    if judges := {name: judge for name, judge in JUDGES.items() if judge.kind == kind}:
+        return judges
     raise ValueError(f"no judge is registered for test sets of kind {kind!r}: add one to ssmclip.evaluate.judge.JUDGES")
+
+
+def usual_judge(model: Model, test_set: Any) -> str:
+    """Return the name of the judge of a model on a test set. Raises ValueError if none takes it."""
+    judges = judges_of(test_set.card.kind)
+    for name, judge in judges.items():
+        if judge.takes(model, test_set):
+            return name
+    raise ValueError(
+        f"{model.label or 'the model'} cannot be judged on {test_set.card.name}: it is an image encoder without a text "
+        f"tower, and {'has no classifier' if not model.classifies else 'classes do not help in ' + test_set.card.kind}"
+    )
 
 
 def names_of(names: str | Sequence[str]) -> list[str]:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ssmclip.data.images import thumbnail
 from ssmclip.rows.payloads import Match
-
-SIDE = 96  # pixels; about 2 kB a thumbnail
-
-
-def thumbnail(image: Image.Image) -> str:
-    """Return a JPEG of at most 96 x 96 pixels in base64. Small images (digits) are enlarged by whole factors."""
-    image = image.convert("RGB")
-    if (factor := SIDE // max(image.size)) > 1:
-        image = image.resize([factor * side for side in image.size], Image.Resampling.NEAREST)
-    image.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def thumbnails(dataset: Any, places: Sequence[int]) -> dict[str, str]:

@@ -46,6 +46,10 @@ class Retrieval(Judge):
     kind = "retrieval"
     headline = "image_to_text_recall@10"
 
+    @classmethod
+    def takes(cls, model: Model, test_set: Any) -> bool:
+        return model.tokenizer is not None
+
     def __init__(self, clip: Model, test_set: Any, settings: Settings):
         super().__init__(clip, test_set, settings)
         if bare := [test_set.keys[i] for i in range(len(test_set)) if not test_set.captions[i]]:

@@ -14,26 +14,29 @@ from torch import nn
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.embeddings import ranks
 from ssmclip.evaluate.embeddings.embed import Settings
-from ssmclip.evaluate.models import Models
+from ssmclip.evaluate.models import Facts, Models
 from ssmclip.evaluate.protocols import OWN, Size
 from ssmclip.evaluate.statistics.paired import paired_rows
 from ssmclip.evaluate.tasks import StudyTask, open_tasks
+from ssmclip.models.classifier import View
 from ssmclip.rows import Result, describe_run
 from ssmclip.rows.resume import RowsFile, latest
 
 log = logging.getLogger(__name__)
 
-SAME = ("seed", "image_size", "max_images", "protocol", "prompts")  # settings that all rows of a file share
+SAME = ("seed", "image_size", "max_images", "protocol", "prompts", "view")  # settings that all rows of a file share
 
 
 @dataclass(frozen=True)
 class Study:
     """An evaluation as a call, as done by `ssmclip evaluate`.
 
-    models: label -> a name or folder that `ssmclip.load` takes, or the (model, preprocessing, tokenizer) it returned;
+    models: label -> a name or folder that `ssmclip.find` takes, or the (model, preprocessing, tokenizer) it returned;
     tasks: from `open_tasks`, or objects with the methods of `StudyTask`; protocol: one of PROTOCOLS; device,
     image_size: of models that are opened by name, image_size also of the protocol's preprocessing; out: a rows file
-    to add to, under a lock, so that several studies may share it; about: settings to write into its first line.
+    to add to, under a lock, so that several studies may share it; about: settings to write into its first line;
+    view: changes in how classifiers opened by name are shown pictures (one that is given opened keeps its
+    preprocessing: `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers.
 
     >>> study = Study({"A": "CLIP-VMamba-Nano"}, open_tasks(["digits"], ""), out="rows.jsonl")  # doctest: +SKIP
     >>> for rows in study.measure(): print(rows[0].value)  # doctest: +SKIP
@@ -47,6 +50,8 @@ class Study:
     image_size: Size | None = None
     out: str | Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    view: View = field(default_factory=View)
+    facts: Facts | None = None
 
     def measure(self) -> Iterator[list[Result]]:
         """Yield rows as they are made: each model on each task, then differences between models on the same pictures,
@@ -57,7 +62,7 @@ class Study:
         Raises ValueError for a file of other settings, OSError when it cannot be written, and what tasks raise.
         """
         rank, device = ranks.launched(self.device)
-        models = Models(self.models, self.protocol, device, self.image_size)
+        models = Models(self.models, self.protocol, device, self.image_size, self.view, self.facts)
         file = self._file() if self.out else None
         held = file.found if file else []
         if held and rank == 0:
@@ -90,6 +95,7 @@ class Study:
     def _file(self) -> RowsFile:
         settings = self.settings
         shared = {"image_size": self.image_size, "max_images": settings.max_images, "protocol": self.protocol}
+        shared["view"] = {name: getattr(self.view, name) for name in ("crop_pct", "test_size", "test_pool")}
         run = describe_run(
             settings.seed, self.device, tasks=[task.name for task in self.tasks], **shared, **dict(self.about)
         )
@@ -99,7 +105,7 @@ class Study:
 def evaluate(
     model: nn.Module,
     preprocess: Callable,
-    tokenizer: Callable,
+    tokenizer: Callable | None,
     tasks: Sequence[str | StudyTask],
     root: str | Path,
     *,
@@ -110,8 +116,9 @@ def evaluate(
     image_size: Size | None = None,
     **settings: Any,
 ) -> list[Result]:
-    """Return the rows of one open_clip model on tasks: names of data sets under `root`, or opened tasks.
+    """Return the rows of one model on tasks: names of data sets under `root`, or opened tasks.
 
+    model, preprocess, tokenizer: a CLIP, or a classifier, which has no tokenizer;
     protocol: one of `PROTOCOLS`, which decides the prompts and the preprocessing; prompts: in place of the cards';
     settings: fields of `Settings`. For several models, or a rows file, see `Study`.
     Every card and data set is opened before the first image is embedded. Raises UnknownName for a task nobody knows,

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
+from ssmclip.evaluate.classifier import image_size
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
 from ssmclip.evaluate.doubts import DOUBTS, doubted
 from ssmclip.evaluate.embeddings import ranks
 from ssmclip.evaluate.embeddings.embed import Settings
-from ssmclip.evaluate.judge import JUDGES, Judge, usual_judge
+from ssmclip.evaluate.judge import JUDGES, Judge, judges_of, usual_judge
 from ssmclip.evaluate.models import Models
+from ssmclip.evaluate.outputs import match
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
 from ssmclip.models.names import Model
 from ssmclip.rows import Result
@@ -51,8 +51,8 @@ class Task(StudyTask):
     """A test set and its judge.
 
     test_set: what `open_dataset` returns, or an object of one's own with the same attributes; judge: a name in JUDGES,
-    "" for the usual one of the test set's kind; metrics: in place of the judge's usual ones; name: of the rows' task,
-    "" for the card's.
+    "" for the usual one of the model and the test set's kind; metrics: in place of the judge's usual ones; name: of the
+    rows' task, "" for the card's.
     """
 
     test_set: Any
@@ -62,11 +62,12 @@ class Task(StudyTask):
 
     def __post_init__(self):
         object.__setattr__(self, "name", self.name or self.test_set.card.name)
-        object.__setattr__(self, "judge", self.judge or usual_judge(self.test_set.card.kind))
+        if not self.judge:
+            judges_of(self.test_set.card.kind)  # none raises
 
     def judged_by(self, clip: Model, settings: Settings) -> Judge:
         """Return the judge of one model. Raises UnknownName, and what the judge raises."""
-        return JUDGES[self.judge](clip, self.test_set, settings)
+        return JUDGES[self.judge or usual_judge(clip, self.test_set)](clip, self.test_set, settings)
 
     def rows(self, clip: Model, settings: Settings) -> list[Result]:
         """Return the rows of one model."""
@@ -81,7 +82,11 @@ class Task(StudyTask):
 
     def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
         for label in models:
-            yield self.rows(models.clip(label, self.test_set.card.kind), settings)
+            model = models.clip(label, self.test_set.card.kind)
+            rows = self.rows(model, settings)
+            yield (
+                _with_facts(rows, models.facts(model, image_size(model))) if models.facts and model.classifies else rows
+            )
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,10 @@ class DistortedTask(StudyTask):
         kind = self.task.test_set.card.kind
         judges = [self.task.judged_by(models.clip(label, kind), settings) for label in models]
         yield from distorted_rows(judges, self.how, settings)
+
+
+def _with_facts(rows: list[Result], facts: dict[str, Any]) -> list[Result]:
+    return [replace(row, extra=row.extra | facts) if place == 0 else row for place, row in enumerate(rows)]
 
 
 def open_tasks(
@@ -152,23 +161,27 @@ def training_validation(
     tasks: Sequence[str],
     root: str | Path,
     *,
-    model_name: str,
     batch_size: int = 64,
     workers: int = 0,
     seed: int = 0,
     max_images: int | None = 1000,
-) -> Callable[[nn.Module, Callable, Callable, int], list[Result]]:
-    """Return a function (model, preprocess, tokenizer, step) -> rows, for a training loop, which adds the step to them.
+    classes: Sequence[str] = (),
+    model_name: str = "",
+) -> Callable[[Model, int], list[Result]]:
+    """Return a function (model, step) -> rows, for a training loop, which adds the step to them.
 
-    The data sets are opened now, so that a missing one stops the run before it starts. The rows carry no pictures.
+    classes, model_name: of a classifier, what its outputs stand for (see `Model`), and its name for messages.
+    The data sets are opened now, so that a missing one stops the run before it starts, and so do classes that are not
+    a classifier's. The rows carry no pictures.
     """
     settings = Settings(batch_size, workers, seed, max_images, examples=0)
     opened = open_tasks(tasks, root)
+    for task in (task for task in opened if classes and isinstance(task, Task)):
+        match(tuple(classes), len(classes), task.test_set, model_name)
 
-    def validate(model: nn.Module, preprocess: Callable, tokenizer: Callable, step: int) -> list[Result]:
-        clip = Model(model, preprocess, tokenizer, model_name)
+    def validate(model: Model, step: int) -> list[Result]:
         with ranks.by_itself():  # the others wait
-            rows = [row for task in opened for row in task.rows(clip, settings)]
+            rows = [row for task in opened for row in task.rows(model, settings)]
         return [replace(row, extra={k: v for k, v in row.extra.items() if k in BRIEF}) for row in rows]
 
     return validate

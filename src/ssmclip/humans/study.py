@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ssmclip.data.images import open_image
+from ssmclip.data.images import open_image, thumbnail
 from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.models import Models
-from ssmclip.evaluate.pictures import draw, thumbnail
+from ssmclip.evaluate.pictures import draw
 from ssmclip.evaluate.tasks import StudyTask
 from ssmclip.humans import RESAMPLES
 from ssmclip.humans.decide import Decider, clip_decider, decide, imagenet_decider

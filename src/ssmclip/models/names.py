@@ -2,7 +2,8 @@
 
     a CLIP of this package        CLIP-VMamba-S                      random weights
     a folder                      runs/first, checkpoints/step_10    a training run (its best checkpoint, else its
-                                                                     last), or any folder that holds one checkpoint
+                                                                     last), or any folder that holds one checkpoint,
+                                                                     such as timm's form of its hub
     a file                        checkpoint_best.pt                 read by its names and shapes
     open_clip's                   open_clip:ViT-B-32/openai          NAME, NAME/TAG or NAME/FILE
     timm's                        timm:resnet50.a1_in1k              NAME, NAME.TAG or NAME/FILE, also without timm:
@@ -27,6 +28,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
+from ssmclip.models.classifier import classes_of, in_words, load_checkpoint
 from ssmclip.models.clip import (
     OPEN_CLIP,
     build_preprocess,
@@ -39,10 +41,10 @@ from ssmclip.models.clip import (
 from ssmclip.models.files.hub import HUB, choose_weights, download
 from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
 from ssmclip.models.published.layout import Hints
-from ssmclip.models.published.read import build, read_published
+from ssmclip.models.published.read import build, create_encoder, read_published
 from ssmclip.models.text_towers import text_tower_of
 from ssmclip.models.tokenizer import find_tokenizer
-from ssmclip.models.towers import Size, as_size, set_image_size
+from ssmclip.models.towers import Size, as_size, is_clip, set_image_size
 from ssmclip.registry import UnknownName
 from ssmclip.rows.paper_tables import PUBLISHED
 
@@ -67,6 +69,7 @@ log = logging.getLogger(__name__)
 TIMM = "timm:"
 RANDOM = "random weights"
 POINTERS = ("best", "last")  # files of a run that name one of its checkpoints
+TIMM_FILES = ("config.json", "model.safetensors")  # of a folder in the form of timm's hub
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,8 @@ class Model:
 
     network: a CLIP of open_clip's interface, or an image encoder; preprocess: PIL image -> (3, H, W);
     tokenizer: list of n strings -> (n, context_length), None if the network reads no text or none was requested;
-    label: its name in rows; origin: the source of its weights, or RANDOM.
+    label: its name in rows; origin: the source of its weights, or RANDOM; classes: what the outputs of a classifier
+    stand for, in their order: WordNet ids of ImageNet's, or the names it was trained with; () where that is not known.
 
     It unpacks as network, preprocess, tokenizer.
     """
@@ -85,6 +89,7 @@ class Model:
     tokenizer: Callable[[list[str]], torch.Tensor] | None
     label: str = ""
     origin: str = ""
+    classes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.network, self.preprocess, self.tokenizer))
@@ -101,6 +106,21 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
+
+    @property
+    def outputs(self) -> int:
+        """Return the number of a classifier's outputs, 0 for a network that is none."""
+        return 0 if is_clip(self.network) else getattr(self.network, "num_classes", 0) or len(self.classes)
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether the network is a classifier: no CLIP, and with outputs that are classes."""
+        return self.outputs > 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes in words, as in "tench, Tinca tinca" for n01440764; () where they are not known."""
+        return in_words(self.classes, self.network)
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -160,7 +180,8 @@ def _built(known: Source, label: str, device: str, image_size: int | Size | None
         log.warning("%s has random weights: pass %s", known.name, known.trained)
     network = known.load(image_size).to(device).eval()
     tokenizer = build_tokenizer(known.config, known.folder) if text and known.config is not None else None
-    return Model(network, known.preprocess(network, image_size), tokenizer, label, known.origin)
+    preprocess = known.preprocess(network, image_size)
+    return Model(network, preprocess, tokenizer, label, known.origin, classes_of(network))
 
 
 def load(name: str | Path, *, device: str = "cpu", image_size: int | Size | None = None) -> Model:
@@ -212,9 +233,10 @@ def _of_this_package(name: str) -> Source:
 
 
 def _of_folder(name: str, folder: Path, hints: Hints | None) -> Source:
-    if not _is_model(folder) and not _is_run(folder):
-        files = sorted(file.name for file in folder.iterdir())
-        if choose_weights(files, folder):
+    if _is_run(folder) and not _is_model(folder):
+        folder = find_checkpoint(folder)
+    if not _is_clip(folder) and folder.is_dir():
+        if choose_weights(sorted(file.name for file in folder.iterdir()), folder):
             return _of_published(name, folder, hints)
     folder = find_checkpoint(folder)
     config = load_config(folder)
@@ -235,9 +257,7 @@ def _of_published(name: str, path: Path, hints: Hints | None) -> Source:
         folder = path if path.is_dir() else path.parent
         return _of_config(name, architecture.config, weighted, str(path), folder=folder)
     if architecture.kind == "encoder":
-        config = architecture.config
-        create = partial(timm.create_model, config["architecture"], **config["model_args"])
-        return _of_encoder(name, create, weighted, str(path))
+        return _of_encoder(name, partial(create_encoder, replace(architecture, weights={})), weighted, str(path))
     raise CheckpointError(
         f"{path} contains only a {architecture.kind.replace('_', ' ')} tower, which cannot embed images: pass a CLIP"
     )
@@ -313,7 +333,7 @@ def _of_timm(name: str) -> Source:
     return _of_encoder(
         name,
         create,
-        partial(create, pretrained=pretrained, checkpoint_path=file),
+        partial(load_checkpoint, create, file) if file else partial(create, pretrained=pretrained),
         name if pretrained or file else RANDOM,
         trained=f"{TIMM}{bare}.TAG or {TIMM}{bare}/FILE for trained ones",
     )
@@ -359,10 +379,17 @@ def find_checkpoint(folder: Path) -> Path:
         file = folder / "checkpoints" / pointer
         if file.is_file():
             return folder / "checkpoints" / file.read_text(encoding="utf-8").strip()
-    raise CheckpointError(f"{folder} contains neither {WEIGHTS_NAME} nor checkpoints/best or checkpoints/last")
+    raise CheckpointError(
+        f"{folder} contains neither {WEIGHTS_NAME} nor {TIMM_FILES[1]}, nor checkpoints/best or checkpoints/last"
+    )
 
 
 def _is_model(folder: Path) -> bool:
+    """Return whether a folder holds weights and their configuration, in open_clip's form or in timm's."""
+    return _is_clip(folder) or all((folder / file).is_file() for file in TIMM_FILES)
+
+
+def _is_clip(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "has_attention",
     "image_tower",
     "is_clip",
+    "logit_scale",
     "patch_size",
     "set_image_size",
     "tokens_of",
@@ -86,6 +87,12 @@ def tower_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
 
 def is_clip(model: nn.Module) -> bool:
     return hasattr(model, "encode_image") and hasattr(model, "encode_text")
+
+
+def logit_scale(model: nn.Module) -> float:
+    """Return what a CLIP multiplies its cosine similarities by before the softmax, 1 for a model without a scale."""
+    scale = getattr(model, "logit_scale", None)
+    return 1.0 if scale is None else float(scale.detach().exp())
 
 
 def tokens_of(model: nn.Module, batch: int, length: int, device: torch.device | str) -> Tensor:

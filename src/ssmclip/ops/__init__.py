@@ -10,18 +10,20 @@ import torch.fx
 
 from ssmclip.ops.causal_conv import causal_conv1d
 from ssmclip.ops.cross_scan import cross_merge, cross_scan, cross_selective_scan
-from ssmclip.ops.dispatch import Backend, using
+from ssmclip.ops.dispatch import Backend, Call, hearing, using
 from ssmclip.ops.selective_scan import selective_scan
 from ssmclip.ops.ssd import ssd
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Call",
     "available",
     "causal_conv1d",
     "cross_merge",
     "cross_scan",
     "cross_selective_scan",
+    "hearing",
     "selective_scan",
     "ssd",
     "using",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._C._functorch import TransformType
@@ -61,6 +62,36 @@ def _differentiating() -> bool:
     return any(layer.key() in (TransformType.Grad, TransformType.Jvp) for layer in layers)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of an operator: the table of its back ends, and the arguments that each of them takes, in their order."""
+
+    backends: Mapping[str, Backend]
+    arguments: tuple[Any, ...]
+
+
+_hearer: ContextVar[Callable[[Call], None] | None] = ContextVar("ssmclip_ops_hearer", default=None)
+
+
+@contextmanager
+def hearing(hear: Callable[[Call], None]) -> Iterator[None]:
+    """Call `hear` with every call of an operator inside, before it is computed. Its tensors are those of the network.
+
+    >>> import torch
+    >>> from ssmclip.ops import BACKENDS, hearing, selective_scan
+    >>> calls, u, A, B = [], torch.ones(1, 1, 3), torch.zeros(1, 1), torch.ones(1, 1, 1, 3)
+    >>> with hearing(calls.append):
+    ...     y = selective_scan(u, u, A, B, B)
+    >>> calls[0].backends is BACKENDS["selective_scan"], calls[0].arguments[0] is u
+    (True, True)
+    """
+    token = _hearer.set(hear)
+    try:
+        yield
+    finally:
+        _hearer.reset(token)
+
+
 @contextmanager
 def using(backend: str) -> Iterator[None]:
     """Make every operator inside that is called with backend="auto" use this back end ("auto" restores the choice).
@@ -88,6 +119,20 @@ def choose(backends: Mapping[str, Backend], asked: str, device: str) -> Callable
 
     Raises UnknownName for an unknown back end, RuntimeError for one that cannot run here.
     """
+    run = _choose(backends, asked, device)
+    hear = _hearer.get()
+    return run if hear is None else _heard(run, backends, hear)
+
+
+def _heard(run: Callable, backends: Mapping[str, Backend], hear: Callable[[Call], None]) -> Callable:
+    def call(*arguments: Any) -> Any:
+        hear(Call(backends, arguments))
+        return run(*arguments)
+
+    return call
+
+
+def _choose(backends: Mapping[str, Backend], asked: str, device: str) -> Callable:
     name = _forced.get() if asked == "auto" else asked
     if name == "auto":
         return next(backend.run for backend in backends.values() if not backend.why_not(device))

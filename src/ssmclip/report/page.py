@@ -15,7 +15,7 @@ from ssmclip.report.figures.base import Drawing, drawings, explained
 from ssmclip.report.store import Store, read_store
 from ssmclip.report.style import drawing, inline_svg, styles
 from ssmclip.report.table1 import table1
-from ssmclip.report.tables import blocks, notes, provenance
+from ssmclip.report.tables import COLUMNS, blocks, classifiers, notes, provenance
 
 PAGE = "report.html"
 
@@ -53,6 +53,8 @@ def render(store: Store) -> str:
         summary=words.summary(store.rows),
         blocks=blocks(store.rows, store.models),
         notes=notes(store.rows),
+        classifiers=[line.cells for line in classifiers(store.rows)],
+        columns=COLUMNS,
         table1=table1(store.rows),
         figures=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "figures"],
         details=[_picture(drawn, place) for place, drawn in enumerate(found) if drawn.section == "details"],

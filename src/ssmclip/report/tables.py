@@ -150,6 +150,67 @@ def table(rows: Sequence[Result]) -> str:
     return "\n".join([drawn[0], rule, *drawn[1:]])
 
 
+@dataclass(frozen=True)
+class Validated:
+    """A classifier on a data set: its pictures' (height, width), parameters, MACs and images a second (None: not
+    known), and its rows of top1 and top5 (None: not measured)."""
+
+    model: str
+    title: str
+    size: tuple[int, int]
+    parameters: int
+    macs: int | None
+    top1: Result | None
+    top5: Result | None
+    images_per_s: float | None
+
+    @property
+    def cells(self) -> list[str]:
+        """Return the line's text, in the order of COLUMNS."""
+        height, width = self.size
+        return [
+            self.model,
+            self.title,
+            str(height) if height == width else f"{height}x{width}",
+            f"{self.parameters / 1e6:.1f} M",
+            f"{self.macs / 1e9:.2f} G" if self.macs else "",
+            _cell(self.top1),
+            _cell(self.top5),
+            f"{self.images_per_s:.0f}" if self.images_per_s else "",
+        ]
+
+
+COLUMNS = ["model", "data set", "resolution", "parameters", "MACs", "top-1", "top-5", "images/s"]
+
+
+def classifiers(rows: Sequence[Result]) -> list[Validated]:
+    """Return a line for each classifier and data set, in the order of MambaOut's table of ImageNet models."""
+    plain = {row.key: row for row in final(rows) if row.plain}
+    firsts = [row for row in plain.values() if row.extra.get("judge") == "classifier"]
+    return [
+        Validated(
+            row.model,
+            title_of(row.task, rows),
+            tuple(row.extra["image_size"]),
+            row.extra["parameters"]["all"],
+            row.extra.get("macs"),
+            *(plain.get(replace(row, metric=metric).key) for metric in ("top1", "top5")),
+            row.extra.get("images_per_s"),
+        )
+        for row in firsts
+        if row.extra["kind"] == "classification"
+    ]
+
+
+def classifier_table(rows: Sequence[Result]) -> str:
+    """Return the classifiers as a Markdown table, "" where there are none."""
+    lines = [line.cells for line in classifiers(rows)]
+    if not lines:
+        return ""
+    text = [COLUMNS, ["---"] * len(COLUMNS), *([_escaped(cell) for cell in cells] for cells in lines)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in text)
+
+
 def update_readme(readme: str | Path, rows_files: Sequence[str | Path]) -> str:
     """Write the table of the rows files between a README's markers, and return the whole new text.
 

@@ -31,12 +31,15 @@ TOKENS = "tokens"  # length of a text
 ATTENTION = "attention"  # how attention was computed, where that is not the default
 AVERAGE = "average"  # what the value is an average over, in words
 SOURCE = "source"  # where data came from, such as one of several sources of training pairs
+METHOD = "method"  # of explanation
+PICTURE = "picture"  # its name
+QUERY = "query"  # the text or class that was looked for
 CASE = "case"  # anything else, in words
 
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)

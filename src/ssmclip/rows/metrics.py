@@ -24,6 +24,8 @@ _FRACTIONS = {
     "worst_group": "accuracy in the worst group",
     "average_group": "mean accuracy over groups",
     "roc_auc": "area under the ROC curve",
+    "aupr": "area under the precision-recall curve of outliers",
+    "ece": "expected calibration error",
     "mean_recall": "mean of the recalls",
     "accuracy": "accuracy",
     "ood_accuracy": "accuracy",
@@ -31,10 +33,13 @@ _FRACTIONS = {
     "negative_share": "negative among the eigenvalues of largest magnitude",
     "converged_share": "eigenvalues that are converged",
     "negative_mass": "negative part of all eigenvalues' magnitude",
+    "receptive_field_50": "area that holds half of the effective receptive field",
+    "receptive_field_99": "area that holds 99 % of the effective receptive field",
     "power_iteration_missed": "largest eigenvalues that the usual power iteration misses by 1 %",
 }
 _NUMBERS = {
     "images_per_s": "images per second",
+    "nll": "negative log-likelihood",
     "accuracy_difference": "squared accuracy difference",
     "observed_consistency": "observed consistency with humans",
     "error_consistency": "error consistency with humans",
@@ -55,6 +60,10 @@ _NUMBERS = {
     "latency_ms": "latency of one, ms",
     "energy_j": "energy of one, J",
     "training_energy_j": "energy of one in training, J",
+    "target_score": "score of the text or class",
+    "deletion": "area under the deletion curve",
+    "insertion": "area under the insertion curve",
+    "attention_distance": "mean distance of the scan's attention, pixels or tokens",
     "long_sequence_ratio": "tokens over MambaOut's threshold",
 }
 

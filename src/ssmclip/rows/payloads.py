@@ -6,6 +6,7 @@ groups: list[GroupAccuracy]         of test sets with groups
 thumbnails: dict[str, str]          place -> a small JPEG, as base64
 image_to_text: list[ImageExample]   text_to_image: list[TextExample]
 similarity: Similarity
+saliency: Saliency                  maps over a picture
 right, images                       see RightImages
 """
 
@@ -63,6 +64,29 @@ class Similarity(TypedDict):
     images: list[str]
     texts: list[str]
     scores: list[list[float]]
+
+
+class SaliencyMap(TypedDict):
+    """A map: its title, and its values row by row."""
+
+    title: str
+    values: list[list[float]]
+
+
+class Saliency(TypedDict):
+    """What a model looks at: by which method, for which query, in the picture of which name and in which layer.
+
+    picture: a small JPEG as base64, "" where the maps are over no picture; span: the least and largest value that all
+    maps are drawn with, None for a scale of each map's own.
+    """
+
+    method: str
+    query: str
+    name: str
+    layer: str
+    picture: str
+    span: list[float] | None
+    maps: list[SaliencyMap]
 
 
 class RightImages(TypedDict):

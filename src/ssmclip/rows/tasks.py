@@ -4,6 +4,7 @@ TRAIN = "train"
 HESSIAN = "hessian"
 SURFACES = ("surface_1d", "surface_2d")  # of the loss, along one direction and two
 EFFICIENCY = "efficiency"
+SALIENCY = "saliency"  # what a model looks at
 OOD = "ood"  # averages over the data sets of stimuli, of which each is OOD/SET
 DISTORTED = "distorted"  # DISTORTED/DATA SET/DISTORTION
 

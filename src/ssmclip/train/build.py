@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
-from ssmclip import models
 from ssmclip.config import TrainConfig
-from ssmclip.config.places import data_folders, find_data, not_found
+from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
 from ssmclip.config.settings import ImageSize
-from ssmclip.data.pairs.loader import PairLoader, Remote, TableFormat, Weighted, open_pairs, train_transform
-from ssmclip.models.files import weights
-from ssmclip.models.published.language_model import load_language_model
+from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
+from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
+from ssmclip.data.pairs.loader import PairLoader, Remote, TableFormat, Weighted, open_pairs
 from ssmclip.models.text_towers import text_tower_of
 from ssmclip.train import launch
+from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.objective import OBJECTIVES, Objective
 from ssmclip.train.optimiser import freeze_text_tower
 
 _LOG = logging.getLogger(__name__)
+OWN_FIELDS = (
+    "scale",
+    "flip",
+    "color_jitter",
+    "color_jitter_prob",
+    "gray_scale_prob",
+    "gaussian_blur_prob",
+    "solarize_prob",
+)
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -63,26 +70,40 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def model_config(config: TrainConfig) -> dict[str, Any]:
-    """Return the model's configuration in open_clip's format, at the final image size of the training."""
-    made = models.clip_config(
-        config.model.name, image_size=config.image_size(config.steps), drop_path_rate=config.model.drop_path_rate
-    )
-    start = _merge(made["model_cfg"], dict(OBJECTIVES[config.loss.kind].start))
-    return {**made, "model_cfg": _merge(start, config.model.changes)}
+def plan(config: TrainConfig) -> Blueprint:
+    """Return the blueprint of a run's model; of a classifier, with the classes of its data.
+
+    Raises FileNotFoundError and ValueError for data that do not say which classes they have, UnknownName.
+    """
+    if not OBJECTIVES[config.loss.kind].labelled:
+        return blueprint(config)
+    folders = data_folders(os.environ)
+    if config.data.sources:
+        if not config.data.classes:
+            raise ValueError(
+                "data.classes must be a file with the name of a class on each line, or their number, when data.sources "
+                "has labelled images (got '')"
+            )
+        return blueprint(config, classes_of("", config.data.classes, _table_format(config)))
+    with _naming_places([config.data.source], folders):
+        source = _find_source(config.data.source, folders)
+        return blueprint(config, classes_of(source, config.data.classes, _table_format(config)))
 
 
-def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> Objective:
-    """Return the objective that `loss.kind` names, for this process.
+def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num_classes: int = 0) -> Objective:
+    """Return the objective that `loss.kind` names, for this process. num_classes: of a classifier.
 
     Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
     """
+    if config.loss.mix.on:
+        _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](
         config.loss,
         rank=rank,
         world_size=world_size,
         views=config.data.views_per_image,
         captions=config.data.captions_per_image,
+        num_classes=num_classes,
     )
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
@@ -92,9 +113,21 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1) -> 
     return made
 
 
-def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: int = 1) -> nn.Module:
+def _check_even(config: TrainConfig, world_size: int) -> None:
+    """Raise ValueError if a micro-batch has an odd number of images, which cannot be mixed in pairs."""
+    batch = config.batch_size // world_size
+    micro_batch = min(config.loss.micro_batch or batch, batch)
+    if micro_batch % 2 or (batch % micro_batch) % 2:
+        raise ValueError(
+            f"loss.mix needs an even number of images in each micro-batch (got batch_size={config.batch_size} on "
+            f"{world_size} processes, loss.micro_batch={config.loss.micro_batch}): choose even numbers, or set "
+            "loss.mix.mixup=0 and loss.mix.cutmix=0"
+        )
+
+
+def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn.Module:
     """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
-    model = models.create_clip(architecture, grad_checkpointing=config.model.grad_checkpointing)
+    model = plan.create(config.model.grad_checkpointing)
     if config.model.freeze_text:
         freeze_text_tower(model)
     batch = config.batch_size // world_size
@@ -107,7 +140,7 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
         pixels = " x ".join(map(str, dict.fromkeys(sides)))
         try:
             with torch.no_grad():
-                probe.encode_image(torch.zeros(1, 3, *sides))
+                plan.encode(probe, torch.zeros(1, 3, *sides))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
                 f"{config.model.name} cannot take images of {pixels} pixels, one of data.{name}="
@@ -117,60 +150,29 @@ def build_model(config: TrainConfig, architecture: dict[str, Any], world_size: i
     return model.train()
 
 
-def load_start(model: nn.Module, config: TrainConfig, checkpoint: Path | None) -> None:
-    """Load the initial weights: the checkpoint's, else those of `model.text_weights` into the text tower.
-
-    Raises ValueError, CheckpointError, FileNotFoundError.
-    """
-    source = config.model.text_weights
-    if checkpoint:
-        state = models.load_state(checkpoint / weights.WEIGHTS_NAME)
-        try:
-            weights.load_into(model, state, checkpoint)
-        except models.CheckpointError as error:
-            raise models.CheckpointError(
-                f"{error}. If an older version of this package began the run, delete {checkpoint.parents[1]} or choose "
-                "another --out"
-            ) from error
-    elif source:
-        if not isinstance(getattr(model, "text", None), models.mamba_text.MambaText):
-            raise ValueError(f"model.text_weights must be none for {config.model.name}, which has no Mamba text tower")
-        state = load_language_model(source).state_dict()
-        weights.load_into(model.text.transformer, state, source)
-
-
 def open_stream(
-    config: TrainConfig, architecture: dict[str, Any], size: ImageSize, rank: int, world_size: int, cursor: Any = None
+    config: TrainConfig, plan: Blueprint, size: ImageSize, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
     """Return this process's stream of batches at an image size, starting at `cursor` (None: at the beginning).
 
     Raises FileNotFoundError naming every folder searched for a relative `data.source`; ValueError for length buckets
     with a text tower that sees the padding; what `open_pairs` raises.
     """
-    data, text_cfg = config.data, architecture["model_cfg"].get("text_cfg", {})
-    if data.length_buckets and not text_tower_of(text_cfg).ignores_padding:
-        raise ValueError(
-            f"data.length_buckets must be 0 for {config.model.name} (got {data.length_buckets}): "
-            "its text tower's embeddings depend on the padding"
-        )
-    preprocess = architecture["preprocess_cfg"]
-    transform = train_transform(
-        size,
-        preprocess.get("mean", OPENAI_DATASET_MEAN),
-        preprocess.get("std", OPENAI_DATASET_STD),
-        **dataclasses.asdict(config.data.augment),
-    )
+    data, text_cfg = config.data, plan.config.get("model_cfg", {}).get("text_cfg", {})
+    if data.length_buckets and not (text_cfg and text_tower_of(text_cfg).ignores_padding):
+        reason = "labels have no length" if plan.labelled else "its text tower's embeddings depend on the padding"
+        raise ValueError(f"data.length_buckets must be 0 for {config.model.name} (got {data.length_buckets}): {reason}")
     folders = data_folders(os.environ)
     names = [name for name, _ in data.sources] or [data.source]
-    places = {name: find_data(name, folders) for name in names}
-    for name, place in places.items():
-        if place != name and rank == 0:
-            _LOG.info("reading %s", place)
     with _naming_places(names, folders):
-        return open_pairs(
+        places = {name: _find_source(name, folders) for name in names}
+        for name, place in places.items():
+            if place != name and rank == 0:
+                _LOG.info("reading %s", place)
+        stream = open_pairs(
             [Weighted(places[name], weight, name) for name, weight in data.sources] or places[data.source],
-            transform=transform,
-            tokenize=models.build_tokenizer(architecture),
+            transform=build_transform(config, plan, size),
+            tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
             workers=config.data.workers,
@@ -188,10 +190,62 @@ def open_stream(
             length_buckets=data.length_buckets,
             pad_id=text_cfg.get("pad_id", 0),
             remote=Remote(data.retries, cache_dir=data.cache_dir, cache_gib=data.cache_gib),
-            table_format=TableFormat(
-                config.data.image_column, config.data.caption_column, config.data.encoding, config.data.separator
-            ),
+            table_format=_table_format(config),
+            labelled=plan.labelled,
         )
+    images = stream.num_samples if plan.labelled else None
+    if images is not None and images < config.batch_size:
+        raise ValueError(
+            f"{' and '.join(places.values())} has {images} images, fewer than a batch (got batch_size="
+            f"{config.batch_size}): set batch_size to at most {images}"
+        )
+    return stream
+
+
+def build_transform(config: TrainConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
+    """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+    augment = config.data.augment
+    mean, std = plan.statistics()
+    if augment.library == "own":
+        given = {name: getattr(augment, name) for name in OWN_FIELDS}
+        return train_transform(size, mean, std, **given)
+    return TimmTransform(
+        {
+            "input_size": size,
+            "mean": mean,
+            "std": std,
+            "scale": augment.scale,
+            "hflip": 0.5 if augment.flip else 0.0,
+            "color_jitter": augment.color_jitter,
+            "color_jitter_prob": augment.color_jitter_prob if augment.color_jitter_prob < 1 else None,
+            "grayscale_prob": augment.gray_scale_prob,
+            "gaussian_blur_prob": augment.gaussian_blur_prob,
+            "auto_augment": augment.auto_augment or None,
+            "interpolation": augment.interpolation,
+            "re_prob": augment.erase_prob,
+            "re_mode": augment.erase_mode,
+            "re_count": augment.erase_count,
+        }
+    )
+
+
+def _table_format(config: TrainConfig) -> TableFormat:
+    data = config.data
+    return TableFormat(data.image_column, data.caption_column, data.encoding, data.separator)
+
+
+def _find_source(source: str, folders: Sequence[Path]) -> str:
+    """Return a source below the first folder that contains it, also the data set that dataset:NAME stands for."""
+    if not source.startswith(DATASET) or source.count(":") > 1:
+        return find_data(source, folders)
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            data_set(place := f"{source}:{folder}")
+            return place
+    raise FileNotFoundError(
+        f"no training split for {source} in {', '.join(str(folder.absolute()) for folder in folders)}: "
+        f"pass {source}:FOLDER, or set {VARIABLE}"
+    )
 
 
 @contextmanager
@@ -201,11 +255,3 @@ def _naming_places(sources: Sequence[str], folders: Sequence[Path]) -> Iterator[
     except FileNotFoundError as error:
         missing = sources if len(sources) == 1 else [source for source in sources if source in str(error)][:1]
         raise FileNotFoundError(f"{error}{''.join(not_found(source, folders) for source in missing)}") from error
-
-
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

@@ -23,18 +23,40 @@ def backward(
     """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
 
     images (batch * views, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
-    micro_batch: pairs to embed at a time; features are then cached (see `_backward_cached`), and memory is that of a
-    micro-batch. None embeds all at once.
+    micro_batch: pairs to embed at a time; memory is then that of a micro-batch. Features are cached (see
+    `_backward_cached`), or gradients accumulated where the loss is a mean over images. None embeds all at once.
     """
     if micro_batch is None or micro_batch * objective.views >= len(images):
-        value = objective.of_batch(model, images, targets)
+        value = objective.of_batch(model, *objective.inputs(images, targets))
         accelerator.backward(value)
         return value.detach()
-    return _backward_cached(accelerator, model, objective, images, targets, micro_batch)
+    chunks = [
+        objective.inputs(*chunk)
+        for chunk in zip(
+            images.split(micro_batch * objective.views), targets.split(micro_batch * objective.captions), strict=True
+        )
+    ]
+    if objective.separable:
+        return _backward_accumulated(accelerator, model, objective, chunks)
+    return _backward_cached(accelerator, model, objective, chunks)
+
+
+def _backward_accumulated(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Compute the gradient of a mean over images as the sum of the micro-batches' gradients, each once."""
+    images, total = sum(len(image) for image, _ in chunks), torch.zeros((), device=chunks[0][0].device)
+    for i, (image, target) in enumerate(chunks):
+        # Processes exchange gradients once, in the last backward pass.
+        with nullcontext() if i == len(chunks) - 1 else accelerator.no_sync(model):
+            value = objective.of_batch(model, image, target) * (len(image) / images)
+            accelerator.backward(value)
+        total += value.detach()
+    return total
 
 
 def _backward_cached(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, images: Tensor, targets: Tensor, micro_batch: int
+    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Compute the large batch's gradient from micro-batches, up to rounding (GradCache, Gao et al., arXiv:2101.06983).
 
@@ -42,13 +64,11 @@ def _backward_cached(
     again with a graph, the random state restored so that drop-path repeats, and backpropagate through the features.
     This costs one more forward pass. Batch norm, if a model has it, sees micro-batches (twice).
     """
-    chunks = list(
-        zip(images.split(micro_batch * objective.views), targets.split(micro_batch * objective.captions), strict=True)
-    )
+    device = chunks[0][0].device
     random, embedded = [], []
     with torch.no_grad():
         for image, target in chunks:
-            random.append(device_rng(images.device))
+            random.append(device_rng(device))
             embedded.append(objective.outputs(model, image, target))
 
     leaves = {name: torch.cat([e[name] for e in embedded]) for name in objective.rows}
@@ -65,7 +85,7 @@ def _backward_cached(
     }
     for i, (image, target) in enumerate(chunks):
         last = i == len(chunks) - 1
-        set_device_rng(images.device, random[i])
+        set_device_rng(device, random[i])
         # Processes exchange gradients once, in the last backward pass; the scalars' gradient belongs to that one too.
         with nullcontext() if last else accelerator.no_sync(model):
             outputs = objective.outputs(model, image, target)

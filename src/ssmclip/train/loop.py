@@ -6,12 +6,12 @@ A step is counted when it is finished: rows, checkpoints and `state["step"]` say
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from ssmclip.config.settings import ImageSize
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
+from ssmclip.train.blueprint import Blueprint
 from ssmclip.train.build import (
     build_accelerator,
     build_model,
     build_objective,
     is_sharded,
-    load_start,
-    model_config,
     open_stream,
+    plan,
 )
 from ssmclip.train.checkpoint import (
     CheckpointError,
@@ -42,18 +42,19 @@ from ssmclip.train.checkpoint import (
     name_checkpoints,
     run_folder,
     save_checkpoint,
-    write_text,
 )
 from ssmclip.train.ema import Ema, ema_decay
 from ssmclip.train.gradient import backward
 from ssmclip.train.objective import Objective
-from ssmclip.train.optimiser import build_optimiser, lr_schedule, set_lr
+from ssmclip.train.optimiser import build_optimiser, set_lr
 from ssmclip.train.progress import Log, Measured, NonFinite, Repeats, Watch
+from ssmclip.train.schedule import lr_schedule
+from ssmclip.train.start import load_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
 
-# validate(model, preprocess, tokenizer, step) -> rows: the model in eval mode on its device; PIL image -> (3, H, W);
-# list[str] -> int64 (n, context). Called in the main process only. The loop adds the step to the rows.
-Validate = Callable[[nn.Module, Any, Any, int], list[Result]]
+# validate(model, step) -> rows: the model in eval mode on its device, with its preprocessing. Called in the main
+# process only. The loop adds the step to the rows.
+Validate = Callable[[models.Model, int], list[Result]]
 
 _REPEATS_MATTER = 0.01  # share of the pairs; fewer move the loss less than its noise
 SIDES = ("image_height", "image_width")  # metrics of images that are not square
@@ -69,7 +70,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     (`run_folder`); NonFinite; CheckpointError when a checkpoint cannot be written or read.
     """
     out, asked = Path(out), config.validation
-    build_objective(config)  # refuses before there is a folder
+    build_objective(config, num_classes=2)  # refuses before there is a folder
     if asked.best and not (asked.every and asked.tasks):
         raise ValueError(f"validation.best={asked.best!r} needs validation.every and validation.tasks: set both")
     accelerator = build_accelerator(config)
@@ -94,7 +95,7 @@ class _Run:
     config: TrainConfig
     out: Path
     accelerator: Accelerator
-    architecture: dict[str, Any]
+    plan: Blueprint
     model: nn.Module  # as prepared for this device and these processes
     optimiser: torch.optim.Optimizer
     objective: Objective
@@ -118,13 +119,14 @@ class _Run:
                 f"{checkpoint} was written by {len(state['ranks'])} processes (got {accelerator.num_processes}): "
                 "launch the same number to continue exactly"
             )
-        objective = build_objective(config, accelerator.process_index, accelerator.num_processes)
+        planned = plan(config)
+        classes = len(planned.classes)
+        objective = build_objective(config, accelerator.process_index, accelerator.num_processes, classes)
         seed_everything(config.seed)
-        architecture = model_config(config)
         if accelerator.is_main_process:
-            write_text(out / "open_clip_config.json", json.dumps(architecture, indent=2) + "\n")
-        model = build_model(config, architecture, accelerator.num_processes)
-        load_start(model, config, checkpoint)
+            planned.describe(out)
+        model = build_model(config, planned, accelerator.num_processes)
+        load_start(model, config, planned, checkpoint)
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
@@ -150,7 +152,7 @@ class _Run:
             config=config,
             out=out,
             accelerator=accelerator,
-            architecture=architecture,
+            plan=planned,
             model=model,
             optimiser=optimiser,
             objective=objective,
@@ -246,7 +248,7 @@ class _Run:
             self._report_skipped(before)
             before.close()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        return open_stream(self.config, self.architecture, size, rank, world, self.cursor)
+        return open_stream(self.config, self.plan, size, rank, world, self.cursor)
 
     def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int], stream: Any) -> None:
         skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
@@ -314,8 +316,7 @@ class _Run:
             model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
             model.eval()
             with same_rng_after(self.accelerator.device), torch.no_grad():
-                preprocess = models.build_preprocess(self.architecture, size)
-                rows = validate(model, preprocess, models.build_tokenizer(self.architecture), self.step)
+                rows = validate(self.plan.ready(model, size, self.config.model.name), self.step)
             if self.ema is None:
                 model.train()
             rows = [dataclasses.replace(row, where={STEP: self.step, **row.where}) for row in rows]
@@ -348,12 +349,9 @@ class _Run:
                 "repeats": repeats,
                 "ranks": ranks,
             }
-            model = self.ema.model if self.ema else sharding.plain_model(self.architecture, online)
+            model = self.ema.model if self.ema else self.plan.plain(online)
             best = self.best["step"] if self.best else None
 
-            def save(folder: Path) -> None:
-                models.save_model(model, self.architecture, folder)
-                models.save_tokenizer(self.architecture, folder)
-
+            save = partial(self.plan.save, model)
             save_checkpoint(self.out, self.step, save, state, self.config.checkpoint.keep, best)
         accelerator.wait_for_everyone()

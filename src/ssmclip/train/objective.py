@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from ssmclip.config import LossConfig
@@ -38,13 +40,17 @@ class Objective(nn.Module):
     name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
     starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
     which a micro-batch has fewer; all others, such as the logit scale, belong to the model. contrastive: whether pairs
-    of a batch are each other's negatives, so that one pair twice is a wrong one.
+    of a batch are each other's negatives, so that one pair twice is a wrong one. separable: whether the loss of a
+    batch is the mean over its images, so that gradients of micro-batches add up to its gradient. labelled: whether
+    the targets are the labels of classes, and the model an image classifier.
     """
 
     name: ClassVar[str]
     start: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     rows: ClassVar[tuple[str, ...]] = ("image_features", "text_features")
     contrastive: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -54,11 +60,20 @@ class Objective(nn.Module):
         world_size: int = 1,
         views: int = 1,
         captions: int = 1,
+        num_classes: int = 0,
     ):
-        """Build the loss of process `rank` of `world_size`, for `views` and `captions` of every image in a row."""
+        """Build the loss of process `rank` of `world_size`, for `views` and `captions` of every image in a row.
+
+        num_classes: of a classifier, 0 where it is not known.
+        """
         super().__init__()
         self.settings = settings or LossConfig()
         self.rank, self.world_size, self.views, self.captions = rank, world_size, views, captions
+        self.num_classes = num_classes
+
+    def inputs(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a (micro-)batch is trained on, such as a mixture of its images: here, unchanged."""
+        return images, targets
 
     def outputs(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the arguments of the loss by name: here, a CLIP's outputs for images and texts.
@@ -172,6 +187,52 @@ def objective_of(model: nn.Module, folder: str | Path | None = None) -> Objectiv
 def contrastive_loss(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     """Return CLIP's loss of these pairs, or SigLIP's where the model has a logit bias (see `objective_of`)."""
     return objective_of(model).of_batch(model, images, texts)
+
+
+@objective("classification")
+class Classification(Objective):
+    """The cross-entropy of an image classifier's logits: a softmax, or with `binary` a sigmoid for each class.
+
+    Images and labels are mixed in pairs (mixup, Zhang et al. 2018, arXiv:1710.09412; CutMix, Yun et al. 2019,
+    arXiv:1905.04899), and labels smoothed, as timm does.
+    """
+
+    rows = ("logits", "targets")
+    separable = True
+    labelled = True
+
+    def __init__(self, settings: LossConfig | None = None, **place: int):
+        super().__init__(settings, **place)
+        mix = self.settings.mix
+        self.mixup = (
+            Mixup(
+                mixup_alpha=mix.mixup,
+                cutmix_alpha=mix.cutmix,
+                prob=mix.prob,
+                switch_prob=mix.switch_prob,
+                mode=mix.mode,
+                label_smoothing=self.settings.label_smoothing,
+                num_classes=self.num_classes,
+            )
+            if mix.on
+            else None
+        )
+        self.soft = SoftTargetCrossEntropy()
+        self.hard = LabelSmoothingCrossEntropy(self.settings.label_smoothing)
+        self.binary = BinaryCrossEntropy(smoothing=self.settings.label_smoothing)
+
+    def inputs(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and the labels, or mixtures of both: (B, classes) shares."""
+        return self.mixup(images.clone(), targets) if self.mixup else (images, targets)
+
+    def outputs(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"logits": model(images), "targets": targets}
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.settings.binary:
+            return self.binary(logits, targets)
+        return self.soft(logits, targets) if targets.is_floating_point() else self.hard(logits, targets)
 
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""AdamW: which parameters have weight decay, and the learning rate at every step."""
+"""The optimiser: AdamW or one of timm's, which parameters have weight decay, and how fast each learns."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
+import timm.optim
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ssmclip.config import OptimiserConfig, ScheduleConfig
+from ssmclip.config import OptimiserConfig
+from ssmclip.models.towers import image_tower
+from ssmclip.registry import UnknownName
 
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
@@ -48,15 +52,21 @@ def freeze_text_tower(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimiserConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimiserConfig,
+    scales: Mapping[str, float] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """Return an optimiser's groups, each with one learning rate and decay; frozen parameters are in none.
 
-    A group's `lr_scale`, which `set_lr` reads, is its learning rate over the others'.
+    A group's `lr_scale`, which `set_lr` reads, is its learning rate over the others'. scales: further factors by the
+    parameters' names, such as `layer_scales` gives.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in parameters:
         if parameter.requires_grad:
-            kind = lr_scale(name, config), decays(config.decay_rule, name, parameter)
+            scale = lr_scale(name, config) * scales.get(name, 1.0)
+            kind = scale, decays(config.decay_rule, name, parameter)
             groups.setdefault(kind, []).append(parameter)
     return [
         {"params": members, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": scale}
@@ -71,23 +81,48 @@ def lr_scale(name: str, config: OptimiserConfig) -> float:
     return config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; fused (one pass over memory per step) if the device supports it."""
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    groups = parameter_groups(model.named_parameters(), config)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+def layer_scales(model: nn.Module, decay: float | None, groups: str = "block") -> dict[str, float]:
+    """Return the learning rate of each parameter of the image tower over that of its last layer, by full name.
 
-
-def lr_schedule(steps: int, config: ScheduleConfig, peak: float) -> np.ndarray:
-    """Return the learning rates, float64 (steps,): linear from start_lr to peak, then half a cosine to end_lr.
-
-    Bit-identical to mamba-clip's: the warm-up's last step already has the peak, and so has the first step after it; the
-    cosine's last step is one short of end_lr.
+    It falls by the factor `decay` from each layer to the one before it (BEiT, arXiv:2106.08254, appendix). Layers are
+    timm's groups of the tower (`group_matcher`): its stem, its blocks or with groups="stage" its stages, its head.
+    Raises ValueError for a tower without such groups.
     """
-    warmup = np.linspace(config.start_lr, peak, config.warmup_steps)
-    rest = np.arange(steps - config.warmup_steps)
-    cosine = config.end_lr + 0.5 * (peak - config.end_lr) * (1 + np.cos(np.pi * rest / max(len(rest), 1)))
-    return np.concatenate([warmup, cosine])
+    if decay is None:
+        return {}
+    tower = image_tower(model)
+    if not hasattr(tower, "group_matcher"):
+        raise ValueError(
+            f"optimiser.layer_decay must be none for {type(tower).__name__}, which has no groups of layers"
+        )
+    layers = group_parameters(tower, tower.group_matcher(coarse=groups == "stage"), reverse=True)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
+    last = max(layers.values())
+    return {prefix + name: decay ** (last - layer) for name, layer in layers.items()}
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
+    """Return the optimiser of the trainable parameters: AdamW, fused where the device supports it, or one of timm's.
+
+    Raises UnknownName for a name that timm does not have, ValueError for arguments that it does not take.
+    """
+    scales = layer_scales(model, config.layer_decay, config.layer_groups)
+    groups = parameter_groups(model.named_parameters(), config, scales)
+    groups = [group for group in groups if group["params"]] if config.algorithm != "adamw" else groups
+    if config.algorithm == "adamw" and not config.args:
+        fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    if config.algorithm not in (known := timm.optim.list_optimizers()):
+        raise UnknownName("optimiser", config.algorithm, known)
+    about = timm.optim.get_optimizer_info(config.algorithm)
+    given: dict[str, Any] = {"betas": config.betas} if about.has_betas else {}
+    given |= {"eps": config.eps} if about.has_eps else {}
+    try:
+        return timm.optim.create_optimizer_v2(groups, opt=config.algorithm, lr=config.lr, **(given | config.args))
+    except TypeError as error:
+        raise ValueError(
+            f"optimiser.args must be arguments of timm's {config.algorithm} (got {config.args}: {error})"
+        ) from error
 
 
 def set_lr(optimiser: torch.optim.Optimizer, lr: float) -> None:

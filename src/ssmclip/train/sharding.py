@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as whole
 from torch.distributed.tensor import DTensor
 
-from ssmclip import models
 from ssmclip.train.build import is_sharded
 
 _WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -37,14 +36,6 @@ def model_state(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.T
         return accelerator.unwrap_model(model).state_dict()
     state = whole.get_model_state_dict(model, options=_WHOLE)
     return {name: value.reshape(()) if name in _SCALARS else value for name, value in state.items()}
-
-
-def plain_model(architecture: dict[str, Any], state: dict[str, torch.Tensor]) -> nn.Module:
-    """Return an unwrapped model that holds `state` itself, not a copy, without drawing random numbers."""
-    with torch.device("meta"):
-        model = models.create_clip(architecture)
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def optimiser_state(accelerator: Accelerator, model: nn.Module, optimiser: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssmclip.models import names, towers
+from ssmclip.models.networks.vit import CausalAttention
 
 __all__ = ["Macs", "count_macs", "long_sequence", "sequence_criterion", "transformer_macs"]
 
@@ -90,9 +92,11 @@ def count_macs(
 
     - linear: products with a weight matrix; conv: convolutions; one multiply-add counts as 1, a complex product as 4.
     - attention: products of activations with each other, queries x keys and weights x values, of all L x L pairs:
-      masked pairs are computed and thrown away, so they count.
-    - scan: 9 N + 1 per channel and position, one more with a gate (state-spaces/mamba#110, as in VMamba's code). These
-      are floating-point operations, not MACs; the recurrence itself is 4 N + 1 multiply-adds and N exponentials.
+      masked pairs are computed and thrown away, so they count. Half of them in a `ViT` with mixing="causal" (MambaOut's
+      2 D L^2 floating-point operations instead of 4 D L^2): its kernel is not given a mask but told to skip them.
+    - scan: 9 N + 1 per channel, position and direction, one more with a gate (state-spaces/mamba#110, as in VMamba's
+      code). These are floating-point operations, not MACs; the recurrence itself is 4 N + 1 multiply-adds and N
+      exponentials.
     - norm: 5 per number of a layer norm, 2 of a batch norm (fvcore's), floating-point operations too.
 
     Activations, poolings, softmax, Fourier transforms, embeddings and sums are not counted.
@@ -162,8 +166,8 @@ def sequence_criterion(
         patch = towers.patch_size(tower)
         width = tower.embed_dim if hasattr(tower, "embed_dim") else tower.transformer.width
         tokens = math.prod(side // step for side, step in zip(size, patch, strict=True))
-        side = math.sqrt(math.prod(patch) * 6 * width)
-        found.append(_criterion("image", width, tokens, causal=False) | {"side": side})
+        criterion = _criterion("image", width, tokens, causal=getattr(tower, "mixing", "full") == "causal")
+        found.append(criterion | {"side": math.sqrt(math.prod(patch) * criterion["threshold"])})
     text = getattr(model, "text", model)
     if (
         text_length is not None
@@ -203,7 +207,7 @@ def _meta_like(tensor: Tensor) -> Tensor:
 def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
     counter = _Counter(model)
     try:
-        with counter:
+        with counter, _told_of_causal_attention(counter, model):
             run()
     except NotImplementedError:  # a RuntimeError too, but no fault of the input's: an operator lacks its formula
         raise
@@ -212,11 +216,34 @@ def _count(model: nn.Module, run: Callable[[], Any], what: str) -> Parts:
     return Parts(**counter.parts)
 
 
+@contextmanager
+def _told_of_causal_attention(counter: _Counter, model: nn.Module) -> Iterator[None]:
+    """Tell the counter when the model is inside attention that skips pairs: its operators do not say so on `meta`."""
+
+    def enter(*_: Any) -> None:
+        counter.causal = True
+
+    def leave(*_: Any) -> None:
+        counter.causal = False
+
+    layers = [module for module in model.modules() if isinstance(module, CausalAttention)]
+    hooks = [hook for m in layers for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class _Counter(TorchDispatchMode):
-    """A mode that adds up every operator. A product with a matrix made from weights alone counts as a linear layer."""
+    """A mode that adds up every operator. A product with a matrix made from weights alone counts as a linear layer.
+
+    causal: whether half of the pairs of tokens are skipped at present.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        self.causal = False
         self.parts = {field.name: 0 for field in fields(Parts)}
         self.weights = [*model.parameters(), *model.buffers()]  # kept, so that no other tensor takes their place
         self.known = {_memory(weight) for weight in self.weights}
@@ -253,8 +280,10 @@ def _memory(x: Tensor) -> int:
 
 def _product(counter: _Counter, a: Tensor, b: Tensor) -> tuple[str, int]:
     """Count a product (..., m, k) x (..., k, n)."""
-    kind = "linear" if counter.is_weight(a) or counter.is_weight(b) else "attention"
-    return kind, a.numel() * b.shape[-1] * (4 if a.is_complex() else 1)
+    macs = a.numel() * b.shape[-1] * (4 if a.is_complex() else 1)
+    if counter.is_weight(a) or counter.is_weight(b):
+        return "linear", macs
+    return "attention", macs // 2 if counter.causal else macs
 
 
 def _convolution(counter: _Counter, args: tuple, out: Tensor) -> tuple[str, int]:
@@ -270,9 +299,10 @@ def _selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]
 
 def _cross_selective_scan(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:
     x, _, A, _, _, D, _, delta_weight = args[:8]
+    read = A.shape[0] * x.numel()  # once in each direction
     if delta_weight is not None:
-        counter.add("linear", 4 * x.numel() * delta_weight.shape[2])
-    return "scan", 4 * x.numel() * (9 * A.shape[2] + (D is not None))
+        counter.add("linear", read * delta_weight.shape[2])
+    return "scan", read * (9 * A.shape[2] + (D is not None))
 
 
 def _ssd(counter: _Counter, args: tuple, out: Any) -> tuple[str, int]:

@@ -1,13 +1,17 @@
-"""The training transform: a random crop, resized and normalised. All random numbers come from the given generator."""
+"""Training transforms: a random crop, resized and normalised. All random numbers come from the given generator."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
@@ -123,6 +127,40 @@ def train_transform(
 ) -> TrainTransform:
     """Return the transform for `open_pairs`. mean, std: per channel, in [0, 1]; augment: TrainTransform's fields."""
     return TrainTransform(image_size, tuple(mean), tuple(std), scale=tuple(scale), **augment)
+
+
+@dataclass(frozen=True)
+class TimmTransform:
+    """timm's transform for training: `transform(picture, generator)` is a float tensor (3, image_size, image_size).
+
+    arguments: of `timm.data.create_transform`. Its draws come from three global generators, which are seeded from the
+    given one and restored.
+    """
+
+    arguments: dict[str, Any]
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+        with seeded(int(torch.randint(2**31, (), generator=generator))):
+            return self._transform(image)
+
+    @cached_property
+    def _transform(self) -> Any:
+        return timm.data.create_transform(is_training=True, **self.arguments)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch (CPU) for what runs inside, and restore them after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def jitter_colors(image: torch.Tensor, strength: float | Sequence[float], draws: Sequence[float]) -> torch.Tensor:

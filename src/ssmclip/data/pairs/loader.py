@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from ssmclip.data.images import open_image
 from ssmclip.data.pairs.augment import TrainTransform, train_transform
 from ssmclip.data.pairs.hub_datasets import PREFIX as STREAMED
 from ssmclip.data.pairs.hub_datasets import streamed_source
+from ssmclip.data.pairs.labelled import (
+    DATASET,
+    data_set,
+    data_set_samples,
+    folder_samples,
+    is_class_folders,
+    label_format,
+)
 from ssmclip.data.pairs.mixture import Mixture, Part, Weighted, check_weights
 from ssmclip.data.pairs.reinforced import SYNTHETIC_CAPTIONS
 from ssmclip.data.pairs.remote import Remote
@@ -37,6 +45,7 @@ from ssmclip.data.pairs.stream import (
 )
 from ssmclip.data.pairs.tables import (
     TABLE_SUFFIXES,
+    RowSource,
     TableFormat,
     is_table,
     synthetic_source,
@@ -84,6 +93,7 @@ def open_pairs(
     length_buckets: int = 0,
     pad_id: int = 0,
     remote: Remote | None = None,
+    labelled: bool = False,
 ) -> PairLoader:
     """Open an endless, reshuffled stream of batches from `source`.
 
@@ -112,6 +122,7 @@ def open_pairs(
     length_buckets: how many batches are filled together and then divided by the length of their texts; padding
         (`pad_id`) beyond the longest text of a batch is cut. 0: texts as they come, all padding kept.
     remote: how shards elsewhere are fetched, and where they are kept.
+    labelled: take the labels of classes (see `labelled.py`) in place of captions; `source` may be class folders then.
 
     Samples that can't be used are counted in `.skipped`, not raised. A pass without one that can be raises
     NoUsableSamples; where several readers share the source, many such passes of one of them in a row.
@@ -122,17 +133,26 @@ def open_pairs(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to world_size - 1 (got {rank} of {world_size})")
     _check_combination(transform, resample, distinct, sizes, stored_teacher, caption_shares or {})
+    if labelled and (caption_shares or stored_teacher or length_buckets):
+        raise ValueError(
+            "a label has no caption fields, no teacher and no length: leave data.captions, "
+            "data.stored_teacher and data.length_buckets out"
+        )
     readers = max(workers, 1)
     cache_bytes = cache_mib * 2**20 // readers
-    shard_format = ShardFormat(tuple(caption_shares or ()), stored_teacher)
+    shard_format = ShardFormat(tuple(caption_shares or ()), stored_teacher, labelled)
     table_format = replace(table_format or TableFormat(), captions=shard_format.captions)
-
-    def opener(name: str) -> Source:
-        return _open_source(
-            name, seed, shuffle_buffer, cache_bytes, table_format, shard_format, resample, remote or Remote()
-        )
-
-    opened = opener(str(source)) if isinstance(source, str | Path) else _open_mixture(source, opener)
+    reading = _Reading(
+        seed,
+        shuffle_buffer,
+        cache_bytes,
+        label_format(table_format) if labelled else table_format,
+        shard_format,
+        resample,
+        remote or Remote(),
+    )
+    single = isinstance(source, str | Path)
+    opened = _open_source(str(source), reading) if single else _open_mixture(source, reading)
     cache_bytes = cache_bytes if opened.resident else 0
     preparation = Preparation(
         transform,
@@ -148,6 +168,7 @@ def open_pairs(
         sizes=tuple(sizes),
         length_buckets=length_buckets,
         pad_id=pad_id,
+        texts="label" if labelled else "caption",
     )
     return PairLoader(opened, preparation, workers, rank, world_size, cursor)
 
@@ -176,47 +197,62 @@ def _check_combination(
             )
 
 
-def _open_mixture(sources: Sequence[Weighted], opener: Callable[[str], Source]) -> Mixture:
+@dataclass(frozen=True)
+class _Reading:
+    """How any source is read: see `open_pairs`. window: samples of a stream that are shuffled together."""
+
+    seed: int
+    window: int
+    resident_bytes: int
+    table_format: TableFormat
+    shard_format: ShardFormat
+    resample: bool
+    remote: Remote
+
+
+def _open_mixture(sources: Sequence[Weighted], reading: _Reading) -> Mixture:
     """Open the sources whose weight is not 0. Raises ValueError that names an empty one, and what opening raises."""
     check_weights(sources)
     total = math.fsum(each.weight for each in sources)
     parts = []
     for each in sources:
         if each.weight:
-            part = Part(each.label, opener(str(each.source)), each.weight / total)
+            part = Part(each.label, _open_source(str(each.source), reading), each.weight / total)
             if part.source.is_empty():
                 raise ValueError(f"the source {each.label} has no samples: remove it, or give it the weight 0")
             parts.append(part)
     return Mixture(parts)
 
 
-def _open_source(
-    source: str,
-    seed: int,
-    window: int,
-    resident_bytes: int,
-    table_format: TableFormat,
-    shard_format: ShardFormat,
-    resample: bool,
-    remote: Remote,
-) -> Source:
-    if shard_format.stored and (source.startswith((SYNTHETIC, STREAMED)) or is_table(source)):
+def _open_source(source: str, reading: _Reading) -> Source:
+    seed, resample = reading.seed, reading.resample
+    if reading.shard_format.stored and (source.startswith((SYNTHETIC, STREAMED)) or is_table(source)):
         raise ValueError(
             f"a teacher's stored features are read from shards alone (got {source}): set data.stored_teacher=none"
         )
+    if reading.shard_format.labelled and source.startswith(DATASET):
+        samples = data_set_samples(data_set(source))
+        identity = f"{source.split(':')[1]} {len(samples)}"
+        return RowSource(samples, seed=seed, identity=identity, resample=resample)
+    if reading.shard_format.labelled and is_class_folders(source):
+        pictures = folder_samples(Path(source))
+        identity = f"{Path(source).name} {len(pictures)}"
+        return RowSource(pictures, seed=seed, identity=identity, resample=resample)
     if source.startswith(SYNTHETIC):
         return synthetic_source(source.removeprefix(SYNTHETIC), seed=seed, resample=resample)
     if source.startswith(STREAMED):
         if resample:
             raise ValueError(f"{source} is read in order and cannot be resampled: set data.resample=false")
-        return streamed_source(source.removeprefix(STREAMED), table_format, seed=seed, window=window)
+        return streamed_source(source.removeprefix(STREAMED), reading.table_format, seed=seed, window=reading.window)
     files = tables_in(Path(source)) or ([source] if is_table(source) else find_shards(source))
     tables = [file for file in files if file.lower().endswith(TABLE_SUFFIXES)]
     if tables and len(tables) < len(files):
         others = [file for file in files if file not in tables]
         raise ValueError(f"{source} must be tables or shards, not both: it has {tables[0]} and {others[0]}")
     if tables:
-        return table_source(files, table_format, seed=seed, resident_bytes=resident_bytes, resample=resample)
+        return table_source(
+            files, reading.table_format, seed=seed, resident_bytes=reading.resident_bytes, resample=resample
+        )
     if unknown := [file for file in files if is_local(file) and not file.lower().endswith(TAR_SUFFIXES)]:
         raise ValueError(
             f"{unknown[0]} is of unknown type: pass shards ({', '.join(TAR_SUFFIXES)}), a table "
@@ -225,11 +261,11 @@ def _open_source(
     return ShardSource(
         files,
         seed=seed,
-        window=window,
-        resident_bytes=resident_bytes,
+        window=reading.window,
+        resident_bytes=reading.resident_bytes,
         resample=resample,
-        shard_format=shard_format,
-        remote=remote,
+        shard_format=reading.shard_format,
+        remote=reading.remote,
     )
 
 

@@ -1,4 +1,4 @@
-"""Image-caption samples in webdataset shards: tars in which a picture and its .txt or .json share a name."""
+"""Samples in webdataset shards: tars in which a picture and its .txt or .json (of labelled ones .cls) share a name."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ class ShardFormat:
     captions: fields that captions are drawn from, each the suffix of a text file or else a key of a .json; (): the
         .json's list of captions, else the .txt, else the .json's one.
     stored: whether a teacher's features are read, see `reinforced`; its synthetic captions count among the captions.
+    labelled: whether the labels of classes (.cls) are read in place of captions.
     """
 
     captions: tuple[str, ...] = ()
     stored: bool = False
+    labelled: bool = False
 
 
 def find_shards(source: str | Path) -> list[str]:
@@ -317,6 +319,8 @@ def make_sample(fields: dict, prefix: str = "", shard_format: ShardFormat | None
         return Sample(key, None, [], "no image", f"it has {suffixes}")
     shard_format = shard_format or ShardFormat()
     try:
+        if shard_format.labelled:
+            return Sample(key, image, _labels(fields))
         if shard_format.captions or shard_format.stored:
             return _sample_by_fields(key, image, fields, shard_format)
         return Sample(key, image, _captions(fields))

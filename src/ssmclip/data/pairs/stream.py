@@ -110,6 +110,7 @@ class Preparation:
     sizes: (height, width) of which one is drawn for each batch, the same in all ranks; (): the transform's own.
     length_buckets: batches that are filled together and then divided by the length of their texts, whose padding is cut
         to each batch's longest; 0: as they come, with all padding. pad_id: the token that fills up a text.
+    texts: what a sample's texts are, for messages.
     """
 
     transform: Callable[[Image.Image, torch.Generator], torch.Tensor]
@@ -125,6 +126,7 @@ class Preparation:
     sizes: Sequence[tuple[int, int]] = ()
     length_buckets: int = 0
     pad_id: int = 0
+    texts: str = "caption"
 
     @property
     def pool(self) -> int:
@@ -371,7 +373,7 @@ class ReaderBatches(IterableDataset):
             raise _Unusable(sample.problem, sample, sample.detail)
         usable = [i for i, caption in enumerate(sample.captions) if caption.strip()]
         if not usable:
-            raise _Unusable("empty caption" if sample.captions else "no caption", sample)
+            raise _Unusable(f"{'empty' if sample.captions else 'no'} {self.preparation.texts}", sample)
         picture = self._decode(sample)
         key = f"{source}/{sample.key}" if source else sample.key
         generator = generator_for(self.preparation.seed, number, key, *(place if self.preparation.resample else ()))

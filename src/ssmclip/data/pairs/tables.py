@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 import zlib
@@ -40,6 +41,7 @@ class TableFormat:
     Names are found in any case, with or without spaces around them. encoding, separator: of a csv or tsv file; the
     separator is one character or a name in SEPARATORS, "": the first of , tab ; | that separates the two columns.
     captions: columns that captions are drawn from, in place of caption_column.
+    caption_columns: the known names of the column with the texts.
     Raises ValueError for another separator.
     """
 
@@ -48,6 +50,7 @@ class TableFormat:
     encoding: str = "utf-8"
     separator: str = ""
     captions: tuple[str, ...] = ()
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
 
     def __post_init__(self):
         character = SEPARATORS.get(self.separator, self.separator)
@@ -155,6 +158,32 @@ def table_source(
     rows = _Rows(_joined(paths, images), captions, folder, table_format.captions)
     samples = list(rows) if sum(table.nbytes for table in tables) <= resident_bytes else rows
     return RowSource(samples, seed=seed, identity=f"{_identity(paths, folder)} {len(rows)}", resample=resample)
+
+
+def table_labels(source: Sequence[str | Path], table_format: TableFormat) -> tuple[list[str], list[str]]:
+    """Return a table's distinct texts, and the names of its classes that Hugging Face's metadata give ([]: none).
+
+    Raises what `table_source` raises.
+    """
+    paths = [Path(path) for path in source]
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"no such table: {', '.join(missing)}")
+    texts: dict[str, None] = {}
+    for path in paths:
+        column = _read_table(path, table_format).column(1)
+        if any(is_list(column.type) for is_list in _IS_LIST):
+            raise ValueError(f"{path}: an image must have one label (got lists of them)")
+        texts |= dict.fromkeys(text for text in pc.unique(column).to_pylist() if text is not None)
+    return list(texts), _named_classes(paths[0], table_format)
+
+
+def _named_classes(path: Path, table_format: TableFormat) -> list[str]:
+    if path.suffix.lower() != ".parquet":
+        return []
+    schema = pa.parquet.read_schema(path)
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = metadata.get("info", {}).get("features", {}).get(_columns(path, schema.names, table_format)[1], {})
+    return list(feature.get("names", ())) if isinstance(feature, dict) else []
 
 
 def _identity(paths: Sequence[Path], folder: Path) -> str:
@@ -355,7 +384,7 @@ def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> lis
     wanted = table_format.captions or (table_format.caption_column,)
     return [
         column_named(path, names, "image", table_format.image_column, IMAGE_COLUMNS),
-        *(column_named(path, names, "caption", name, CAPTION_COLUMNS) for name in wanted),
+        *(column_named(path, names, "caption", name, table_format.caption_columns) for name in wanted),
     ]
 
 

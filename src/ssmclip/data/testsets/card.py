@@ -11,6 +11,7 @@ from PIL import Image
 from ssmclip.registry import Registry
 
 SORTED = "sorted"
+WHOLE = "all"  # the split of pictures that no split was made of
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,11 @@ class Card:
     classnames: in label order; templates: prompts with {} for the class name; either may instead say where they are
     ("open_clip:NAME", "clip_benchmark:KEY"), and where there are no classnames the files bring `classes` of them;
     layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
+    inliers: the data set with pictures of the classes, where this one's pictures are of none of them (outliers);
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
     the label order; "timm:NAME": WordNet ids that timm lists);
-    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves.
+    own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves;
+    part: "" for the split that is tested on, or another one, which `open_dataset` asks layouts for: "train" or "val".
     """
 
     name: str
@@ -43,7 +46,9 @@ class Card:
     classes: int = 0
     split: str = "test"
     note: str = ""
+    inliers: str = ""
     own: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class Found:
     """A test set. pictures[i] opens picture i, keys[i] names it; labels or captions go with its kind.
 
     classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
-    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know.
+    files: what the pictures are read from, for telling whether they have changed; said: what a reader must know;
+    split: the split they are of, WHOLE where there are no splits, "" where the layout does not tell splits apart;
+    answers: all classes that are right for each picture, where there may be several (labels: one of them).
     """
 
     where: str
@@ -64,11 +71,13 @@ class Found:
     groups: list[str] | None = None
     files: tuple[Path, ...] = field(default=(), repr=False)
     said: str = ""
+    split: str = ""
+    answers: list[tuple[int, ...]] | None = None
 
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
-# ValueError or FileNotFoundError.
-_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "tables", "tars")
+# ValueError or FileNotFoundError. Where a card asks for a `part`, only what says that it is of this split is taken.
+_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "real", "tables", "tars")
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
 )

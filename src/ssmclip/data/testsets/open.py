@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found
 from ssmclip.data.testsets.prompts import Prompts
+from ssmclip.data.testsets.splits import spellings
 from ssmclip.data.testsets.testset import KINDS, Classification, Retrieval, TestSet, check_names
 from ssmclip.registry import UnknownName
 
@@ -26,6 +28,7 @@ FOLDER = "folder:"
 CARD = "card:"
 OWN_LAYOUTS = ("metadata_csv", "class_folders")  # of `folder:PATH`
 OWN_TEMPLATES = ("a photo of a {}.",)
+PARTS = ("train", "val")  # other splits than the one that is tested on
 
 
 def list_cards() -> list[str]:
@@ -92,7 +95,7 @@ def _defaults(name: str, kind: str) -> dict[str, Any]:
 
 
 def _card(name: str, values: dict[str, Any], *, own: bool = False) -> Card:
-    known = {field.name for field in fields(Card)} - {"name", "own"}
+    known = {field.name for field in fields(Card)} - {"name", "own", "part"}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"card {name}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     if not isinstance(layouts := values.get("layouts", []), list | tuple):
@@ -113,26 +116,40 @@ def _card(name: str, values: dict[str, Any], *, own: bool = False) -> Card:
 
 
 def open_dataset(
-    card: Card | str, root: str | Path, *, prompts: Prompts | None = None, download: bool = True
+    card: Card | str, root: str | Path, *, prompts: Prompts | None = None, download: bool = True, split: str = ""
 ) -> Classification | Retrieval:
     """The test set of a card, found under `root`: in it, or in a folder of the card's name (or one of card.aliases).
 
     root: a folder; or "hub:OWNER", whose wds_* repositories on the Hugging Face hub (CLIP_benchmark's are owned by
     clip-benchmark) are downloaded to its cache, or, without download, only looked for there. prompts: labels and
-    templates in place of the card's.
+    templates in place of the card's; split: "train" or "val" for another split than the card's own.
     A copy with fewer images than the card's test_size is used, and says so (`partial`, `n`, `expected`).
     Raises UnknownName; FileNotFoundError listing what was looked for and where; ValueError for damaged files, labels
-    without a class, class folders without pictures and names that occur twice.
+    without a class, class folders without pictures and names that occur twice, and for another split.
     """
     card = load_card(card) if isinstance(card, str) else card
+    card = _part_of(card, split) if split else card
     looked = []
     for folder in _places(card, root, download):
         for layout in card.layouts:
             found = LAYOUTS[layout](folder, card)
+            if isinstance(found, Found) and card.part and found.split not in spellings(card.part):
+                found = f"a split {card.part} ({found.where} is there, and is not one)"
             if isinstance(found, Found):
-                return Retrieval(card, found) if card.kind == "retrieval" else Classification(card, found, prompts)
+                if card.kind == "retrieval":
+                    return Retrieval(card, found)
+                inliers = partial(open_dataset, card.inliers, root, download=download) if card.inliers else None
+                return Classification(card, found, prompts, inliers)
             looked.append(f"{folder}: {found}")
-    raise FileNotFoundError(f"the data set {card.name} is not under {root}. Looked for\n  " + "\n  ".join(looked))
+    what = f"the split {card.part} of {card.name}" if card.part else f"the data set {card.name}"
+    raise FileNotFoundError(f"{what} is not under {root}. Looked for\n  " + "\n  ".join(looked))
+
+
+def _part_of(card: Card, split: str) -> Card:
+    """Return the card of another split. Raises ValueError for a name that is not in PARTS."""
+    if split not in PARTS:
+        raise ValueError(f"the split must be {' or '.join(PARTS)} (got {split!r})")
+    return replace(card, split=split, part=split, test_size=0)
 
 
 def _places(card: Card, root: str | Path, download: bool) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from ssmclip.data.testsets.card import Card
 from ssmclip.data.testsets.files import read_json
 
 OPEN_CLIP, CLIP_BENCHMARK, TIMM = "open_clip:", "clip_benchmark:", "timm:"
+IMAGENET_NAMES = f"{OPEN_CLIP}IMAGENET_CLASSNAMES"  # in the order of its WordNet ids
 INSTALL = "pip install clip-benchmark (it is read, not run), or give --prompts FILE"
 
 Names = tuple[str | tuple[str, ...], ...]
@@ -103,6 +104,13 @@ def folders_on(card: Card) -> tuple[str, ...]:
     if isinstance(card.folders, str):
         return _synsets(card.folders.removeprefix(TIMM)) if card.folders.startswith(TIMM) else ()
     return card.folders
+
+
+def synsets_on(card: Card) -> tuple[str, ...]:
+    """The WordNet ids of a card's classes in label order, () where they are not ImageNet's."""
+    if folders := folders_on(card):
+        return folders if all(re.fullmatch(r"n\d{8}", folder) for folder in folders) else ()
+    return _synsets("imagenet_synsets") if card.classnames == IMAGENET_NAMES else ()
 
 
 def chosen(prompts: Prompts, card: Card, classnames: Sequence[str]) -> tuple[Names, tuple[str, ...]]:
@@ -253,9 +261,14 @@ def _clip_benchmark(file: str) -> dict[str, Any]:
     return json.loads((package / "datasets" / file).read_text(encoding="utf-8"))
 
 
+def timm_info(file: str) -> Path:
+    """The path of one of timm's lists about ImageNet."""
+    return _installed("timm") / "data" / "_info" / file
+
+
 @cache
 def _synsets(name: str) -> tuple[str, ...]:
-    text = (_installed("timm") / "data" / "_info" / f"{name}.txt").read_text(encoding="utf-8")
+    text = timm_info(f"{name}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in split_lines(text) if line.strip())
 
 

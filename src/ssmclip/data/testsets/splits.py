@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-FAMILIES = (("test", "testing"), ("val", "validation", "valid", "dev"))
-ALL = frozenset({"train", "training", *(name for family in FAMILIES for name in family)})
+FAMILIES = (("test", "testing"), ("val", "validation", "valid", "dev"), ("train", "training"))
+ALL = frozenset(name for family in FAMILIES for name in family)
 
 
 def spellings(split: str) -> tuple[str, ...]:

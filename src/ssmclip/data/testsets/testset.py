@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,9 @@ class TestSet(Protocol):
     each picture's class (None: it has none); captions: each picture's (None: it has none); classnames: a name for each
     class, or several that mean the same; templates: prompts with {} for the name; prompts: where names and templates
     come from; groups: a name for each picture, where the set has groups; files: what the pictures are read from, for
-    telling whether they have changed; said: what a reader must know of this copy ("": nothing); expected: images in the
-    whole test set.
+    telling whether they have changed; said: what a reader must know of this copy ("": nothing); split: which part of
+    the data set this is, "" where that is not known; expected: images in the whole test set; answers: all classes that
+    are right for each picture (None: its label alone).
     """
 
     __test__ = False  # no tests, though pytest goes by its name
@@ -42,7 +43,9 @@ class TestSet(Protocol):
     groups: Sequence[str] | None
     files: tuple[Path, ...]
     said: str
+    split: str
     expected: int
+    answers: Sequence[tuple[int, ...]] | None
 
     def __len__(self) -> int: ...
 
@@ -70,6 +73,8 @@ class PictureSet:
     groups: Sequence[str] | None = None
     files: tuple[Path, ...] = ()
     said: str = ""
+    split: str = ""
+    answers: Sequence[tuple[int, ...]] | None = None
 
     @property
     def name(self) -> str:
@@ -109,7 +114,7 @@ class _FoundSet(PictureSet):
 
     def __init__(self, card: Card, found: Found):
         self.card, self.where, self.keys, self.files = card, found.where, found.keys, found.files
-        self.groups, self.said = found.groups, found.said
+        self.groups, self.said, self.split = found.groups, found.said, found.split
         self._pictures = found.pictures
         if len(found.pictures) != self.n:
             raise ValueError(f"{self.where}: {len(found.pictures)} pictures with {self.n} names")
@@ -121,14 +126,21 @@ class _FoundSet(PictureSet):
 class Classification(_FoundSet):
     """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
 
+    inliers: () -> the data set with pictures of the classes, of a set of outliers.
     Raises ValueError for labels that are no class, class names that occur twice, and another set's classes.
     """
 
     labels: Sequence[int]
 
-    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
+    def __init__(
+        self,
+        card: Card,
+        found: Found,
+        prompts: Prompts | None = None,
+        inliers: Callable[[], Classification] | None = None,
+    ):
         super().__init__(card, found)
-        self.labels = found.labels or ()
+        self.labels, self.answers, self.inliers = found.labels or (), found.answers, inliers
         self.classnames = found.classnames or names_on(card)
         self.templates = found.templates or templates_on(card)
         self.prompts = "the data set's own" if found.templates else "the card's"
@@ -180,6 +192,8 @@ def _check_labels(dataset: Classification) -> None:
     count = len(dataset.classnames)
     if len(dataset.labels) != dataset.n:
         raise ValueError(f"{dataset.where}: {dataset.n} pictures with {len(dataset.labels)} labels")
+    if dataset.answers is not None and len(dataset.answers) != dataset.n:
+        raise ValueError(f"{dataset.where}: {dataset.n} pictures with {len(dataset.answers)} lists of right classes")
     if outside := [i for i, label in enumerate(dataset.labels) if not _is_class(label, count)]:
         first = outside[0]
         raise ValueError(

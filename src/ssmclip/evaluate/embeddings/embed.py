@@ -6,6 +6,7 @@ n images · m texts · d embedding dimensions
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,15 +36,24 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 _HASHES: WeakKeyDictionary[Model, dict[str, dict[str, str]]] = WeakKeyDictionary()
 
 
-def _once(make: Callable[[Model], dict[str, str]]) -> Callable[[Model], dict[str, str]]:
+# A model and a batch of its preprocessed images -> what is kept of each image, float32, on the CPU.
+Encode = Callable[[Model, Tensor], Tensor]
+
+
+def _name(function: Encode) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _once(make: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
     """Decorator: computed once for each `Model`, whose weights and settings are to stay as they are."""
 
     @wraps(make)
-    def made(clip: Model) -> dict[str, str]:
+    def made(clip: Model, *functions: Encode) -> dict[str, str]:
         known = _HASHES.setdefault(clip, {})
-        if make.__name__ not in known:
-            known[make.__name__] = make(clip)
-        return known[make.__name__]
+        name = " ".join([make.__name__, *map(_name, functions)])
+        if name not in known:
+            known[name] = make(clip, *functions)
+        return known[name]
 
     return made
 
@@ -76,6 +86,19 @@ def images_made_of(clip: Model) -> dict[str, str]:
     with inference(clip.network):
         outputs = fingerprint.outputs_hash(encode, fingerprint.probe_pictures()[: fingerprint.SHOWN])
     return parts | {"versions": fingerprint.versions(), "outputs": outputs}
+
+
+@_once
+def outputs_made_of(clip: Model, encode: Encode) -> dict[str, str]:
+    """Return what any other outputs for images depend on, as `images_made_of` does for embeddings. Raises Unsure."""
+
+    def output(picture: Image.Image) -> Tensor:
+        return encode(clip, clip.preprocess(picture)[None])
+
+    parts = {part: hashes(clip)[part] for part in ("model", "preprocess", "arithmetic")}
+    with inference(clip.network):
+        outputs = fingerprint.outputs_hash(output, fingerprint.probe_pictures()[: fingerprint.SHOWN])
+    return parts | {"versions": fingerprint.versions(), "outputs": outputs, "encode": _name(encode)}
 
 
 @_once
@@ -121,18 +144,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class ImageEmbeddings:
-    """features: unit vectors of the images that could be read; index: their places in the data set;
-    labels: their classes (-1 where the data set has none); unreadable: place -> why, for the others."""
+    """features: unit vectors of the images that could be read, or other outputs for them; index: their places in the
+    data set; labels: their classes (-1 where the data set has none); unreadable: place -> why, for the others;
+    images_per_s: of the network, of this process, where it has been measured."""
 
     features: Float[Tensor, "n d"]
     index: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
     unreadable: dict[int, str]
+    images_per_s: float | None = None
 
 
-def embed_images(clip: Model, dataset: Any, settings: Settings) -> ImageEmbeddings:
+def embed_images(clip: Model, dataset: Any, settings: Settings, encode: Encode | None = None) -> ImageEmbeddings:
     """Embed `dataset[i]`, a PIL image or (PIL image, label), for every i, or for `settings.max_images` of them.
 
+    encode: a named function of its own that gives other outputs than unit vectors, such as a classifier's logits.
     Images that can't be read are counted and named, never replaced. Raises ValueError when there are no images, when
     none could be read, and when an embedding is not finite. Leaves the model's train/eval modes and the global random
     state as they were, so that a training loop may call it at any step.
@@ -141,19 +167,23 @@ def embed_images(clip: Model, dataset: Any, settings: Settings) -> ImageEmbeddin
         raise ValueError("the data set has no images")
     places = subset(len(dataset), settings)
     if settings.cache is None:
-        return _embed_images(clip, dataset, places, settings)
+        return _embed_images(clip, dataset, places, settings, encode)
     made_of = cache.sure(
         lambda: {
-            **images_made_of(clip),
+            **(outputs_made_of(clip, encode) if encode else images_made_of(clip)),
             "data": cache.data_hash(dataset, settings.cache),
             "places": cache.texts_hash(map(str, places)),
         }
     )
     if kept := _kept(settings.cache, "images", made_of):
         tensors, unreadable = kept
-        return ImageEmbeddings(**tensors, unreadable={int(place): why for place, why in unreadable.items()})
-    images = _embed_images(clip, dataset, places, settings)
+        speed = tensors.pop("images_per_s", None)
+        failures = {int(place): why for place, why in unreadable.items()}
+        return ImageEmbeddings(**tensors, unreadable=failures, images_per_s=None if speed is None else speed.item())
+    images = _embed_images(clip, dataset, places, settings, encode)
     tensors = {"features": images.features, "index": images.index, "labels": images.labels}
+    if encode and images.images_per_s:
+        tensors["images_per_s"] = torch.tensor(images.images_per_s, dtype=torch.float64)
     _keep(settings.cache, "images", made_of, tensors, {str(place): why for place, why in images.unreadable.items()})
     return images
 
@@ -171,7 +201,9 @@ def _keep(
         cache.write(cache.place(folder, kind, made_of), made_of, tensors, notes)
 
 
-def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settings) -> ImageEmbeddings:
+def _embed_images(
+    clip: Model, dataset: Any, places: list[int], settings: Settings, encode: Encode | None
+) -> ImageEmbeddings:
     size = settings.batch_size
     batches = [list(range(start, min(start + size, len(places)))) for start in range(0, len(places), size)]
     loader = DataLoader(
@@ -181,12 +213,15 @@ def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settin
         collate_fn=_collate,
         generator=torch.Generator().manual_seed(settings.seed),  # else the loader draws from the global generator
     )
-    mine, unreadable = [], {}
+    encode = encode or encode_batch
+    mine, unreadable, times = [], {}, []
     with inference(clip.network):
         for images, read, classes, failures in tqdm(loader, desc="images", unit="batch", leave=False, disable=None):
             unreadable.update(failures)
             if read:
-                mine.append((read, classes, encode_batch(clip, images)))
+                start = time.perf_counter()
+                mine.append((read, classes, encode(clip, images)))
+                times.append((len(read), time.perf_counter() - start))
     unreadable, found = _gathered(mine, unreadable)
     if unreadable:
         place, why = next(iter(unreadable.items()))
@@ -199,7 +234,13 @@ def _embed_images(clip: Model, dataset: Any, places: list[int], settings: Settin
     labels = [label for _, classes, _ in found for label in classes]
     features = torch.cat([encoded for _, _, encoded in found])
     require_finite(features, "image", [_key(dataset, place) for place in index])
-    return ImageEmbeddings(features, torch.tensor(index), torch.tensor(labels), unreadable)
+    return ImageEmbeddings(features, torch.tensor(index), torch.tensor(labels), unreadable, _per_second(times))
+
+
+def _per_second(times: list[tuple[int, float]]) -> float | None:
+    """Return images a second from each batch's images and seconds, without the first batch where there are others."""
+    counted = times[1:] or times
+    return sum(n for n, _ in counted) / sum(seconds for _, seconds in counted) if counted else None
 
 
 def _gathered(mine: list[tuple[list[int], list[int], Tensor]], unreadable: dict[int, str]):

@@ -8,17 +8,19 @@ scalar, with (r, n) there are r values, one per resample: the bootstrap needs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ssmclip.registry import Registry
 from ssmclip.rows.metrics import SHOWN, Shown
 
 LEVEL = 0.95
+BINS = 15  # of confidence
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def metric(
     fraction: bool = True,
     chance: Callable[[int], float | None] = lambda classes: 1 / classes,
 ):
-    """Return a decorator that registers a function of scores as a metric, higher values being better.
+    """Return a decorator that registers a function of scores as a metric.
 
     title: what reports call it; fraction: whether they write it as a percentage; chance: number of classes -> the value
     that guessing gives, None where that is not known.
@@ -90,6 +92,45 @@ def mean_per_class(
     member = torch.nn.functional.one_hot(target.long(), scores.shape[1]).to(hits)
     accuracy = (weights @ (hits[:, None] * member)) / (weights @ member)  # 0 / 0 where a class does not occur
     return accuracy.nanmean(dim=-1)
+
+
+@metric("nll", chance=math.log)
+def nll(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Return the mean negative log-likelihood of the true classes, in nats; scores are logits. Lower is better."""
+    log_probability = scores.double().log_softmax(dim=1).gather(1, target[:, None].long())[:, 0]
+    return _weighted_mean(-log_probability, weights)
+
+
+@metric("ece", chance=lambda classes: None)
+def ece(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Return the expected calibration error over 15 equal bins of confidence (Guo et al. 2017, equation 3); scores are
+    logits. Lower is better."""
+    confidence = scores.double().softmax(dim=1).amax(dim=1)
+    weights = torch.ones_like(confidence) if weights is None else weights.to(confidence)
+    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin m is ((m - 1) / 15, m / 15]
+    gap = torch.nn.functional.one_hot(place, BINS) * (_hits(scores, target, 1) - confidence)[:, None]
+    return (weights @ gap).abs().sum(-1) / weights.sum(-1)
+
+
+def average_precision(
+    score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Return the area under the precision-recall curve as scikit-learn sums it: precision at each score times the gain
+    in recall; equal scores count together. NaN without positives."""
+    score = score.double()
+    weights = torch.ones_like(score) if weights is None else weights.to(score)
+    _, level = (-score).unique(return_inverse=True)
+    levels = int(level.max()) + 1
+    hits, drawn = (
+        weights.new_zeros(*weights.shape[:-1], levels).index_add_(-1, level, part)
+        for part in (weights * positive.to(weights), weights)
+    )
+    precision = hits.cumsum(-1) / drawn.cumsum(-1)
+    return (precision * hits).nansum(-1) / hits.sum(-1)  # 0 / 0 above the first that was drawn
 
 
 @metric("roc_auc", chance=lambda classes: 0.5)

@@ -6,7 +6,8 @@ between the published versions is a field of `VMamba`. Parameter names are those
     image -> patch embedding (1/4) -> 4 stages of blocks, a halving between stages -> norm -> mean -> head
     block:  x += SS2D(LN(x));  x += MLP(LN(x))
     SS2D:   in_proj -> depthwise conv -> SiLU -> scan along 4 directions, summed -> LN [-> * SiLU(z)] -> out_proj
-            (mixer="gated_conv": the same without the scan, to ask what the scan is good for)
+            (directions=2, 1: rows in both directions, or forwards only, to ask what the directions are good for;
+            mixer="gated_conv": the same without the scan, to ask what the scan is good for)
 
 There is no positional table: any height and width work.
 """
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from ssmclip import ops
 from ssmclip.models.networks.parts import at_least_float32, build_head, dtype_of
 from ssmclip.models.networks.registration import default_cfg, register_variants
+from ssmclip.ops.cross_scan import check_directions
 
 __all__ = ["SS2D", "GatedConv", "VMamba"]
 
@@ -42,10 +44,13 @@ torch.fx.wrap("at_least_float32")
 class SS2D(nn.Module):
     """Selective scan over a map in four directions: row by row, column by column, and both backwards.
 
+    directions: 4 as published; 2, the rows forwards and backwards; 1, the rows forwards. The scan of one direction is
+    causal, but not the block: the convolution before it sees the neighbours below and to the right.
     dim: channels of the map; ssm_ratio: inner channels D = ssm_ratio * dim; d_state: N, states per channel;
     gated: multiply the result by SiLU(z), z a second half of the input projection;
     conv_bias: of the 3x3 depthwise convolution; dt_rank: of the projection to delta, None for dim / 16 rounded up.
-    The four directions share projections and convolution; each has its own A, B, C, D and delta.
+    The directions share projections and convolution; each has its own A, B, C, D and delta.
+    Raises ValueError for another number of directions.
     """
 
     def __init__(
@@ -56,18 +61,20 @@ class SS2D(nn.Module):
         gated: bool = False,
         conv_bias: bool = False,
         dt_rank: int | None = None,
+        directions: Literal[4, 2, 1] = 4,
     ):
         super().__init__()
+        check_directions(directions)
         inner = int(ssm_ratio * dim)
-        self.inner, self.d_state, self.gated = inner, d_state, gated
+        self.inner, self.d_state, self.gated, self.directions = inner, d_state, gated, directions
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, inner * (2 if gated else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, self.dt_rank + 2 * d_state, inner))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, inner, self.dt_rank))
-        self.dt_projs_bias = nn.Parameter(torch.empty(4, inner))
-        self.A_logs = nn.Parameter(torch.empty(4 * inner, d_state))
-        self.Ds = nn.Parameter(torch.empty(4 * inner))
+        self.x_proj_weight = nn.Parameter(torch.empty(directions, self.dt_rank + 2 * d_state, inner))
+        self.dt_projs_weight = nn.Parameter(torch.empty(directions, inner, self.dt_rank))
+        self.dt_projs_bias = nn.Parameter(torch.empty(directions, inner))
+        self.A_logs = nn.Parameter(torch.empty(directions * inner, d_state))
+        self.Ds = nn.Parameter(torch.empty(directions * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.reset_parameters()
@@ -98,17 +105,17 @@ class SS2D(nn.Module):
     def scan(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         """Compute delta, B and C of each direction from the map, then scan. Positions stay in map order."""
         x_proj = F.linear(x, rearrange(self.x_proj_weight, "k r d -> (k r) d"))
-        dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=4).split(
+        dt, B, C = rearrange(x_proj, "b h w (k r) -> b k h w r", k=self.directions).split(
             [self.dt_rank, self.d_state, self.d_state], -1
         )
         A = -torch.exp(at_least_float32(self.A_logs))
         return ops.cross_selective_scan(
             x,
             dt,
-            rearrange(A, "(k d) n -> k d n", k=4),
+            rearrange(A, "(k d) n -> k d n", k=self.directions),
             B,
             C,
-            rearrange(self.Ds, "(k d) -> k d", k=4),
+            rearrange(self.Ds, "(k d) -> k d", k=self.directions),
             self.dt_projs_bias,
             delta_softplus=True,
             delta_weight=self.dt_projs_weight,
@@ -267,8 +274,9 @@ class VMamba(nn.Module):
     """VMamba for images of any size, with timm's interface.
 
     depths, dims: blocks and channels of the four stages; mixer: "ss2d" | "gated_conv", the same block without the
-    state-space model, always gated (compare it with gated=True to change only the scan; it ignores d_state);
-    d_state: N; ssm_ratio, gated, conv_bias, dt_rank: see `SS2D`;
+    state-space model, always gated (compare it with gated=True to change only the scan; d_state, dt_rank and directions
+    are the scan's and ignored);
+    d_state: N; ssm_ratio, gated, conv_bias, dt_rank, directions: see `SS2D`;
     mlp_ratio: hidden channels of the MLP over dim, 0 for none; patch_embed: "v1" | "v2"; downsample: "v1" | "v3";
     conv_norm: what follows their convolutions, "layer" as published | "batch"; conv_act: and then a GELU, where the
     published ones have none, but in the middle of the stem. Both make it learn faster from few images;
@@ -293,6 +301,7 @@ class VMamba(nn.Module):
         gated: bool = False,
         conv_bias: bool = False,
         dt_rank: int | None = None,
+        directions: Literal[4, 2, 1] = 4,
         mlp_ratio: float = 4.0,
         patch_embed: Literal["v1", "v2"] = "v2",
         downsample: Literal["v1", "v3"] = "v3",
@@ -319,7 +328,8 @@ class VMamba(nn.Module):
         self.patch_embed = build_patch_embed(in_chans, dims[0], patch_embed, CONV_NORMS[conv_norm], conv_act)
         rates = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         if mixer == "ss2d":
-            op = partial(SS2D, d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, dt_rank=dt_rank)
+            shape = dict(d_state=d_state, ssm_ratio=ssm_ratio, gated=gated, conv_bias=conv_bias, dt_rank=dt_rank)
+            op = partial(SS2D, directions=directions, **shape)
         elif mixer == "gated_conv":
             op = partial(GatedConv, ssm_ratio=ssm_ratio, conv_bias=conv_bias)
         else:

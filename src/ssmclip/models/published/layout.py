@@ -61,12 +61,14 @@ class Architecture:
     """The description of a model, and its weights under the names that the built model uses.
 
     config: for a CLIP, open_clip's {"model_cfg": ..., "preprocess_cfg": ...}; for an encoder, timm's name and
-    arguments, {"architecture": ..., "model_args": ...}; for the others, their fields.
+    arguments, {"architecture": ..., "model_args": ...}; for the others, their fields;
+    pretrained_cfg: for an encoder, timm's description of its preprocessing and classes, None for the architecture's.
     """
 
     kind: Kind
     config: dict[str, Any]
     weights: State
+    pretrained_cfg: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

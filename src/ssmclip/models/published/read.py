@@ -33,7 +33,7 @@ from ssmclip.models.published.layout import (
 from ssmclip.models.published.select import select_weights
 from ssmclip.models.published.text import build_clip_text
 
-__all__ = ["build", "find_weights", "load_published", "read_published"]
+__all__ = ["build", "create_encoder", "find_weights", "load_published", "read_published"]
 
 
 def load_published(source: str | Path | Mapping[str, Any], weights: str = "online", **hints: Any) -> nn.Module:
@@ -110,13 +110,20 @@ def build(architecture: Architecture, source: str = "the state dict") -> nn.Modu
     if architecture.kind == "clip":
         model = create_clip(config)
     elif architecture.kind == "encoder":
-        model = timm.create_model(config["architecture"], **config["model_args"])
+        model = create_encoder(architecture)
     elif architecture.kind == "text":
         model = build_clip_text(config)
     else:
         model = LanguageModel(read_config(config))
     load_into(model.to(_at_least_float32(architecture.weights)), architecture.weights, source, told=None)
     return model.eval()
+
+
+def create_encoder(architecture: Architecture) -> nn.Module:
+    """Return the timm model of an architecture of kind "encoder", with random weights."""
+    config, described = architecture.config, architecture.pretrained_cfg
+    more = {} if described is None else {"pretrained_cfg": dict(described)}
+    return timm.create_model(config["architecture"], **config["model_args"], **more)
 
 
 def find_weights(source: str | Path) -> Path:

@@ -19,7 +19,7 @@ OLDER_NAMES = [
     (r"^(norm|head)\.", r"classifier.\1."),
 ]
 LINEAR = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")
-DIRECTIONS = 4  # of the scan
+DIRECTIONS = 4  # of the published scans
 
 
 def read(state: State, hints: Hints) -> Architecture:
@@ -74,6 +74,7 @@ def vmamba_fields(state: State) -> dict[str, Any]:
     )
     if scans:
         fields["d_state"] = shape(state, "layers.0.blocks.0.op.A_logs", 2)[1]
+        fields["directions"] = shape(state, "layers.0.blocks.0.op.dt_projs_weight", 3)[0]
         ranks = [shape(state, f"{block}.op.dt_projs_weight", 3)[2] for block in first]
         if ranks != [math.ceil(dim / 16) for dim in dims]:
             fields["dt_rank"] = ranks[0]

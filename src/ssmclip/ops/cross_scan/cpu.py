@@ -1,8 +1,8 @@
-"""The four scans in one pass over the map, on the CPU: no sequence is built, the sum is taken as the rows are read.
+"""All scans in one pass over the map, on the CPU: no sequence is built, the sum is taken as the rows are read.
 
 The kernels are those of the selective scan; a direction is a group that shares x and y with the others. With a
-`delta_weight`, delta is four times the map and is never there as a whole: it is made for some batch elements at a time,
-in memory that is used again, and made again for the gradient.
+`delta_weight`, delta is as many maps as directions and is never there as a whole: it is made for some batch elements at
+a time, in memory that is used again, and made again for the gradient.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
 
 def _problem(x: Tensor, A: Tensor, delta_softplus: bool) -> Problem:
     batch, height, width, dim = x.shape
-    return Problem(batch, 4, dim, height * width, A.shape[2], delta_softplus, (height, width))
+    return Problem(batch, A.shape[0], dim, height * width, A.shape[2], delta_softplus, (height, width))
 
 
 def _parts(x: Tensor, delta_weight: Tensor | None, at_least: int) -> Iterator[tuple[int, int]]:
     """First and end of the batch elements whose delta is there at the same time: all where it is given."""
     batch, height, width, dim = x.shape
-    each = 4 * height * width * dim * x.element_size()
-    step = batch if delta_weight is None or each == 0 else max(at_least, DELTA_BYTES // each)
+    each = 0 if delta_weight is None else delta_weight.shape[0] * height * width * dim * x.element_size()
+    step = batch if each == 0 else max(at_least, DELTA_BYTES // each)
     return ((first, min(first + step, batch)) for first in range(0, batch, max(step, 1)))
 
 
-def _memory(x: Tensor, dim: int, parts: list[tuple[int, int]]) -> Tensor:
-    """For the longest of the parts: (4, batch * height * width, dim)."""
+def _memory(x: Tensor, weight: Tensor, parts: list[tuple[int, int]]) -> Tensor:
+    """For the longest of the parts: (direction, batch * height * width, dim)."""
     most = max((end - first for first, end in parts), default=0)
-    return x.new_empty(4, most * x.shape[1] * x.shape[2], dim)
+    return x.new_empty(weight.shape[0], most * x.shape[1] * x.shape[2], x.shape[-1])
 
 
 def _rank_first(weight: Tensor | None) -> Tensor | None:
-    """(4, dim, rank) as (4, rank, dim): products that are as narrow as the rank are several times as fast that way."""
+    """(directions, dim, rank) as (directions, rank, dim): products as narrow as the rank are several times faster."""
     return None if weight is None else weight.transpose(1, 2).contiguous()
 
 
 def _project(delta: Tensor, weight: Tensor | None, memory: Tensor | None) -> Tensor:
-    """(batch, 4, height, width, rank) times (4, rank, dim): (batch, 4, height, width, dim), in the memory given."""
+    """(batch, direction, height, width, rank) times (direction, rank, dim), in the memory given."""
     if weight is None:
         return delta
     for low_rank, matrix, rows in zip(delta.unbind(1), weight, memory, strict=True):
@@ -103,17 +103,17 @@ def _shared(x: Tensor):
 
 
 def _directed(x: Tensor):
-    """(batch, 4, height, width, dim)."""
+    """(batch, direction, height, width, dim)."""
     return x, (x.stride(0), x.stride(1), 1, x.stride(3), 0)
 
 
 def _per_state(x: Tensor):
-    """(batch, 4, height, width, state)."""
+    """(batch, direction, height, width, state)."""
     return x, (x.stride(0), x.stride(1), 0, x.stride(3), 1)
 
 
 def _parameter(x: Tensor):
-    """(4, dim) or (4, dim, state)."""
+    """(direction, dim) or (direction, dim, state)."""
     return x, (0, x.stride(0), x.stride(1), 0, x.stride(2) if x.ndim == 3 else 0)
 
 
@@ -139,7 +139,7 @@ def _saved(x: Tensor, dim: int):
 
 def _new_outputs(x, A, save):
     batch, height, width, dim = x.shape
-    saved = saved_shape(batch, 4 * dim, height * width, A.shape[2]) if save else (0,)
+    saved = saved_shape(batch, A.shape[0] * dim, height * width, A.shape[2]) if save else (0,)
     return x.new_empty(x.shape), x.new_empty(saved)
 
 
@@ -150,7 +150,7 @@ def _forward(x, delta, A, B, C, D, delta_bias, delta_weight, delta_softplus, sav
     parts = list(_parts(x, delta_weight, torch.get_num_threads()))
     memory, weight = None, _rank_first(delta_weight)
     if weight is not None:
-        memory = _memory(x, x.shape[-1], parts)
+        memory = _memory(x, weight, parts)
     for first, end in parts:
         own = slice(first, end)
         step = _project(delta[own], weight, memory)
@@ -187,11 +187,11 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, delta_weight, saved, delta_s
     parts = list(_parts(x, delta_weight, 4))
     memory, memory_back, weight = None, None, _rank_first(delta_weight)
     if weight is not None:
-        memory, memory_back = (_memory(x, x.shape[-1], parts) for _ in range(2))
+        memory, memory_back = (_memory(x, weight, parts) for _ in range(2))
     make = torch.zeros if x.numel() == 0 else torch.empty
     # One sum per batch element or slice, added up afterwards in a fixed order.
     each_a = make(len(x), *A.shape, dtype=x.dtype)
-    each_d, each_bias = make(2, len(x), 4, x.shape[-1], dtype=x.dtype)
+    each_d, each_bias = make(2, len(x), *A.shape[:2], dtype=x.dtype)
     for first, end in parts:
         own = slice(first, end)
         problem = _problem(x[own], A, delta_softplus)

@@ -1,7 +1,7 @@
-"""The four scans of a map on a GPU, in Triton: read in place, no sequence is built.
+"""The scans of a map in all directions on a GPU, in Triton: read in place, no sequence is built.
 
 The kernels are those of the selective scan, a direction is a group, and a position's place on the map is computed where
-it is read or written. Each direction writes its own result, in x's type, and the four are added up afterwards: four
+it is read or written. Each direction writes its own result, in x's type, and they are added up afterwards: four
 times as many programs as if the directions took turns, and the same sums every time.
 
 So far run in Triton's interpreter only, on a CPU; see `ssmclip.ops.selective_scan.triton`.
@@ -36,7 +36,7 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
 
 def _scans(x: Tensor, A: Tensor, delta_softplus: bool) -> Scans:
     batch, rows, columns, dim = x.shape
-    return Scans(batch, 4, dim, rows * columns, A.shape[2], delta_softplus, (rows, columns))
+    return Scans(batch, A.shape[0], dim, rows * columns, A.shape[2], delta_softplus, (rows, columns))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ def _shared(x: Tensor) -> Strided:
 
 
 def _directed(x: Tensor) -> Strided:
-    """(batch, 4, rows, columns, dim)"""
+    """(batch, direction, rows, columns, dim)"""
     x = _rows(x)
     return x, (x.stride(0), x.stride(1), x.stride(4), x.stride(3))
 
 
 def _per_state(x: Tensor) -> Strided:
-    """(batch, 4, rows, columns, state)"""
+    """(batch, direction, rows, columns, state)"""
     x = _rows(x)
     return x, (x.stride(0), x.stride(1), x.stride(3), x.stride(4))
 
@@ -73,7 +73,7 @@ NO_GATE: Strided = None, (0, 0, 0, 0)
 def _new_outputs(x, A, save):
     """Memory for (y, saved)."""
     batch, rows, columns, dim = x.shape
-    return x.new_empty(x.shape), scan.new_states(x, batch, 4 * dim, rows * columns, A.shape[2], save)
+    return x.new_empty(x.shape), scan.new_states(x, batch, A.shape[0] * dim, rows * columns, A.shape[2], save)
 
 
 @torch.library.impl(_library, "cross_selective_scan_triton", "CUDA")
@@ -82,7 +82,7 @@ def _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, save):
     y, saved = _new_outputs(x, A, save)
     if x.numel() == 0:
         return y, saved
-    each = x.new_empty(len(x), 4, *x.shape[1:])
+    each = x.new_empty(len(x), len(A), *x.shape[1:])
     inputs = _shared(x), _directed(delta), A, _per_state(B), _per_state(C), D, NO_GATE, delta_bias
     scan.forward(_scans(x, A, delta_softplus), *inputs, _directed(each), saved.new_empty(0), saved)
     return torch.sum(each, 1, out=y), saved
@@ -107,7 +107,7 @@ def _backward(dy, x, delta, A, B, C, D, delta_bias, saved, delta_softplus):
     if saved.numel() == 0:
         saved = _forward(x, delta, A, B, C, D, delta_bias, delta_softplus, True)[1]
     dx, ddelta, dA, dB, dC, dD, dbias = gradients
-    each = x.new_empty(len(x), 4, *x.shape[1:])
+    each = x.new_empty(len(x), len(A), *x.shape[1:])
     each_a, each_b, each_c, each_d, each_bias = scan.backward(
         _scans(x, A, delta_softplus),
         *(_shared(dy), _shared(x), _directed(delta), _per_state(B), _per_state(C), NO_GATE),

@@ -6,7 +6,7 @@ batch b · group g · channel c of a group · position p · state n · step t of
 
 Every tensor is a row of `views`: its address and the bytes between neighbours in batch, group, channel, position and
 state. A stride of 0 shares a tensor over an axis: with `merge` (maps), u and y are shared by the groups, which are
-four orders of reading one map, and y and the gradient of u are sums over them.
+orders of reading one map, and y and the gradient of u are sums over them.
 
 A task is a batch element, one group (all of them with `merge`) and a run of blocks of channels. The state of a block
 stays in the first-level cache. Channels must be neighbours in memory for the vectors: where they are not, `steps`

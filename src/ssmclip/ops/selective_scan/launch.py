@@ -41,7 +41,7 @@ class Problem:
     """The parameters of a scan, apart from its tensors.
 
     groups, width (channels of a group), length, states: as in the kernels; batch elements; delta_softplus;
-    image: (height, width) of a map read in four orders whose results are summed, None for sequences.
+    image: (height, width) of a map that each group reads in another order, the results summed; None for sequences.
     """
 
     batch: int
@@ -72,13 +72,13 @@ class Problem:
 
 
 @lru_cache(maxsize=64)
-def _order(length: int, image: tuple[int, int] | None) -> np.ndarray:
-    """Which position each step of a sequence is at, a row per direction."""
+def _order(length: int, image: tuple[int, int] | None, directions: int) -> np.ndarray:
+    """Which position each step of a sequence is at, a row per direction (see `ssmclip.ops.cross_scan`)."""
     rows = np.arange(length)
     if image is None:
         return rows[None]
     columns = rows.reshape(image).T.ravel()
-    return np.stack([rows, columns, rows[::-1], columns[::-1]])
+    return np.stack([rows, columns, rows[::-1], columns[::-1]][:: 4 // directions])
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _plan(kernel: str, problem: Problem, item: int) -> _Plan:
     channels = problem.batch * problem.groups * problem.width
     return _Plan(
         sizes=np.array([*shape, block, problem.steps, slices, merge, problem.delta_softplus], np.int64),
-        order=_order(problem.length, problem.image),
+        order=_order(problem.length, problem.image, problem.groups),
         tasks=problem.batch * slices * (1 if merge else problem.groups),
         scratch_bytes=scratch_bytes(block, problem.steps, problem.states, item),
         parallel=channels * problem.length * (problem.states + 3 * problem.delta_softplus) >= PARALLEL_FROM,

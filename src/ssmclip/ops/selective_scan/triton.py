@@ -100,7 +100,7 @@ def _constants(scans: Scans, sizes: Tile, state: torch.dtype) -> dict:
 
     double = state == torch.float64
     return {
-        "MAP": scans.map is not None,
+        "MAP": scans.groups if scans.map is not None else 0,
         "SOFTPLUS": scans.delta_softplus,
         "TYPE": tl.float64 if double else tl.float32,
         "TERMS": 17 if double else 8,

@@ -8,7 +8,7 @@ Pointers carry capital names, constants of the compilation too; `x_of_batch` is 
 batch elements of x. Tiles are [channel, position, state].
 
 A map is scanned along four directions without being laid out four times: a direction is a group, and `place` says where
-on the map a position of its sequence lies.
+on the map a position of its sequence lies. MAP is the number of directions, 0 for sequences.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ def steps_of(raw, inside, SOFTPLUS: tl.constexpr, TERMS: tl.constexpr):
 def place(t, direction, length, rows, columns, MAP: tl.constexpr):
     """Where position t of a sequence lies in memory: at t, or on a map of so many rows and columns.
 
-    Directions as in `ssmclip.ops.cross_scan`: row by row, column by column, and both backwards.
+    Directions as in `ssmclip.ops.cross_scan`: row by row, column by column, and both backwards; of fewer, every second
+    one or the first.
     """
     if MAP:
+        direction = direction * (4 // MAP)
         t = tl.where(direction < 2, t, length - 1 - t)
         t = tl.where(direction % 2 == 0, t, t % rows * columns + t // rows)
     return t

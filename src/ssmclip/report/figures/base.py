@@ -28,7 +28,10 @@ MOST_CLASSES = 30  # bars of one figure that can still be read
 # The order of the page.
 FIGURES: Registry[type[Drawing]] = Registry(
     "figure",
-    [f"ssmclip.report.figures.{name}" for name in ("efficiency", "examples", "evaluation", "curvature", "humans")],
+    [
+        f"ssmclip.report.figures.{name}"
+        for name in ("efficiency", "examples", "evaluation", "curvature", "humans", "saliency")
+    ],
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import zlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,22 +16,33 @@ from ssmclip.data import synthetic
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
 from ssmclip.data.testsets.prompts import plain
 
+CIFAR10 = {
+    "test": ["cifar-10-batches-py/test_batch"],
+    "train": [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)],
+}
+CIFAR100 = {split: [f"cifar-100-python/{split}"] for split in ("test", "train")}
+IDX = {"test": "t10k", "train": "train"}  # how MNIST's files begin
+
 
 @LAYOUTS.register("embedded_digits")
-def embedded_digits(folder: Path, card: Card) -> Found:
-    """synthetic.digits("test"), wherever."""
-    return _embedded("scikit-learn's digits", synthetic.digits("test"))
+def embedded_digits(folder: Path, card: Card) -> Found | str:
+    """synthetic.digits("test"), wherever; and "train"."""
+    return _embedded("scikit-learn's digits", synthetic.digits, card)
 
 
 @LAYOUTS.register("embedded_scenes")
-def embedded_scenes(folder: Path, card: Card) -> Found:
-    """synthetic.scenes("test"), wherever."""
-    return _embedded("drawn scenes", synthetic.scenes("test"))
+def embedded_scenes(folder: Path, card: Card) -> Found | str:
+    """synthetic.scenes("test"), wherever; and "train"."""
+    return _embedded("drawn scenes", synthetic.scenes, card)
 
 
-def _embedded(where: str, items: list[synthetic.Item]) -> Found:
+def _embedded(where: str, make: Callable[[str], list[synthetic.Item]], card: Card) -> Found | str:
+    split = card.part or "test"
+    if split not in ("train", "test"):
+        return f"a split {split} (there are train and test)"
+    items = make(split)
     pictures = Pictures(len(items), partial(_draw, items))
-    return Found(where, pictures, [item.key for item in items], labels=[item.label for item in items])
+    return Found(where, pictures, [item.key for item in items], labels=[item.label for item in items], split=split)
 
 
 def _draw(items: list[synthetic.Item], index: int) -> Image.Image:
@@ -54,11 +66,29 @@ class _ArraysOnly(pickle.Unpickler):
 
 @LAYOUTS.register("cifar_pickles")
 def cifar_pickles(folder: Path, card: Card) -> Found | str:
-    """The original Python pickles, `cifar-10-batches-py/test_batch` or `cifar-100-python/test`, whole or cut."""
-    name = {"cifar100": "cifar-100-python/test"}.get(card.name, "cifar-10-batches-py/test_batch")
-    path = folder / name
-    if not path.is_file():
-        return name
+    """The original Python pickles, `cifar-10-batches-py/test_batch` or `cifar-100-python/test`, whole or cut.
+
+    For training, `data_batch_1` to `data_batch_5`, all of them, or `train`.
+    """
+    split = card.part or "test"
+    names = CIFAR100 if card.name == "cifar100" else CIFAR10
+    paths = [folder / name for name in names.get(split, ())]
+    if not paths or not all(path.is_file() for path in paths):
+        return ", ".join(names.get(split, [f"a split {split} (there are train and test)"]))
+    batches = [_cifar_batch(path) for path in paths]
+    pixels = np.concatenate([pixels for pixels, _, _ in batches])
+    labels = [label for _, labels, _ in batches for label in labels]
+    keys = [
+        f"{path.name}/{key}" if card.part else key
+        for path, batch in zip(paths, batches, strict=True)
+        for key in batch[2]
+    ]
+    pictures = Pictures(len(labels), partial(from_array, pixels))
+    return Found(str(paths[0]), pictures, keys, labels=labels, files=tuple(paths), split=split)
+
+
+def _cifar_batch(path: Path) -> tuple[np.ndarray, list[int], list[str]]:
+    """Pixels (n, 32, 32, 3), labels and names. Raises ValueError for a file that is no batch."""
     try:
         with path.open("rb") as file:
             batch = {_text(key): value for key, value in _ArraysOnly(file, encoding="latin1").load().items()}
@@ -69,7 +99,7 @@ def cifar_pickles(folder: Path, card: Card) -> Found | str:
             raise ValueError(f"{len(pixels)} images, {len(labels)} labels and {len(keys)} file names")
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path} is not a CIFAR batch: {type(error).__name__}: {error}") from error
-    return Found(str(path), Pictures(len(labels), partial(from_array, pixels)), keys, labels=labels, files=(path,))
+    return pixels, labels, keys
 
 
 def _text(value: object) -> str:
@@ -79,8 +109,14 @@ def _text(value: object) -> str:
 
 @LAYOUTS.register("idx_files")
 def idx_files(folder: Path, card: Card) -> Found | str:
-    """MNIST's format: t10k-images-idx3-ubyte and its labels, gzipped or not, in the folder, raw/ or NAME/raw/."""
-    stem = "t10k-images-idx3-ubyte"
+    """MNIST's format: t10k-images-idx3-ubyte and its labels, gzipped or not, in the folder, raw/ or NAME/raw/.
+
+    For training, train-images-idx3-ubyte.
+    """
+    split = card.part or "test"
+    if split not in IDX:
+        return f"a split {split} (there are {' and '.join(IDX)})"
+    stem = f"{IDX[split]}-images-idx3-ubyte"
     names = {plain(name) for name in (card.name, *card.aliases)}  # MNIST and Fashion-MNIST differ in nothing else
     places = [folder, folder / "raw", *(p for p in sorted(folder.glob("*/raw")) if plain(p.parent.name) in names)]
     found = [place / name for place in places for name in (stem, stem + ".gz") if (place / name).is_file()]
@@ -92,7 +128,7 @@ def idx_files(folder: Path, card: Card) -> Found | str:
         raise ValueError(f"{found[0]} holds {len(images)} images, the file beside it {len(labels)} labels")
     keys = [str(i) for i in range(len(labels))]
     pictures = Pictures(len(keys), partial(from_array, images))
-    return Found(str(found[0]), pictures, keys, labels=labels.tolist(), files=(found[0],))
+    return Found(str(found[0]), pictures, keys, labels=labels.tolist(), files=(found[0],), split=split)
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:

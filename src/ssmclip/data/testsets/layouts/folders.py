@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ssmclip.data.images import folders_in, pictures_below
-from ssmclip.data.testsets.card import LAYOUTS, SORTED, Card, Found
+from ssmclip.data.testsets.card import LAYOUTS, SORTED, WHOLE, Card, Found
 from ssmclip.data.testsets.files import picture_files, read_rows
 from ssmclip.data.testsets.prompts import Spellings, folders_on, names_on, own_names, plain, spoken
 from ssmclip.data.testsets.splits import ALL, choose_split
@@ -20,14 +21,15 @@ def class_folders(folder: Path, card: Card) -> Found | str:
     """test/CLASS/picture.jpg, or SPLIT/, val/ or CLASS/ alone. Case and punctuation of folder names don't matter.
 
     Folders are known by the card's `folders` or class names; a card with neither takes the names of all there are.
+    For training, train/CLASS/ alone.
     A file groups.csv (file,group) beside them gives each picture's group.
     Raises ValueError for folders without a class, two of one class, and folders without a picture.
     """
     known = _known_folders(card)
-    places = _places(folder, card)
-    place, note = next(((place, note) for place, note in places if _has_classes(place, known, card)), (None, ""))
-    if place is None:
-        return f"{card.split}/CLASS/, val/CLASS/ or CLASS/ with pictures"
+    places = [place for place in _places(folder, card) if _has_classes(place.folder, known, card)]
+    if not places:
+        return f"{card.part}/CLASS/" if card.part else f"{card.split}/CLASS/, val/CLASS/ or CLASS/ with pictures"
+    place, split, note = places[0]
     folders = folders_in(place)
     there = sum(known.find(path.name) is not None for path in folders)
     if len(known) and not _own(place, card) and (2 * there < len(folders) or _shares_folders(card)):
@@ -44,6 +46,7 @@ def class_folders(folder: Path, card: Card) -> Found | str:
         groups=_groups(place, folder, keys),
         files=tuple(paths),
         said=note,
+        split=split,
     )
 
 
@@ -78,13 +81,22 @@ def labelled_pictures(labels: dict[Path, int]) -> tuple[list[Path], list[int]]:
     return paths, [labels[path] for path, found in pictures.items() for _ in found]
 
 
-def _places(folder: Path, card: Card) -> list[tuple[Path, str]]:
-    """Where class folders may lie, each with what a reader must know of it: below a folder for the split, and bare."""
+class _Place(NamedTuple):
+    """Where class folders may lie, the split they are of then, and what a reader must know of it."""
+
+    folder: Path
+    split: str
+    note: str
+
+
+def _places(folder: Path, card: Card) -> list[_Place]:
+    """Where class folders may lie: below a folder for the split, and, where all of them are tested on, bare."""
     if not folder.is_dir():
         return []
     below = {path.name.lower(): path for path in folders_in(folder)}
     split, note = choose_split(card.split, below)
-    return [*([(below[split], note)] if split else []), (folder, "")]
+    bare = [] if card.part else [_Place(folder, WHOLE, "")]
+    return [*([_Place(below[split], split, note)] if split else []), *bare]
 
 
 def _has_classes(place: Path, known: Spellings, card: Card) -> bool:

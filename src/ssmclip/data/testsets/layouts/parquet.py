@@ -49,22 +49,22 @@ def parquet(folder: Path, card: Card) -> Found | str:
     all their captions. Class names come from the schema that Hugging Face writes into the file. Raises ValueError
     naming a column that is missing, and for rows without a label.
     """
-    files, said = _files(folder, card)
+    files, split, said = _files(folder, card)
     if not files:
         return f"{card.split}-*.parquet in it or data/"
     try:
         table = _Table(files)
-        rows, more = _of_split(table, card)
+        rows, of_rows, more = _of_split(table, card)
         if not rows:
             return f"rows of {card.split} (the parquet files in {files[0].parent} have none)"
         found = _captioned(table, rows) if card.kind == "retrieval" else _labelled(table, rows, card)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{files[0].parent} holds a damaged parquet file: {error}") from error
-    return replace(found, said="; ".join(filter(None, (said, more))))
+    return replace(found, said="; ".join(filter(None, (said, more))), split=of_rows or split)
 
 
-def _files(folder: Path, card: Card) -> tuple[list[Path], str]:
-    """The files of the card's split, [] for none, and what a reader must know of them.
+def _files(folder: Path, card: Card) -> tuple[list[Path], str, str]:
+    """The files of the card's split, [] for none, the split, and what a reader must know of them.
 
     Named by their split, or in a folder of its name, as Hugging Face's converter leaves them.
     """
@@ -78,17 +78,18 @@ def _files(folder: Path, card: Card) -> tuple[list[Path], str]:
                 present.setdefault(path.name.lower(), []).extend(within)
         split, said = choose_split(card.split, {name for name, files in present.items() if files})
         if split:
-            return present[split], said
-    return [], ""
+            return present[split], split, said
+    return [], "", ""
 
 
-def _of_split(table: _Table, card: Card) -> tuple[list[int], str]:
-    """The numbers of the rows of the card's split, all where no column says theirs; what a reader must know of them."""
+def _of_split(table: _Table, card: Card) -> tuple[list[int], str, str]:
+    """The numbers of the rows of the card's split, all where no column says theirs; the split that the column says;
+    what a reader must know of them."""
     if "split" not in table.schema.names or not _is_text(table.schema.field("split").type):
-        return list(range(len(table))), ""
+        return list(range(len(table))), "", ""
     splits = [str(value).lower() for value in table.column("split")]
     split, said = choose_split(card.split, set(splits))
-    return [row for row, own in enumerate(splits) if own == split], said
+    return [row for row, own in enumerate(splits) if own == split], split, said
 
 
 def _labelled(table: _Table, rows: Sequence[int], card: Card) -> Found:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from ssmclip.data.images import folders_in
 from ssmclip.data.lines import split_lines
-from ssmclip.data.testsets.card import LAYOUTS, Card, Found
+from ssmclip.data.testsets.card import LAYOUTS, WHOLE, Card, Found
 from ssmclip.data.testsets.files import picture_files, read_records, read_rows
 from ssmclip.data.testsets.prompts import Spellings, names_on, own_names
 from ssmclip.data.testsets.splits import choose_split
@@ -33,7 +33,9 @@ def metadata_csv(folder: Path, card: Card) -> Found | str:
     table = _table(folder, card)
     if table is None:
         return "metadata.csv with file_name and label"
-    path, rows, name, label, said = table
+    path, rows, name, label, split, said = table
+    if not rows:
+        return f"rows of the split {card.split} in {path}"
     labels, classnames = _labels(path, rows, name, label, card)
     paths = [path.parent / row[name] for row in rows]
     groups = [row.get("group") or (f"{row[label]}, {row['place']}" if "place" in row else "") for row in rows]
@@ -46,21 +48,23 @@ def metadata_csv(folder: Path, card: Card) -> Found | str:
         groups=groups if all(groups) else None,
         files=tuple(paths),
         said=said,
+        split=split,
     )
 
 
-def _table(folder: Path, card: Card) -> tuple[Path, list[dict[str, str]], str, str, str] | None:
-    """The file, its rows of the card's split, its columns of names and of labels, what a reader must know of it."""
+def _table(folder: Path, card: Card) -> tuple[Path, list[dict[str, str]], str, str, str, str] | None:
+    """The file, its rows of the card's split, its columns of names and of labels, the split, what a reader must know
+    of it."""
     below = [path.name for path in folders_in(folder)] if folder.is_dir() else []
     split, note = choose_split(card.split, below)
-    places = [(folder / split, note)] if split else []
-    for place, said in (*places, (folder, "")):
+    places = [(folder / split, split, note)] if split else []
+    for place, below_split, said in (*places, (folder, "", "")):
         for path in (place / file for file in FILES):
             columns = _columns(path) if path.is_file() else []
             name, label = (next((n for n in known if n in columns), "") for known in (NAMES, LABELS))
             if name and label:
-                rows, more = _of_split(_rows(path), card, name, split if place == folder else "")
-                return path, rows, name, label, said or more
+                rows, of_rows, more = _of_split(_rows(path), card, name, split if place == folder else "")
+                return path, rows, name, label, below_split or of_rows, said or more
     return None
 
 
@@ -82,21 +86,21 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in read_records(path)]
 
 
-def _of_split(rows: list[dict[str, str]], card: Card, name: str, folder: str) -> tuple[list[dict[str, str]], str]:
-    """The rows of the card's split, all where nothing tells theirs; and what a reader must know of it.
+def _of_split(rows: list[dict[str, str]], card: Card, name: str, folder: str) -> tuple[list[dict[str, str]], str, str]:
+    """The rows of the card's split, all where nothing tells theirs; the split; and what a reader must know of it.
 
     folder: of the split, where there is one beside the table.
-    Raises ValueError for a table of other splits alone.
+    Raises ValueError for a table of other splits alone; of a `part` there may be none.
     """
     if "split" in rows[0]:
         splits = [NUMBERED.get(row["split"], row["split"].lower()) for row in rows]
         split, said = choose_split(card.split, set(splits))
-        if not split:
+        if not split and not card.part:
             present = ", ".join(sorted(set(splits)))
             raise ValueError(f"the metadata of {card.name} has no rows of the split {card.split}, only of {present}")
-        return [row for row, own in zip(rows, splits, strict=True) if own == split], said
+        return [row for row, own in zip(rows, splits, strict=True) if own == split], split, said
     below = [row for row in rows if folder and PurePosixPath(row[name]).parts[:1] == (folder,)]
-    return below or rows, ""
+    return (below, folder, "") if below else (rows, WHOLE, "")
 
 
 def _labels(

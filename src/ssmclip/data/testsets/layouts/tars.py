@@ -13,6 +13,7 @@ from ssmclip.data.images import SUFFIXES, BadImage, is_litter, open_image
 from ssmclip.data.lines import read_lines, split_lines
 from ssmclip.data.tars import Member, index_samples
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures
+from ssmclip.data.testsets.splits import spellings
 
 
 @LAYOUTS.register("clip_benchmark_tars")
@@ -20,13 +21,16 @@ def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
     """`test/0.tar ...` with NAME.jpg and NAME.cls or NAME.txt (a caption a line), as CLIP_benchmark's webdatasets are.
 
     Beside test/ there may be classnames.txt, zeroshot_classification_templates.txt (with {c}) and dataset_type.txt.
+    Other splits lie in train/ and val/; what is tested on is always in test/.
     """
-    shards = _shards(folder / "test")
+    split = card.part or "test"
+    names = spellings(card.part) if card.part else ("test",)
+    shards = next((found for name in names if (found := _shards(folder / name))), [])
     if not shards:
-        return "test/0.tar (CLIP_benchmark's webdataset)"
+        return f"{split}/0.tar (CLIP_benchmark's webdataset)"
     declared = (_lines(folder / "dataset_type.txt") or ["classification"])[0]
     if declared != card.kind:
-        return f"a {card.kind} webdataset (test/0.tar is there, but its dataset_type.txt says {declared!r})"
+        return f"a {card.kind} webdataset ({split}/0.tar is there, but its dataset_type.txt says {declared!r})"
     own_names = tuple(_lines(folder / "classnames.txt"))
     templates = tuple(t.replace("{c}", "{}") for t in _lines(folder / "zeroshot_classification_templates.txt"))
     samples = [sample for shard in shards for sample in index_samples(shard).items()]
@@ -35,7 +39,7 @@ def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
     pictures = Pictures(len(keys), partial(_from_member, keys, images))
     if card.kind == "retrieval":
         captions = [_captions(key, _pick(key, files, ("txt",))) for key, files in samples]
-        return Found(str(folder), pictures, keys, captions=captions, files=tuple(shards))
+        return Found(str(folder), pictures, keys, captions=captions, files=tuple(shards), split=split)
     labels = [_label(key, _pick(key, files, ("cls", "cls.txt"))) for key, files in samples]
     return Found(
         where=str(folder),
@@ -45,6 +49,7 @@ def clip_benchmark_tars(folder: Path, card: Card) -> Found | str:
         classnames=own_names,
         templates=templates,
         files=tuple(shards),
+        split=split,
     )
 
 
