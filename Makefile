@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint clean results figure
-.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-startup bench-hessian bench-gpu
+.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-startup bench-hessian bench-gpu
 .PHONY: eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
 
@@ -65,6 +65,9 @@ bench-distortions: setup  ## distortions against their plain definitions
 
 bench-embedder: setup  ## the embedder against the bare encoder, texts sorted and not
 	$(BIN)/python benchmarks/embedder.py --out results/embedder.jsonl
+
+bench-probes: setup  ## probes on 10,000 embeddings against scikit-learn
+	$(BIN)/python benchmarks/probes.py --out results/probes.jsonl
 
 bench-startup: setup  ## seconds until a command answers, over those of `import torch`
 	$(BIN)/python benchmarks/startup.py --out results/startup.jsonl

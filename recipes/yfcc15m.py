@@ -6,8 +6,8 @@
 Pairs: the 14.7 M captioned images of the OpenAI subset of YFCC100M, as webdataset shards (.jpg, .txt). Days on 16 GPUs;
 nobody has run it with this package. The paper gives a zero-shot average of 35.3 % over 26 data sets for this model.
 
-What the original does and this doesn't: crops are resized bilinearly, and colours jittered in an order drawn anew for
-each image. Weight decay of A_log is the original's (decay_rule), so is the absence of clipping.
+As in the original, crops are resized bilinearly, colours jittered in an order drawn for each image, A_log(s) decayed
+(decay_rule), and gradients not clipped. One of a pair's two captions is drawn each time it is seen.
 """
 
 from ssmclip.config import (
@@ -46,6 +46,8 @@ def yfcc15m() -> TrainConfig:
                 gray_scale_prob=0.2,
                 gaussian_blur_prob=0.1,
                 solarize_prob=0.2,
+                interpolation="bilinear",
+                color_order="random",
             ),
             workers=8,
             shuffle_buffer=10_000,

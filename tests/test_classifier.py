@@ -129,7 +129,9 @@ def test_counts_are_those_of_timms_validation(name, view, asked, named, tmp_path
     seen = judge.see(tasks[0].test_set)
     assert isinstance(judge, Classifier)
     assert list(tasks[0].test_set.keys) == keys
-    torch.testing.assert_close(seen.features, theirs, rtol=1e-5, atol=1e-5)
+    # Batches of another size are summed in another order: float32 rounds at the size of the largest logit (about 30).
+    rounding = 16 * torch.finfo(torch.float32).eps * theirs.abs().max().item()
+    torch.testing.assert_close(seen.features, theirs, rtol=1e-5, atol=max(1e-5, rounding))
     rows = {row.metric: row for row in judge.rows(seen, "imagenet")}
     target = torch.tensor([SYNSETS.index(key[:9]) for key in keys])
     top5 = theirs.topk(5).indices

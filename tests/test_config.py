@@ -107,6 +107,8 @@ RANGES = [
     ("model.head_init_scale", "more than 0", [0.0], [1e-3]),
     ("data.augment.color_jitter_prob", "at least 0", [-0.1], [0.0]),
     ("data.augment.color_jitter_prob", "at most 1", [1.1], [1.0]),
+    ("model.patch_drop_rate", "at least 0", [-0.1], [0.0, None]),
+    ("model.patch_drop_rate", "less than 1", [1.0], [0.99]),
     ("data.augment.gray_scale_prob", "at least 0", [-0.1], [0.0]),
     ("data.augment.gray_scale_prob", "at most 1", [1.1], [1.0]),
     ("data.augment.gaussian_blur_prob", "at least 0", [-0.1], [0.0]),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps, features
 from scipy import ndimage
+from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
 from ssmclip.data.images import BadImage, open_image
@@ -218,6 +219,37 @@ def test_colour_jitter_is_torchvisions(photograph):
     expected = tv.adjust_saturation(tv.adjust_contrast(tv.adjust_brightness(base, b), c), s)
     out = transform(photograph, torch.Generator().manual_seed(3)) * 255
     assert (out - expected).abs().max() < 1.01
+
+
+def test_colours_change_in_the_order_that_torchvision_draws(photograph, monkeypatch):
+    """Its ColorJitter, given our draws, on the same crop; every order occurs."""
+    geometry, strengths = dict(scale=(1.0, 1.0), ratio=(1.28, 1.29)), (0.4, 0.4, 0.2, 0.1)
+    ours = TrainTransform(16, MEAN, STD, color_jitter=strengths, color_order="random", **geometry)
+    plain, orders = TrainTransform(16, MEAN, STD, **geometry), set()
+    for seed in range(150):
+        base = plain.pixels(np.array(photograph), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64)[-3:].tolist()
+        draws += torch.rand(NUM_SHARE_DRAWS, generator=generator, dtype=torch.float64)[1:2].tolist()
+        order = torch.randperm(4, generator=generator)
+        orders.add(tuple(order.tolist()))
+        factors = [m + s * (2 * d - 1) for m, s, d in zip((1, 1, 1, 0), strengths, draws, strict=True)]
+        monkeypatch.setattr(transforms.ColorJitter, "get_params", lambda *_, o=order, f=factors: (o, *f))
+        out = ours.pixels(np.array(photograph), torch.Generator().manual_seed(seed))
+        differs = (out.int() - transforms.ColorJitter(*strengths)(base).int()).abs()
+        assert differs.max() <= 2  # torchvision rounds hue differently in its two versions
+    assert len(orders) == 24
+
+
+def test_bilinear_crops_are_pillows(photograph):
+    pixels = TrainTransform(32, MEAN, STD, interpolation="bilinear").pixels(
+        np.array(photograph), torch.Generator().manual_seed(2)
+    )
+    draws = torch.rand(NUM_DRAWS, generator=torch.Generator().manual_seed(2), dtype=torch.float64).tolist()
+    crop = photograph.crop(crop_box(90, 70, (0.5, 1.0), (3 / 4, 4 / 3), draws))
+    for how, close in ((Image.Resampling.BILINEAR, True), (Image.Resampling.BICUBIC, False)):
+        expected = np.asarray(crop.resize((32, 32), how)).astype(int)
+        assert (np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() <= 1) == close
 
 
 def test_hue_is_turned_as_on_pillows_circle(photograph):

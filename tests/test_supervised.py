@@ -210,7 +210,7 @@ def test_a_set_smaller_than_a_batch_is_refused(folders):
 
 def test_timm_makes_the_transform_and_draws_only_from_the_generator(folders):
     config = settings(folders, "library=timm", "auto_augment=rand-m9-mstd0.5-inc1", "erase_prob=1", "scale=[0.3, 1]")
-    transform = build_transform(config, plan(config), 32)
+    transform = build_transform(config.data.augment, plan(config), 32)
     image = picture("ant")
     before = torch.get_rng_state()
     made = [transform(image, torch.Generator().manual_seed(seed)) for seed in (1, 2, 1)]

@@ -577,7 +577,8 @@ def save(step, weights, state):
     model = torch.nn.Linear(weights, 1, bias=False)
     torch.nn.init.constant_(model.weight, step)
     write = lambda folder: save_model(model, {"model_cfg": {}}, folder)
-    save_checkpoint(run, step, write, {"step": step, "m": torch.zeros(state)}, 2, None)
+    rest = {"ranks": [{}], "online": None, "best": None}
+    save_checkpoint(run, step, write, {"step": step, "optimiser": {"m": torch.zeros(state)}, **rest}, 2, None)
 
 save(1, 100_000, 100_000)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELP = "accuracy of classifiers, zero-shot accuracy and retrieval recall of CLIPs, as rows"
+HELP = "accuracy of classifiers and of probes, zero-shot accuracy and retrieval recall of CLIPs, as rows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
         "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; "
         "card:FILE.toml: the data set that your own card describes; ood: comparison with people (see --humans); "
-        "distorted:cifar10: accuracy at each level of distortion (see --distortions)",
+        "distorted:cifar10: accuracy at each level of distortion (see --distortions); and probes of the frozen image "
+        "encoder, trained on the training split: linear:cifar10: logistic regression, its penalty chosen on a "
+        "validation split; knn:cifar10, knn-200:cifar10: 20 or 200 nearest neighbours; fewshot-16:cifar10: logistic "
+        "regression on 16 images of each class, drawn three times",
     )
     parser.add_argument(
         "--data",
@@ -52,7 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         default="own",
-        help="source of prompts and preprocessing: own, clip-mamba or clip-benchmark (default: own)",
+        help="source of prompts and preprocessing: own, clip-mamba or clip-benchmark (default: own). Under clip-mamba, "
+        "linear:NAME is its linear evaluation: SGD, 90 epochs",
+    )
+    parser.add_argument(
+        "--features",
+        default="pooled",
+        help="features that probes see: pooled, before the projection or classifier, or embedding, behind a CLIP's "
+        "projection (default: %(default)s)",
     )
     parser.add_argument(
         "--prompts", help="labels and templates: JSON files separated by commas, or the folder that contains them"
@@ -130,12 +140,13 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
     from ssmclip.evaluate.study import Study
-    from ssmclip.evaluate.tasks import DISTORTED, open_tasks
+    from ssmclip.evaluate.tasks import DISTORTED, open_tasks, split_name
     from ssmclip.models.classifier import View
+    from ssmclip.models.frozen import FEATURES
     from ssmclip.ops.memory import keep_freed_memory
     from ssmclip.report.tables import classifier_table
     from ssmclip.rows import read_rows
-    from ssmclip.rows.condition import LEVEL
+    from ssmclip.rows.condition import LEVEL, SEED
     from ssmclip.rows.tasks import OOD
 
     keep_freed_memory()
@@ -144,21 +155,25 @@ def run(args: argparse.Namespace) -> int:
     asked = task_list(args.tasks)
     names = [task for task in asked if task != OOD]
     how = None
-    if any(task.startswith(DISTORTED) for task in asked):
+    if any(split_name(task)[0] == DISTORTED for task in names):
         chosen = distortion_list(args.distortions) if args.distortions else None
         how = choose(chosen, args.amplitude, args.gamma, args.seed)
-    tasks = open_tasks(names, args.data, prompts, protocol=args.protocol, how=how) if names or not asked else []
+    FEATURES[args.features]  # an unknown one raises
+    given = dict(protocol=args.protocol, how=how, features=args.features)
+    tasks = open_tasks(names, args.data, prompts, **given) if names or not asked else []
     require_writable(args.out, args.humans or ())  # before the hours, not after
     tasks += [ood_task(args)] if OOD in asked else []
     cache = None if args.cache == "none" else Path(args.cache)
     truncate = args.truncate or None
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, truncate)
-    about = {"prompts": args.prompts}
+    about = {"prompts": args.prompts, "features": args.features}
     view = View(None, args.crop_pct, args.use_test_size, args.test_pool)
     study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about, view, cost)
     rows = study.rows()
     if launched(args.device)[0] == 0:
-        shown = [row for row in rows if LEVEL not in row.where]  # those are curves, for the report
+        shown = [
+            row for row in rows if not {LEVEL, SEED} & set(row.where)
+        ]  # those are curves and draws, for the report
         sys.stdout.write("\n".join(map(line, shown)) + f"\n{len(read_rows(args.out)[1])} rows in {args.out}\n")
         sys.stdout.write(classifier_table(rows))
     return 0

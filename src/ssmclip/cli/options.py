@@ -116,8 +116,9 @@ def distortion_list(names: str) -> list[str]:
 
 
 def _is_path(task: str) -> bool:
-    named = task.removeprefix("distorted:")
-    start, colon, path = named.partition(":")
+    start, colon, path = task.partition(":")
+    if start not in ("folder", "card"):  # what is done with it, such as distorted:folder:PATH
+        start, colon, path = path.partition(":")
     return bool(colon) and start in ("folder", "card") and os.path.exists(path)
 
 

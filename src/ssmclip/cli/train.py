@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HELP = "training of a model as described by a recipe"
+
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, the same command may succeed when it is repeated
+ENDS = f"""exit status: 0, the run is finished; 1, an error, which the message names; {AGAIN}, stopped by SIGTERM or
+SIGUSR1 after a whole step, which is saved; 130, stopped by Ctrl-C, saved as well (a second Ctrl-C ends at once,
+unsaved)"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +28,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME, with the recipe's name)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    parser.epilog = ENDS
 
 
 def run(args: argparse.Namespace) -> int:
     from ssmclip.config import apply_overrides, load_recipe
     from ssmclip.ops.memory import keep_freed_memory
-    from ssmclip.train import train
+    from ssmclip.train import Stopped, train
 
     keep_freed_memory()
     config = apply_overrides(load_recipe(args.recipe), args.set)
     out = args.out or Path("runs") / args.recipe.stem
-    train(config, out, resume=args.resume, validate=build_validation(config))
+    try:
+        train(config, out, resume=args.resume, validate=build_validation(config))
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+            print(f"ssmclip train: stopped by {stopped}. Continue with:\n{_resumption(args, out)}", file=sys.stderr)
+        code = 130 if stopped.signal == signal.SIGINT else AGAIN
+        _leave_the_other_processes()
+        return code
     return 0
+
+
+def _leave_the_other_processes() -> None:
+    """End the process group: left to the interpreter's exit after an exception, its threads abort the process."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _resumption(args: argparse.Namespace, out: Path) -> str:
+    """Return the command that continues a run."""
+    changes = ["--set", *args.set] if args.set else []
+    return shlex.join(["ssmclip", "train", str(args.recipe), *changes, "--out", str(out), "--resume"])
 
 
 def build_validation(config: Any) -> Callable | None:

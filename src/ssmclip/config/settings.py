@@ -35,6 +35,8 @@ class ModelConfig(Settings, group="model"):
     head_init_scale: float = bounded(1.0, above=0)  # a classifier's new head starts with weights this much smaller
     # Stochastic depth at the deepest block; None: the model's own.
     drop_path_rate: float | None = bounded(None, at_least=0, below=1)
+    # Share of the patches that a vision transformer does not see in training (FLIP); None: the model's own.
+    patch_drop_rate: float | None = bounded(None, at_least=0, below=1)
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
     text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
@@ -63,14 +65,16 @@ class AugmentConfig(Settings, group="data.augment"):
     gray_scale_prob: float = bounded(0.0, at_least=0, at_most=1)
     gaussian_blur_prob: float = bounded(0.0, at_least=0, at_most=1)  # sigma 0.1 to 2 pixels
     solarize_prob: float = bounded(0.0, at_least=0, at_most=1)  # values of 128 and above are inverted
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of the crop; random: of timm alone
+    # In which brightness, contrast, saturation and hue change; random: drawn for each image, as torchvision does.
+    color_order: Literal["fixed", "random"] = "fixed"
     library: Literal["own", "timm"] = "own"
     # Of timm alone: RandAugment and the like, such as "rand-m9-mstd0.5-inc1", in place of the color jitter; random
-    # erasing; the interpolation of the crop.
+    # erasing.
     auto_augment: str = ""
     erase_prob: float = bounded(0.0, at_least=0, at_most=1)
     erase_mode: Literal["const", "rand", "pixel"] = "pixel"
     erase_count: int = bounded(1, at_least=1)
-    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,8 +91,8 @@ class AugmentConfig(Settings, group="data.augment"):
         for name in ("auto_augment", "erase_prob") if self.library == "own" else ():
             if getattr(self, name):
                 self._refuse(name, "needs data.augment.library=timm")
-        if self.library == "own" and self.interpolation != "bicubic":
-            self._refuse("interpolation", "must be bicubic for library=own")
+        if self.library == "own" and self.interpolation == "random":
+            self._refuse("interpolation", "must be bicubic or bilinear for library=own")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from ssmclip.rows import Result
 DOUBTS = "doubts"  # the key in a row's `extra`
 UNLIKELY = 1e-3  # probability of guesses doing as badly, below which it is said
 IN_ORDER = "class names are in the order of the labels"
+SAME_CLASSES = "labels mean the same classes in the training and the test split"
 
 
 def doubted(rows: Sequence[Result], test_set: Any) -> list[Result]:
@@ -33,7 +34,8 @@ def below_guessing(rows: Sequence[Result]) -> list[str]:
     for row in rows[:1]:
         chance = row.extra.get("chance")
         if chance and row.n and row.value < chance and binom.cdf(round(row.value * row.n), row.n, chance) < UNLIKELY:
-            check = "captions go with their images" if "recall" in row.metric else IN_ORDER
+            of_classes = SAME_CLASSES if "probe" in row.extra else IN_ORDER
+            check = "captions go with their images" if "recall" in row.metric else of_classes
             value, guess = f"{100 * row.value:.1f} %", f"{100 * chance:.1f} %"
             return [f"{row.metric} of {value} is far below guessing ({guess}): check that {check}"]
     return []

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssmclip.evaluate.protocols import OWN, PROTOCOLS, Size
+from ssmclip.evaluate.protocols import OWN, PROBE, PROTOCOLS, Size
 from ssmclip.models.classifier import View, shown
+from ssmclip.models.frozen import FeatureEncoder
 from ssmclip.models.names import Model, find
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Models:
         self.keep = False
         self._opened: dict[str, Model] = {}
         self._clips: dict[tuple[str, str], Model] = {}
+        self._encoders: dict[tuple[str, str], Model] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.given)
@@ -49,6 +51,7 @@ class Models:
             if not self.keep:
                 self._opened.clear()
                 self._clips.clear()
+                self._encoders.clear()
             given = self.given[label]
             if isinstance(given, (str, Path)):
                 given = find(given, device=self.device, image_size=self.image_size)
@@ -66,6 +69,19 @@ class Models:
             prepare = self._classifier if model.classifies else self._clip
             self._clips[label, kind] = replace(prepare(label, model, kind), label=label)
         return self._clips[label, kind]
+
+    def encoder(self, label: str, features: str) -> Model:
+        """Return a frozen encoder of features of a kind (see `as_encoder`), which sees images as the protocol has
+        probes see them: a classifier under its own protocol as in `clip`, without test-time pooling.
+
+        Raises UnknownName, and ValueError for a model without such features.
+        """
+        model = self.open(label)
+        if (label, features) not in self._encoders:
+            prepare = self._classifier if model.classifies and self.protocol == OWN else self._clip
+            seeing = replace(prepare(label, model, PROBE), network=model.network, label=label)
+            self._encoders[label, features] = as_encoder(seeing, features)
+        return self._encoders[label, features]
 
     def _clip(self, label: str, model: Model, kind: str) -> Model:
         if self.view != View(self.image_size):
@@ -87,5 +103,13 @@ class Models:
     def only(self, label: str) -> Models:
         """Return this model alone, sharing what is open."""
         one = Models({label: self.given[label]}, self.protocol, self.device, self.image_size, self.view, self.facts)
-        one.keep, one._opened, one._clips = self.keep, self._opened, self._clips
+        one.keep, one._opened, one._clips, one._encoders = self.keep, self._opened, self._clips, self._encoders
         return one
+
+
+def as_encoder(model: Model, features: str) -> Model:
+    """Return a model whose `encode_image` gives features of one of the FEATURES, and which reads no text.
+
+    Raises UnknownName, and ValueError for a model without such features.
+    """
+    return replace(model, network=FeatureEncoder(model.network, features).eval(), tokenizer=None)

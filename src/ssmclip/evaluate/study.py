@@ -17,14 +17,16 @@ from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.models import Facts, Models
 from ssmclip.evaluate.protocols import OWN, Size
 from ssmclip.evaluate.statistics.paired import paired_rows
-from ssmclip.evaluate.tasks import StudyTask, open_tasks
+from ssmclip.evaluate.task import StudyTask
+from ssmclip.evaluate.tasks import open_tasks
 from ssmclip.models.classifier import View
 from ssmclip.rows import Result, describe_run
 from ssmclip.rows.resume import RowsFile, latest
 
 log = logging.getLogger(__name__)
 
-SAME = ("seed", "image_size", "max_images", "protocol", "prompts", "view")  # settings that all rows of a file share
+# Settings that all rows of a file share.
+SAME = ("seed", "image_size", "max_images", "protocol", "prompts", "view", "features")
 
 
 @dataclass(frozen=True)

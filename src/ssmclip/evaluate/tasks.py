@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ssmclip.data.testsets.open import HUB, list_cards, load_card, open_dataset
+from ssmclip.data.testsets.open import CARD, FOLDER, HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
 from ssmclip.evaluate.classifier import image_size
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
@@ -19,31 +18,21 @@ from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.judge import JUDGES, Judge, judges_of, usual_judge
 from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.outputs import match
+from ssmclip.evaluate.probes.parts import open_parts
+from ssmclip.evaluate.probes.probe import PROBES, Probe, is_probe, read_probe
+from ssmclip.evaluate.probes.task import ProbeTask
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
+from ssmclip.evaluate.task import StudyTask
+from ssmclip.models.frozen import POOLED
 from ssmclip.models.names import Model
+from ssmclip.registry import UnknownName
 from ssmclip.rows import Result
 from ssmclip.rows.paper_tables import TABLE1
 
 log = logging.getLogger(__name__)
 
-DISTORTED = "distorted:"
+DISTORTED = "distorted"  # before a colon and the name of a data set, as names of probes are
 BRIEF = ("title", "kind", "chance", "partial", "unreadable", "said")  # what a row of every few hundred steps keeps
-
-
-class StudyTask(ABC):
-    """One task of a study, opened and ready.
-
-    name: what it is called; together: whether it takes all models at once, after those that take each by itself;
-    one_process: whether the first of several processes does it alone.
-    """
-
-    name: str
-    together: ClassVar[bool] = False
-    one_process: ClassVar[bool] = False
-
-    @abstractmethod
-    def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
-        """Yield rows as they are made; what was yielded is kept when a later part fails."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +89,7 @@ class DistortedTask(StudyTask):
 
     @property
     def name(self) -> str:
-        return f"{DISTORTED}{self.task.name}"
+        return f"{DISTORTED}:{self.task.name}"
 
     def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
         kind = self.task.test_set.card.kind
@@ -119,35 +108,70 @@ def open_tasks(
     *,
     protocol: str = OWN,
     how: Manipulations | None = None,
-) -> list[Task | DistortedTask]:
-    """Open the test sets of the named tasks.
+    features: str = POOLED,
+) -> list[StudyTask]:
+    """Open the data sets of the named tasks.
 
-    names: data sets, "table1", "found", folder:PATH (see `task_names`), and distorted:NAME; root: what `open_dataset`
-    takes; prompts: in place of the cards'; protocol: one of PROTOCOLS; how: the distortions, `choose(None)` by default.
-    Raises ValueError for no tasks, UnknownName, and the test sets' own errors.
+    names: data sets, "table1", "found", folder:PATH (see `task_names`), PROBE:NAME for a probe (see `read_probe`) and
+    distorted:NAME; root: what `open_dataset` takes; prompts: in place of the cards'; protocol: one of PROTOCOLS; how:
+    the distortions, `choose(None)` by default; features: of probes, one of FEATURES.
+    Raises ValueError for no tasks, UnknownName, and the data sets' own errors.
     """
     if not names:
         raise ValueError("no tasks given: name at least one; `ssmclip datasets` lists the data sets")
-    plain = task_names([name for name in names if not name.startswith(DISTORTED)], root)
-    to_distort = task_names([name.removeprefix(DISTORTED) for name in names if name.startswith(DISTORTED)], root)
-    asked = PROTOCOLS[protocol].prompts(prompts)
-    cards = {name: load_card(name) for name in [*plain, *to_distort]}  # all, before the first data set is opened
-    more = {} if asked is None else {"prompts": asked}
-    opened = {name: Task(open_dataset(card, root, **more), name=name) for name, card in cards.items()}
-    tasks: list[Task | DistortedTask] = [opened[name] for name in plain]
-    if to_distort:
+    asked: dict[str, list[str]] = {"": [], DISTORTED: []}  # what is done -> with which data sets
+    for name in names:
+        kind, data_set = split_name(name)
+        asked.setdefault(kind, []).append(data_set)
+    wanted = {kind: task_names(some, root, is_probe(kind)) for kind, some in asked.items()}
+    probes = {kind: _probe(kind, protocol) for kind in wanted if is_probe(kind)}
+    to_judge = [*wanted[""], *wanted[DISTORTED]]
+    given = PROTOCOLS[protocol].prompts(prompts) if to_judge else None
+    more = {} if given is None else {"prompts": given}
+    # All cards, before the first data set is opened.
+    cards = {name: load_card(name) for some in wanted.values() for name in some}
+    opened = {name: Task(open_dataset(cards[name], root, **more), name=name) for name in to_judge}
+    parts = {name: open_parts(name, root) for name in dict.fromkeys(name for kind in probes for name in wanted[kind])}
+    tasks: list[StudyTask] = [opened[name] for name in wanted[""]]
+    tasks += [
+        ProbeTask(probe, parts[name], f"{kind}:{name}", features)
+        for kind, probe in probes.items()
+        for name in wanted[kind]
+    ]
+    if wanted[DISTORTED]:
         how = how or choose(None)
-        tasks += [DistortedTask(opened[name], how) for name in to_distort]
+        tasks += [DistortedTask(opened[name], how) for name in wanted[DISTORTED]]
     return tasks
 
 
-def task_names(names: Sequence[str], root: str | Path) -> list[str]:
+def split_name(task: str) -> tuple[str, str]:
+    """Return what is done with a data set, "" for the usual, and the data set's name. Raises UnknownName.
+
+    >>> split_name("cifar10"), split_name("fewshot-16:dtd"), split_name("distorted:folder:a:b"), split_name("folder:a")
+    (('', 'cifar10'), ('fewshot-16', 'dtd'), ('distorted', 'folder:a:b'), ('', 'folder:a'))
+    """
+    kind, colon, data_set = task.partition(":")
+    if not colon or task.startswith((FOLDER, CARD)):
+        return "", task
+    if kind != DISTORTED and not is_probe(kind):
+        raise UnknownName("kind of task", kind, [FOLDER[:-1], CARD[:-1], DISTORTED, *PROBES])
+    return kind, data_set
+
+
+def _probe(spelled: str, protocol: str) -> Probe:
+    return read_probe(PROTOCOLS[protocol].probes.get(spelled, spelled))
+
+
+def task_names(names: Sequence[str], root: str | Path, to_train: bool = False) -> list[str]:
     """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, and "found" for all that are
-    under `root` and can be opened. Raises FileNotFoundError for "found" where there is no folder `root`."""
+    under `root` and can be opened, with images to train on where they are wanted. Raises FileNotFoundError for "found"
+    where there is no folder `root`."""
     spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
 
     def there(name: str) -> bool:
         try:
+            if to_train:
+                return bool(open_parts(name, root, download=False).opened())
             return bool(len(open_dataset(load_card(name), root, download=False)))
         except (OSError, ValueError):
             return False

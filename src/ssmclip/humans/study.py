@@ -15,7 +15,7 @@ from ssmclip.data.images import open_image, thumbnail
 from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.models import Models
 from ssmclip.evaluate.pictures import draw
-from ssmclip.evaluate.tasks import StudyTask
+from ssmclip.evaluate.task import StudyTask
 from ssmclip.humans import RESAMPLES
 from ssmclip.humans.decide import Decider, clip_decider, decide, imagenet_decider
 from ssmclip.humans.scores import score_sets

@@ -22,6 +22,7 @@ Value = int | float | str
 Where = Mapping[str, Value]
 
 STEP = "step"  # finished training steps
+SEED = "seed"  # of a random draw that was made several times
 LEVEL = "level"  # a distortion's level, as its label
 BATCH = "batch"  # which batch, or how large, as the task says
 TOWER = "tower"  # whose parameters a Hessian is of: image, text, whole
@@ -37,7 +38,7 @@ QUERY = "query"  # the text or class that was looked for
 CASE = "case"  # anything else, in words
 
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
-for name in (STEP, BATCH, TOKENS):
+for name in (STEP, SEED, BATCH, TOKENS):
     KEYS.register(name)(int)
 for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CASE):
     KEYS.register(name)(str)

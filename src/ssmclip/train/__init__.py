@@ -2,5 +2,6 @@
 
 from ssmclip.train.loop import train
 from ssmclip.train.progress import NonFinite
+from ssmclip.train.signals import Stopped
 
-__all__ = ["NonFinite", "train"]
+__all__ = ["NonFinite", "Stopped", "train"]

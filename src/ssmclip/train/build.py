@@ -17,12 +17,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 
-from ssmclip.config import TrainConfig
+from ssmclip.config import AugmentConfig, TrainConfig
 from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
 from ssmclip.config.settings import ImageSize
 from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
 from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
 from ssmclip.data.pairs.loader import PairLoader, Remote, TableFormat, Weighted, open_pairs
+from ssmclip.models.patch_dropout import set_patch_dropout
 from ssmclip.models.text_towers import text_tower_of
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
@@ -38,6 +39,8 @@ OWN_FIELDS = (
     "gray_scale_prob",
     "gaussian_blur_prob",
     "solarize_prob",
+    "interpolation",
+    "color_order",
 )
 
 
@@ -131,6 +134,8 @@ def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn
     if config.model.freeze_text:
         freeze_text_tower(model)
     batch = config.batch_size // world_size
+    if config.model.patch_drop_rate is not None:
+        set_patch_dropout(model, config.model.patch_drop_rate)
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
     probe = copy.deepcopy(model).train() if alone else model.eval()
@@ -171,7 +176,7 @@ def open_stream(
                 _LOG.info("reading %s", place)
         stream = open_pairs(
             [Weighted(places[name], weight, name) for name, weight in data.sources] or places[data.source],
-            transform=build_transform(config, plan, size),
+            transform=build_transform(data.augment, plan, size),
             tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
@@ -202,9 +207,8 @@ def open_stream(
     return stream
 
 
-def build_transform(config: TrainConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
+def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
     """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
-    augment = config.data.augment
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}

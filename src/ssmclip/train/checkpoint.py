@@ -32,6 +32,7 @@ from ssmclip.models.files.weights import first_line
 from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
+_STATE = {"step": int, "ranks": list, "optimiser": dict, "online": dict | None, "best": dict | None}  # and its types
 # Groups, and beginnings of settings, without influence on what is learnt.
 _HARMLESS = ("logging.", "validation.", "checkpoint.", "data.cache_", "data.retries")
 
@@ -102,6 +103,10 @@ def refuse_changes(old: TrainConfig, new: TrainConfig, out: Path) -> None:
         )
 
 
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
 def save_checkpoint(
     run: Path, step: int, save_model: Callable[[Path], None], state: dict[str, Any], keep: int, best_step: int | None
 ) -> Path:
@@ -110,8 +115,8 @@ def save_checkpoint(
     save_model(folder) writes the model's files; `state` becomes state.pt; the newest `keep` and the best one are kept.
     Raises CheckpointError when it cannot be written, as on a full disk; earlier checkpoints are then unchanged.
     """
-    folder = run / "checkpoints"
-    final = folder / f"step_{step:08d}"
+    final = checkpoint_folder(run, step)
+    folder = final.parent
     partial = folder / f".partial-{final.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -185,13 +190,17 @@ def config_of_run(folder: str | Path) -> TrainConfig | None:
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
     """Load a checkpoint's state.pt: tensors and plain containers only, no code. Raises CheckpointError."""
     path = checkpoint / "state.pt"
+    advice = "remove its folder to resume from the previous checkpoint"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every way a file can be broken
-        raise CheckpointError(
-            f"cannot read the training state {path} ({first_line(error)}): "
-            "remove its folder to resume from the previous checkpoint"
-        ) from error
+        raise CheckpointError(f"cannot read the training state {path} ({first_line(error)}): {advice}") from error
+    entries = state if isinstance(state, dict) else {}
+    wrong = [name for name, kind in _STATE.items() if not isinstance(entries.get(name, ...), kind)]
+    if wrong or entries["step"] < 0 or not entries["ranks"]:
+        names = ", ".join(wrong) or "step or ranks"
+        raise CheckpointError(f"{path} is not a training state (missing or invalid: {names}): {advice}")
+    return state
 
 
 def write_text(path: Path, text: str) -> None:

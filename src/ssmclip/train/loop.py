@@ -1,4 +1,4 @@
-"""The training loop. One step: a batch, its gradient, AdamW; between steps: check, log, validate, save.
+"""The training loop. One step: a batch, its gradient, AdamW; between steps: check, log, validate, save, or stop.
 
 A step is counted when it is finished: rows, checkpoints and `state["step"]` say how many steps the weights have seen.
 """
@@ -37,6 +37,7 @@ from ssmclip.train.build import (
 )
 from ssmclip.train.checkpoint import (
     CheckpointError,
+    checkpoint_folder,
     last_checkpoint,
     load_training_state,
     name_checkpoints,
@@ -49,6 +50,7 @@ from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, set_lr
 from ssmclip.train.progress import Log, Measured, NonFinite, Repeats, Watch
 from ssmclip.train.schedule import lr_schedule
+from ssmclip.train.signals import Agreement, Signals, Stopped
 from ssmclip.train.start import load_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
 
@@ -67,7 +69,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     resume: continue the run in `out` exactly from its last checkpoint: data order, random state, optimiser. On a CPU
     every later loss is bit-identical to that of an uninterrupted run.
     Raises FileExistsError, FileNotFoundError, PermissionError and ValueError about `out` before any work
-    (`run_folder`); NonFinite; CheckpointError when a checkpoint cannot be written or read.
+    (`run_folder`); NonFinite; CheckpointError when a checkpoint cannot be written or read; Stopped, a
+    KeyboardInterrupt, when SIGINT, SIGTERM or SIGUSR1 asked the run to stop: a checkpoint of its last step is saved.
     """
     out, asked = Path(out), config.validation
     build_objective(config, num_classes=2)  # refuses before there is a folder
@@ -78,12 +81,13 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
         accelerator.wait_for_everyone()
         run = _Run.start(config, out, accelerator)
         try:
-            run.to_the_end(validate)
+            with Signals(announce=accelerator.is_main_process) as signals:
+                run.to_the_end(validate, signals)
         except NonFinite as error:
             last = last_checkpoint(out)
             raise NonFinite(f"{error}. Last good checkpoint: {last or 'none yet'}") from None
         finally:
-            run.log.close()
+            run.close()
         accelerator.wait_for_everyone()
     return out
 
@@ -108,6 +112,8 @@ class _Run:
     skips_in_a_row: int = 0
     repeats: Repeats = field(default_factory=Repeats)
     told_of_repeats: bool = False
+    owes_validation: bool = False  # of the last step, after which a signal stopped the run
+    stream: Any = None
 
     @classmethod
     def start(cls, config: TrainConfig, out: Path, accelerator: Accelerator) -> _Run:
@@ -163,38 +169,62 @@ class _Run:
             best=best,
             skips=state["skips"] if state else 0,
             repeats=Repeats(state.get("repeats", 0) if state else 0),
+            owes_validation=bool(state and state.get("owes_validation")),
         )
 
-    def to_the_end(self, validate: Validate | None) -> None:
+    def to_the_end(self, validate: Validate | None, signals: Signals) -> None:
         config, device = self.config, self.accelerator.device
         rates = lr_schedule(config.steps, config.schedule, config.optimiser.lr)
         # On a CPU looking costs nothing. Elsewhere it waits for the device, so only when there is something to say.
         look_every = 1 if device.type == "cpu" else config.logging.every
-        watch, size, stream = Watch(), None, None
+        watch, size, agreement = Watch(), None, Agreement(self.accelerator)
         self.log.say(f"{config.model.name} on {device}: steps {self.step} to {config.steps}, {self.out}")
+        if self.owes_validation:
+            self._validate_what_is_owed(validate)
         while self.step < config.steps:
             if config.image_size(self.step) != size:
                 size = config.image_size(self.step)
-                stream = self._open_stream(size, stream)
-            batch = next(stream)
+                self.stream = self._open_stream(size, self.stream)
+            batch = next(self.stream)
             watch.add(self._one_step(batch, rates[self.step]))
-            self.cursor = stream.cursor
+            self.cursor = self.stream.cursor
             self.log.stepped()
+            stop = agreement.settle(signals.number)
             pause = (
-                self._due(config.logging.every)
+                stop > 0
+                or self._due(config.logging.every)
                 or self._due(config.validation.every)
                 or self._due(config.checkpoint.every)
             )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
             if self._due(config.logging.every):
-                self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:], stream)
+                self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:])
             with self.log.pause():
-                improved = (
-                    validate is not None and self._due(config.validation.every) and self._validate(validate, size)
-                )
-                if improved or self._due(config.checkpoint.every):
-                    self._save()
-        self._report_skipped(stream)
+                self._between_steps(validate, size, stop)
+        self._report_skipped(self.stream)
+
+    def _between_steps(self, validate: Validate | None, size: int, stop: int) -> None:
+        """Validate and save what is due. Raises Stopped for a signal, after whose step validation has to wait."""
+        due = validate is not None and self._due(self.config.validation.every)
+        self.owes_validation = bool(due and stop)
+        improved = due and not stop and self._validate(validate, size)
+        if improved or stop or self._due(self.config.checkpoint.every):
+            self._save()
+        if stop:
+            self._report_skipped(self.stream)
+            raise Stopped(stop, self.step, checkpoint_folder(self.out, self.step))
+
+    def _validate_what_is_owed(self, validate: Validate | None) -> None:
+        """Validate the step after which a signal stopped the run, as an uninterrupted run has done."""
+        self.owes_validation = False
+        if validate is not None and self._validate(validate, self.config.image_size(self.step - 1)):
+            self._save()
+
+    def close(self) -> None:
+        """End the worker processes and the progress bar."""
+        if self.stream is not None:
+            self.stream.close()
+        self.log.close()
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
@@ -250,8 +280,8 @@ class _Run:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return open_stream(self.config, self.plan, size, rank, world, self.cursor)
 
-    def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int], stream: Any) -> None:
-        skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
+    def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int]) -> None:
+        skipped = torch.tensor(float(sum(self.stream.skipped.values())), device=self.accelerator.device)
         numbers = {
             "loss": loss,
             "grad_norm": norm,
@@ -265,12 +295,12 @@ class _Run:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
         if self.config.data.sources:
-            self._write_sources(stream)
+            self._write_sources()
 
-    def _write_sources(self, stream: Any) -> None:
+    def _write_sources(self) -> None:
         """Write how many samples were drawn from each source so far, over all processes."""
         names = [name for name, weight in self.config.data.sources if weight]
-        counts = torch.tensor([float(stream.drawn[name]) for name in names], device=self.accelerator.device)
+        counts = torch.tensor([float(self.stream.drawn[name]) for name in names], device=self.accelerator.device)
         drawn = self.accelerator.reduce(counts, "sum").tolist()
         self.log.counts(self.step, "samples_drawn", dict(zip(names, drawn, strict=True)))
 
@@ -347,6 +377,7 @@ class _Run:
                 "best": self.best,
                 "skips": self.skips,
                 "repeats": repeats,
+                "owes_validation": self.owes_validation,
                 "ranks": ranks,
             }
             model = self.ema.model if self.ema else self.plan.plain(online)

@@ -39,6 +39,8 @@ class TrainTransform:
     color_jitter_prob, gray_scale_prob, gaussian_blur_prob, solarize_prob: shares of the pictures whose colours are
     jittered, which lose their colours, are blurred (sigma 0.1 to 2 pixels), have values from 128 on inverted: SimCLR's
     and BYOL's augmentations (arXiv:2002.05709, appendix A; arXiv:2006.07733, appendix B), in this order.
+    interpolation: of the resized crop, "bicubic" or "bilinear"; color_order: in which colours are jittered, "fixed" as
+    above, or "random", drawn for each picture as torchvision's ColorJitter does.
     """
 
     image_size: Size
@@ -52,6 +54,8 @@ class TrainTransform:
     gray_scale_prob: float = 0.0
     gaussian_blur_prob: float = 0.0
     solarize_prob: float = 0.0
+    interpolation: str = "bicubic"
+    color_order: str = "fixed"
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
@@ -73,7 +77,8 @@ class TrainTransform:
         # Drawn apart and by every picture of a stream or none, so that what comes before is as it is without them.
         more = torch.rand(NUM_SHARE_DRAWS, generator=generator, dtype=torch.float64).tolist() if self._shares else []
         if self.color_jitter and (not more or more[0] < self.color_jitter_prob):
-            out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]])
+            order = torch.randperm(4, generator=generator).tolist() if self.color_order == "random" else range(4)
+            out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]], order)
         return self._treat(out, *more[2:]) if more else out
 
     def repeated(self, image: np.ndarray, augmentation: Augmentation) -> torch.Tensor:
@@ -96,7 +101,7 @@ class TrainTransform:
 
     def _resized(self, pixels: np.ndarray) -> torch.Tensor:
         crop = torch.from_numpy(pixels).permute(2, 0, 1)
-        return interpolate(crop[None], size=self.sides, mode="bicubic", antialias=True)[0]
+        return interpolate(crop[None], size=self.sides, mode=self.interpolation, antialias=True)[0]
 
     @property
     def _shares(self) -> bool:
@@ -163,14 +168,17 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def jitter_colors(image: torch.Tensor, strength: float | Sequence[float], draws: Sequence[float]) -> torch.Tensor:
+def jitter_colors(
+    image: torch.Tensor, strength: float | Sequence[float], draws: Sequence[float], order: Sequence[int] = range(4)
+) -> torch.Tensor:
     """Change brightness, contrast, saturation (and hue, if its strength is given) of uint8 (3, H, W) at random.
 
-    draws: uniform in [0, 1), one for each.
+    draws: uniform in [0, 1), one for each; order: in which they change, by their places in the list above.
     """
     strengths = [strength] * 3 if isinstance(strength, float | int) else strength
     adjusts = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-    for adjust, middle, s, draw in zip(adjusts, (1, 1, 1, 0), strengths, draws, strict=False):
+    changes = list(zip(adjusts, (1, 1, 1, 0), strengths, draws, strict=False))
+    for adjust, middle, s, draw in (changes[i] for i in order if i < len(changes)):
         image = adjust(image, middle + s * (2 * draw - 1))
     return image
 

@@ -52,6 +52,7 @@ from ssmclip.data.pairs.tables import (
     table_source,
     tables_in,
 )
+from ssmclip.data.pairs.workers import outlive_signals
 
 __all__ = [
     "Batch",
@@ -372,7 +373,9 @@ class PairLoader:
         return made.batch
 
     def close(self) -> None:
-        """End the worker processes. Iterating again continues after the batch last yielded."""
+        """End the worker processes at once. Iterating again continues after the batch last yielded."""
+        for worker in getattr(self._stream, "_workers", ()):  # which would first finish the batches they are making
+            worker.terminate()
         self._stream = None
 
     def _start(self) -> Iterator[Made]:
@@ -380,7 +383,15 @@ class PairLoader:
         if not self._workers:
             return iter(batches)
         # Its own generator: a DataLoader would draw from the global one, whose state belongs to the training run.
-        return iter(DataLoader(batches, batch_size=None, num_workers=self._workers, generator=torch.Generator()))
+        return iter(
+            DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=self._workers,
+                generator=torch.Generator(),
+                worker_init_fn=outlive_signals,
+            )
+        )
 
     def _continue_from(self, cursor: dict[str, Any]) -> None:
         for name in dict.fromkeys([*self._made_of, *_DEFAULTS]):
