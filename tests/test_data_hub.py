@@ -3,14 +3,13 @@
 import sys
 from collections import Counter
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from pair_files import assert_continues, captions_of, opened, png, same, take, write_tar
 from ssmclip.data.pairs.loader import TableFormat, Weighted
-
-datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiohttp
+import boto3
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from moto.server import ThreadedMotoServer
 
 from pair_files import assert_continues, numbered, opened, same, take, write_tar
 from ssmclip.config import apply_overrides, load_recipe
@@ -245,6 +247,49 @@ def test_a_folder_a_glob_and_braces_of_a_store(store, name):
     assert loader.skipped == {}
     with pytest.raises(FileNotFoundError, match=r"no shard matches s3://bucket/other/\*.tar"):
         opened("s3://bucket/other/")
+
+
+# ---- an S3 server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """moto's S3 server, with a bucket; and boto3's client of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        made.start()
+        host, port = made.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "name")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "word")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        yield client
+        made.stop()
+
+
+@pytest.mark.parametrize(("name", "workers"), [("pairs/", 0), ("pairs/*.tar", 0), ("pairs/{0..2}.tar", 2)])
+def test_shards_of_an_s3_server_give_the_pairs_of_the_folder(s3, server, tmp_path, name, workers):
+    for path in server.folder.glob("*.tar"):
+        s3.upload_file(str(path), "bucket", f"pairs/{path.name}")
+    settings = {"workers": workers, "shuffle_buffer": 7, "cache_mib": 0}
+    loader = opened(f"s3://bucket/{name}", 4, remote=kept(tmp_path), **settings)
+    local = opened(server.folder, 4, **settings)
+    assert all(same(a, b) for a, b in zip(take(loader, 20), take(local, 20), strict=True))
+    assert loader.skipped == {}
+    assert {hashlib.sha256(path.read_bytes()).digest() for path in (tmp_path / "kept").glob("*.tar")} == {
+        hashlib.sha256(path.read_bytes()).digest() for path in server.folder.glob("*.tar")
+    }
+    for each in (loader, local):
+        each.close()
+
+
+def test_what_an_s3_server_does_not_have_is_named(s3, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none of the first 1 of 1 shards can be read: s3://other/0.tar: "):
+        opened("s3://other/0.tar", remote=HASTY)
+    with pytest.raises(FileNotFoundError, match=r"no shard matches s3://bucket/none/\*.tar"):
+        opened("s3://bucket/none/", remote=HASTY)
 
 
 # ---- kept on disk

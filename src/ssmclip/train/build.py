@@ -207,8 +207,8 @@ def open_stream(
     return stream
 
 
-def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
-    """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+def build_transform(augment: AugmentConfig, plan: Blueprint, size: ImageSize) -> TrainTransform | TimmTransform:
+    """Return the augmentation of training images at a size, as `data.augment` describes it."""
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}

@@ -203,7 +203,7 @@ class _Run:
                 self._between_steps(validate, size, stop)
         self._report_skipped(self.stream)
 
-    def _between_steps(self, validate: Validate | None, size: int, stop: int) -> None:
+    def _between_steps(self, validate: Validate | None, size: ImageSize, stop: int) -> None:
         """Validate and save what is due. Raises Stopped for a signal, after whose step validation has to wait."""
         due = validate is not None and self._due(self.config.validation.every)
         self.owes_validation = bool(due and stop)
@@ -300,8 +300,8 @@ class _Run:
     def _write_sources(self) -> None:
         """Write how many samples were drawn from each source so far, over all processes."""
         names = [name for name, weight in self.config.data.sources if weight]
-        counts = torch.tensor([float(self.stream.drawn[name]) for name in names], device=self.accelerator.device)
-        drawn = self.accelerator.reduce(counts, "sum").tolist()
+        counts = torch.tensor([self.stream.drawn[name] for name in names], device=self.accelerator.device)
+        drawn = map(float, self.accelerator.reduce(counts, "sum").tolist())
         self.log.counts(self.step, "samples_drawn", dict(zip(names, drawn, strict=True)))
 
     def _count_repeats(self) -> int:

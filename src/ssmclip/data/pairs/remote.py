@@ -26,7 +26,7 @@ from ssmclip.files import PARTIAL, whole
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What opens an address, by its scheme: the package that is needed. The extra `remote` has them all but the last two's.
+# What opens an address, by its scheme: the package that is needed. The extra `remote` has those of s3 and http.
 PACKAGES = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -122,9 +122,7 @@ def file_system(address: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         package = PACKAGES.get(scheme, f"the package that fsspec needs for {scheme}")
-        raise ImportError(
-            f"{address} needs {package}: pip install {package}, or 'ssmclip[remote]' ({error})"
-        ) from error
+        raise ImportError(f"{address} needs {package}: pip install {package} ({error})") from error
 
 
 def _patient() -> Any:
