@@ -69,7 +69,7 @@ def test_a_signal_saves_the_last_step_and_ends_with_its_code(tmp_path, number, c
         wait_for(out / "rows.jsonl", process)
         workers = children(process.pid)
         os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        error = process.communicate(timeout=30)[1]
+        error = process.communicate(timeout=120)[1]
     finally:
         if process.poll() is None:
             process.kill()

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from ssmclip.models.patch_dropout import set_patch_dropout
 from ssmclip.models.text_towers import text_tower_of
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
+from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
-from ssmclip.train.optimiser import freeze_text_tower
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -42,6 +43,13 @@ OWN_FIELDS = (
     "interpolation",
     "color_order",
 )
+_NO_COLORS = {
+    "color_jitter": 0.0,
+    "color_jitter_prob": 1.0,
+    "gray_scale_prob": 0.0,
+    "gaussian_blur_prob": 0.0,
+    "solarize_prob": 0.0,
+}
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -129,16 +137,18 @@ def _check_even(config: TrainConfig, world_size: int) -> None:
 
 
 def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn.Module:
-    """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
+    """Return the model in training mode, frozen where the settings say so.
+
+    Raises ValueError if it cannot take every image size of the schedule, and for layers to freeze that it lacks.
+    """
     model = plan.create(config.model.grad_checkpointing)
-    if config.model.freeze_text:
-        freeze_text_tower(model)
+    freeze(model, config.model)
     batch = config.batch_size // world_size
     if config.model.patch_drop_rate is not None:
         set_patch_dropout(model, config.model.patch_drop_rate)
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
-    probe = copy.deepcopy(model).train() if alone else model.eval()
+    probe = training_mode(copy.deepcopy(model), config.model) if alone else model.eval()
     name = "multi_sizes" if config.data.multi_sizes else "image_sizes"
     for size in config.data.sizes():
         sides = (size, size) if isinstance(size, int) else size
@@ -148,11 +158,11 @@ def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn
                 plan.encode(probe, torch.zeros(1, 3, *sides))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} cannot take images of {pixels} pixels, one of data.{name}="
+                f"{config.model.label} cannot take images of {pixels} pixels, one of data.{name}="
                 f"{getattr(config.data, name)} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
-    return model.train()
+    return training_mode(model, config.model)
 
 
 def open_stream(
@@ -166,7 +176,9 @@ def open_stream(
     data, text_cfg = config.data, plan.config.get("model_cfg", {}).get("text_cfg", {})
     if data.length_buckets and not (text_cfg and text_tower_of(text_cfg).ignores_padding):
         reason = "labels have no length" if plan.labelled else "its text tower's embeddings depend on the padding"
-        raise ValueError(f"data.length_buckets must be 0 for {config.model.name} (got {data.length_buckets}): {reason}")
+        raise ValueError(
+            f"data.length_buckets must be 0 for {config.model.label} (got {data.length_buckets}): {reason}"
+        )
     folders = data_folders(os.environ)
     names = [name for name, _ in data.sources] or [data.source]
     with _naming_places(names, folders):
@@ -209,6 +221,7 @@ def open_stream(
 
 def build_transform(augment: AugmentConfig, plan: Blueprint, size: ImageSize) -> TrainTransform | TimmTransform:
     """Return the augmentation of training images at a size, as `data.augment` describes it."""
+    augment = augment if augment.colors else replace(augment, **_NO_COLORS)
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}
