@@ -144,9 +144,9 @@ def _as_type(value: Any, kind: Any) -> Any:
             return value
     elif origin is tuple:
         return _as_tuple(value, args)
-    elif origin is dict or kind is dict:
+    elif origin is dict:
         if isinstance(value, dict):
-            return value
+            return {key: each if args[1] is Any else _as_type(each, args[1]) for key, each in value.items()}
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
             return float(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
+from ssmclip.config.settings import ImageSize
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
@@ -61,6 +62,7 @@ from ssmclip.train.trainee import model_of, split_state
 Validate = Callable[[models.Model, int], list[Result]]
 
 _REPEATS_MATTER = 0.01  # share of the pairs; fewer move the loss less than its noise
+SIDES = ("image_height", "image_width")  # metrics of images that are not square
 _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
 
 
@@ -190,7 +192,8 @@ class _Run:
             if config.image_size(self.step) != size:
                 size = config.image_size(self.step)
                 self.stream = self._open_stream(size, self.stream)
-            watch.add(self._one_step(next(self.stream), rates[self.step]))
+            batch = next(self.stream)
+            watch.add(self._one_step(batch, rates[self.step]))
             self.cursor = self.stream.cursor
             self.log.stepped()
             stop = agreement.settle(signals.number)
@@ -202,12 +205,12 @@ class _Run:
             )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
             if self._due(config.logging.every):
-                self._write_numbers(*seen, rates[self.step - 1], size, self.stream)
+                self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:])
             with self.log.pause():
                 self._between_steps(validate, size, stop)
         self._report_skipped(self.stream)
 
-    def _between_steps(self, validate: Validate | None, size: int, stop: int) -> None:
+    def _between_steps(self, validate: Validate | None, size: ImageSize, stop: int) -> None:
         """Validate and save what is due. Raises Stopped for a signal, after whose step validation has to wait."""
         due = validate is not None and self._due(self.config.validation.every)
         self.owes_validation = bool(due and stop)
@@ -278,27 +281,36 @@ class _Run:
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "mean")
 
-    def _open_stream(self, size: int, before: Any) -> Any:
+    def _open_stream(self, size: ImageSize, before: Any) -> Any:
         if before is not None:
             self._report_skipped(before)
             before.close()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return open_stream(self.config, self.plan, size, rank, world, self.cursor)
 
-    def _write_numbers(self, loss: float, norm: float, lr: float, size: int, stream: Any) -> None:
-        skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
+    def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int]) -> None:
+        skipped = torch.tensor(float(sum(self.stream.skipped.values())), device=self.accelerator.device)
         numbers = {
             "loss": loss,
             "grad_norm": norm,
             **self._model_numbers(),
             "lr": float(lr),
-            "image_size": size,
+            **({"image_size": sides[0]} if sides[0] == sides[1] else dict(zip(SIDES, sides, strict=True))),
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
             "samples_repeated": float(self._count_repeats()),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
+        if self.config.data.sources:
+            self._write_sources()
+
+    def _write_sources(self) -> None:
+        """Write how many samples were drawn from each source so far, over all processes."""
+        names = [name for name, weight in self.config.data.sources if weight]
+        counts = torch.tensor([self.stream.drawn[name] for name in names], device=self.accelerator.device)
+        drawn = map(float, self.accelerator.reduce(counts, "sum").tolist())
+        self.log.counts(self.step, "samples_drawn", dict(zip(names, drawn, strict=True)))
 
     def _count_repeats(self) -> int:
         """Return how many pairs were in their batch already, and say once when it is enough to matter."""
@@ -326,12 +338,16 @@ class _Run:
             examples = such_as | examples
         for reason, count in counts.items():
             self.log.say(f"skipped {count} samples: {reason}, such as {examples.get(reason)}")
+        if self.config.data.captions:
+            missing = sum((Counter(each) for each in self._of_all([dict(stream.missing)])), Counter())
+            for name, count in missing.items():
+                self.log.say(f"{count} samples had no caption {name!r}: one of the others was drawn")
 
     def _of_all(self, own: list) -> list:
         """Return the concatenated lists of all processes."""
         return gather_object(own) if self.accelerator.num_processes > 1 else own
 
-    def _validate(self, validate: Validate, size: int) -> bool:
+    def _validate(self, validate: Validate, size: ImageSize) -> bool:
         """Measure, write the rows, and return whether the named metric is the best so far."""
         improved = False
         if self.accelerator.is_main_process:

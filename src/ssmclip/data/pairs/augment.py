@@ -18,18 +18,23 @@ from timm.data import auto_augment
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as tv
 
+from ssmclip.data.pairs.reinforced import Augmentation
+
 CROP_ATTEMPTS = 10
 NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mirror, the colours
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Size = int | tuple[int, int]  # pixels of a square's side, or (height, width)
 
 NUM_SHARE_DRAWS = 6  # whether the colours are jittered, hue, grey, whether it is blurred, how much, solarised
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """`transform(picture, generator)` is a float tensor (3, image_size, image_size).
+    """`transform(picture, generator)` is a float tensor (3, height, width).
 
-    scale: range of the crop's share of the area; ratio: range of its width / height.
+    image_size: pixels of a square's side, or (height, width).
+    scale: range of the crop's share of the area; ratio: range of its width / height, over that of image_size, so that
+    pictures are distorted as little in any shape.
     flip: mirror half of the pictures; off by default, as captions say "on the left".
     color_jitter: strength of random brightness, contrast and saturation, or of each and of hue (in turns of the colour
     circle, at most 0.5), applied in this order; 0 is none.
@@ -42,7 +47,7 @@ class TrainTransform:
     ends with a view of a random window around the crops.
     """
 
-    image_size: int
+    image_size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: tuple[float, float] = (0.5, 1.0)
@@ -62,7 +67,7 @@ class TrainTransform:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
 
     def pixels(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """Apply the random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
+        """Apply the random part: uint8 (height, width, 3) to uint8 (3, *image_size).
 
         Only the crop is touched, by torch's resize for 8-bit pixels: three times as fast as Pillow's, and equal to
         within 1.
@@ -73,7 +78,8 @@ class TrainTransform:
         """Return a view's pixels, its crop, and whether it is mirrored."""
         draws = torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64).tolist()
         height, width, _ = image.shape
-        box = crop_box(width, height, self.scale, self.ratio, draws)
+        shape = self.sides[1] / self.sides[0]
+        box = crop_box(width, height, self.scale, (self.ratio[0] * shape, self.ratio[1] * shape), draws)
         out = self._resized(image, box)
         mirrored = self.flip and draws[-4] < 0.5
         if mirrored:
@@ -88,8 +94,7 @@ class TrainTransform:
     def _resized(self, image: np.ndarray, box: Box) -> torch.Tensor:
         left, top, right, bottom = box
         crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)
-        size = (self.image_size, self.image_size)
-        return interpolate(crop[None], size=size, mode=self.interpolation, antialias=True)[0]
+        return interpolate(crop[None], size=self.sides, mode=self.interpolation, antialias=True)[0]
 
     def views(
         self, image: np.ndarray, generator: torch.Generator, count: int
@@ -108,6 +113,24 @@ class TrainTransform:
         window = window_around([box for _, box, _ in made], image.shape[1], image.shape[0], draws)
         places = [[*_within(box, window), float(mirrored)] for _, box, mirrored in made]
         return [*views, self._resized(image, window)], torch.tensor(places)
+
+    def repeated(self, image: np.ndarray, augmentation: Augmentation) -> torch.Tensor:
+        """Apply an augmentation whose draws are given instead: uint8 (height, width, 3) to uint8 (3, *image_size).
+
+        Raises ValueError for a crop that is not within the image.
+        """
+        top, left, height, width = augmentation.crop or (0, 0, *image.shape[:2])
+        if not (top >= 0 and left >= 0 and height > 0 and width > 0) or (
+            top + height > image.shape[0] or left + width > image.shape[1]
+        ):
+            size = f"{image.shape[0]} x {image.shape[1]} pixels"
+            raise ValueError(f"the crop must lie within the image of {size} (got {augmentation.crop})")
+        return augmentation.finish(self._resized(image, (left, top, left + width, top + height)))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of the transformed images."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
     def _shares(self) -> bool:
@@ -129,7 +152,7 @@ class TrainTransform:
 
 
 def train_transform(
-    image_size: int,
+    image_size: Size,
     mean: Sequence[float],
     std: Sequence[float],
     *,
