@@ -427,6 +427,7 @@ def test_the_teacher_is_the_moving_average_of_what_is_trained():
         (["views_per_image=1"], r"data.views_per_image must be at least 2 for loss.kind=a-clip \(got 1\)"),
         (["patch_drop_rate=0.5"], r"model.patch_drop_rate must be none .* \(got 0.5\): set loss.mask.keep"),
         (["mask.block=24"], r"loss.mask.block must divide images of 32 pixels \(got 24\)"),
+        (["multi_sizes=[[32, 36], [32, 32]]"], r"loss.mask.block must divide images of 36 pixels \(got 8\)"),
         (["data.augment.library=timm"], r"data.augment.library must be own for loss.kind=a-clip"),
         (["compile=true"], r"model.compile must be false for loss.kind=a-clip"),
         (['ssl.augment={"flip": false}'], r"loss.ssl.augment must be {} for loss.kind=a-clip .*: set data.augment"),

@@ -31,11 +31,13 @@ from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import read_rows
 from ssmclip.train import train
 from ssmclip.train.blueprint import blueprint
-from ssmclip.train.build import build_objective
+from ssmclip.train.build import build_model, build_objective, open_stream
 from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.distill import Distill, check_tokens, load_teacher
 from ssmclip.train.gradient import backward, more_of
 from ssmclip.train.objective import objective_of
+from ssmclip.train.state import seed_everything
+from test_data_stored import shard
 
 CPU = torch.device("cpu")
 
@@ -227,11 +229,29 @@ def test_a_run_learns_from_its_teacher_and_goes_on_exactly(teacher, tmp_path):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
+def test_a_run_learns_from_features_that_shards_store(tmp_path):
+    """Of one step, the loss is the formula's for what the shards hold of its pairs."""
+    source = shard(tmp_path / "a.tar", count=9)
+    config = settings(
+        "stored_teacher=datacompdr", f"source={source}", "steps=1", "warmup_steps=0", "checkpoint.every=1"
+    )
+    train(config, tmp_path / "run")
+    plan = blueprint(config)
+    batch = next(open_stream(config, plan, 32, 0, 1))
+    seed_everything(config.seed)
+    model = build_model(config, plan)
+    with torch.no_grad():
+        made = model(batch.images, batch.texts)
+    given = [made[name].double() for name in ("image_features", "text_features", "logit_scale")]
+    stored = [normalize(x.double(), dim=-1) for x in (batch.teacher.images, batch.teacher.texts)]
+    assert learnt(tmp_path / "run")[1, "loss"] == pytest.approx(formula(1, 1, *given, *stored, 100.0).item(), rel=1e-5)
+
+
 # ---- what is refused
 
 
 def test_a_run_without_anything_to_learn_from_is_refused_before_there_is_a_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"loss.distill.teacher must name a CLIP .* \(got ''\)"):
+    with pytest.raises(ValueError, match=r"loss.distill.teacher must name a CLIP .* \(got '' and none\)"):
         train(settings(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -240,6 +260,11 @@ def test_a_run_without_anything_to_learn_from_is_refused_before_there_is_a_folde
     ("overrides", "told"),
     [
         (["views_per_image=2", "view_weight=0.5"], r"loss.view_weight must be 0 for loss.kind=distill \(got 0.5\)"),
+        (
+            ["stored_teacher=datacompdr"],
+            r"data.stored_teacher must be none with loss.distill.teacher \(got datacompdr\)",
+        ),
+        (["length_buckets=2"], r"data.length_buckets must be 0 with loss.distill.teacher \(got 2\)"),
         (["gather_with_grad=false"], r"loss.gather_with_grad must be true for loss.kind=distill \(got false\)"),
     ],
 )

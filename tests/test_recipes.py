@@ -15,7 +15,7 @@ from ssmclip.config import AugmentConfig, EmaConfig, apply_overrides, from_dict,
 from ssmclip.models.names import source
 from ssmclip.rows import read_rows
 from ssmclip.train.blueprint import blueprint
-from ssmclip.train.build import build_model, build_transform
+from ssmclip.train.build import build_model, build_objective, build_transform
 from ssmclip.train.ema import ema_decay
 from ssmclip.train.optimiser import build_optimiser
 from ssmclip.train.schedule import lr_schedule
@@ -52,6 +52,23 @@ def test_yfcc15m_is_the_papers_recipe_field_by_field():
     assert config.data.image_sizes == ((0.0, 224),)
     colors = AugmentConfig((0.5, 1.0), False, (0.4, 0.4, 0.2, 0.1), 0.8, 0.2, 0.1, 0.2)
     assert config.data.augment == replace(colors, interpolation="bilinear", color_order="random")
+
+
+def test_slip_and_a_clip_are_the_published_recipes():
+    """Where they differ from one another, and from CLIP-Mamba's: rates, views, the average, gathered gradients."""
+    names = ("yfcc15m", "slip_yfcc15m", "a_clip_yfcc15m")
+    mamba, slip, a_clip = (load_recipe(next(p for p in RECIPES if p.stem == name)) for name in names)
+    assert [(c.optimiser.lr, c.optimiser.weight_decay) for c in (slip, a_clip)] == [(3e-3, 0.1), (5e-4, 0.5)]
+    assert [(c.ema.decay, c.loss.gather_with_grad) for c in (slip, a_clip)] == [(None, False), (0.996, True)]
+    objectives = [build_objective(c) for c in (slip, a_clip)]
+    assert [(made.views, made.shown) for made in objectives] == [(1, 3), (2, 3)]
+    assert slip.data.augment == AugmentConfig((0.5, 1.0), False, interpolation="bilinear")
+    assert a_clip.data.augment == mamba.data.augment
+    for config in (slip, a_clip):
+        assert (config.steps, config.batch_size, config.schedule) == (mamba.steps, mamba.batch_size, mamba.schedule)
+        ssl = config.loss.ssl
+        assert (ssl.weight, ssl.temperature, ssl.head_width, ssl.head_features) == (1.0, 0.1, 4096, 256)
+    assert (a_clip.loss.ssl.ema_weight, a_clip.loss.mask.choice, 224 // a_clip.loss.mask.block) == (2.0, "attentive", 7)
 
 
 def test_the_controlled_pair_differs_from_the_papers_recipe_in_size_alone():

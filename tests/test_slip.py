@@ -169,6 +169,7 @@ def test_slips_augmentation_is_the_published_one_unless_it_is_changed():
         (['ssl.augment={"flip": 1}'], ValueError, r"loss.ssl.augment.flip must be true or false \(got 1\)"),
         (['ssl.augment={"library": "timm"}'], ValueError, r"loss.ssl.augment.library must be own \(got timm\)"),
         (["data.augment.library=timm"], ValueError, r"data.augment.library must be own for loss.kind=slip, .*got timm"),
+        (["stored_teacher=datacompdr"], ValueError, r"data.stored_teacher must be none for loss.kind=slip, .*got data"),
     ],
 )
 def test_views_that_cannot_be_made_are_refused_before_there_is_a_folder(tmp_path, overrides, error, told):

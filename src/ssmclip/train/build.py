@@ -130,12 +130,18 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
 
 def _check_views(config: TrainConfig) -> None:
     """Raise ValueError for views that the data cannot give the objective."""
-    kind = OBJECTIVES[config.loss.kind]
-    if (kind.further_views(config.loss) or kind.window) and config.data.augment.library != "own":
-        raise ValueError(
-            f"data.augment.library must be own for loss.kind={config.loss.kind}, which needs further views of each "
-            f"image (got {config.data.augment.library})"
-        )
+    kind, data = OBJECTIVES[config.loss.kind], config.data
+    if not (kind.further_views(config.loss) or kind.window):
+        return
+    for name, value, needed in (
+        ("augment.library", data.augment.library, "own"),
+        ("stored_teacher", data.stored_teacher, "none"),
+    ):
+        if value != needed:
+            raise ValueError(
+                f"data.{name} must be {needed} for loss.kind={config.loss.kind}, which needs further views of each "
+                f"image (got {value})"
+            )
 
 
 def build_trainee(

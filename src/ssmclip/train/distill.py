@@ -38,12 +38,16 @@ class Distill(Clip):
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:
-        stored = getattr(config.data, "stored_teacher", "none") != "none"
-        if not (config.loss.distill.teacher or stored):
+        data, teacher = config.data, config.loss.distill.teacher
+        if not teacher and data.stored_teacher == "none":
             raise ValueError(
-                "loss.distill.teacher must name a CLIP for loss.kind=distill, as the data store no features of one "
-                "(got '')"
+                "loss.distill.teacher must name a CLIP for loss.kind=distill, or data.stored_teacher a format "
+                "(got '' and none)"
             )
+        if teacher and data.stored_teacher != "none":
+            raise ValueError(f"data.stored_teacher must be none with loss.distill.teacher (got {data.stored_teacher})")
+        if teacher and data.length_buckets:
+            raise ValueError(f"data.length_buckets must be 0 with loss.distill.teacher (got {data.length_buckets})")
         if config.loss.view_weight:
             raise ValueError(f"loss.view_weight must be 0 for loss.kind=distill (got {config.loss.view_weight})")
 

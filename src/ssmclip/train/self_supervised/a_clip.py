@@ -70,9 +70,9 @@ class AClip(Clip):
         for reason, applies in refused.items():
             if applies:
                 raise ValueError(reason)
-        for _, size in config.data.image_sizes if masked else ():
-            if size % mask.block:
-                raise ValueError(f"loss.mask.block must divide images of {size} pixels (got {mask.block})")
+        sides = {side for size in config.data.sizes() for side in (size if isinstance(size, tuple) else (size,))}
+        if masked and (cut := sorted(side for side in sides if side % mask.block)):
+            raise ValueError(f"loss.mask.block must divide images of {cut[0]} pixels (got {mask.block})")
 
     def heads(self, model: nn.Module) -> nn.Module:
         """Return SimCLR's head, and BYOL's projector and predictor, those whose losses have a weight."""
