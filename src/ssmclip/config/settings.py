@@ -309,7 +309,7 @@ class MaskConfig(Settings, group="loss.mask"):
     """
 
     choice: Literal["attentive", "inverse", "random", "all"] = "attentive"
-    keep: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
+    keep_rate: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
     block: int = bounded(32, at_least=1)  # side of a block in pixels; of a vision transformer, a multiple of its patch
 
 
