@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup quickstart test lint clean results figure
-.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-startup bench-hessian bench-gpu
-.PHONY: eval26 captions distorted hessian efficiency timm-tests
+.PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-loader bench-startup bench-hessian bench-gpu
+.PHONY: scan-needed controlled-pair eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
@@ -69,6 +69,9 @@ bench-embedder: setup  ## the embedder against the bare encoder, texts sorted an
 bench-probes: setup  ## probes on 10,000 embeddings against scikit-learn
 	$(BIN)/python benchmarks/probes.py --out results/probes.jsonl
 
+bench-loader: setup  ## training that reads its images against the training step alone
+	$(BIN)/python benchmarks/loader.py --out results/loader.jsonl
+
 bench-startup: setup  ## seconds until a command answers, over those of `import torch`
 	$(BIN)/python benchmarks/startup.py --out results/startup.jsonl
 
@@ -91,6 +94,10 @@ scan-needed: setup  ## six encoders, three seeds each, with and without a scan: 
 	$(BIN)/python benchmarks/scan_needed.py train
 	$(BIN)/python benchmarks/scan_needed.py evaluate --data $(DATA)
 	$(BIN)/python benchmarks/scan_needed.py compare
+
+controlled-pair: setup  ## three encoders, five recipes, three seeds in CLIPs: an hour on one core
+	SSMCLIP_DATA=$(DATA) $(BIN)/python benchmarks/controlled_pair.py measure
+	$(BIN)/python benchmarks/controlled_pair.py compare
 
 eval26: setup  ## every data set found under DATA
 	$(BIN)/ssmclip evaluate --model $(RUNS) --tasks found --data $(DATA) --workers 2 --examples 0 --out results/eval26.jsonl

@@ -17,10 +17,12 @@ from ssmclip.data.images import BadImage, open_image
 from ssmclip.data.pairs.augment import (
     NUM_DRAWS,
     NUM_SHARE_DRAWS,
+    TimmTransform,
     TrainTransform,
     crop_box,
     gaussian_blur,
     jitter_colors,
+    posterize,
     train_transform,
 )
 
@@ -331,3 +333,18 @@ def test_odd_pictures_are_cropped_in_the_middle(size):
     assert 0 <= top < bottom <= size[1]
     assert abs((left + right) - size[0]) <= 1
     assert abs((top + bottom) - size[1]) <= 1
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10", "original-mstd0.5", "3a"])
+def test_timms_policies_take_any_magnitude(rgb, policy):
+    """At the highest, RandAugment's posterize keeps no bit, which newer versions of Pillow refuse."""
+    transform = TimmTransform({"input_size": 16, "auto_augment": policy})
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        assert transform(Image.fromarray(rgb), generator).isfinite().all()
+
+
+@pytest.mark.parametrize("bits", range(9))
+def test_posterize_keeps_the_highest_bits(rgb, bits):
+    kept = np.asarray(posterize(Image.fromarray(rgb), bits))
+    np.testing.assert_array_equal(kept, rgb.astype(int) // 2 ** (8 - bits) * 2 ** (8 - bits))

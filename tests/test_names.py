@@ -268,3 +268,10 @@ def test_a_path_with_a_comma_or_an_equals_sign_is_one_model(tmp_path, monkeypatc
         "plain,": {"plain": "plain"},
     }.items():
         assert labelled(text) == expected
+
+
+def test_of_very_many_names_the_nearest_are_listed():
+    error = UnknownName("encoder", "vmamba_tiny", [f"resnet{n}" for n in range(1000)] + ["vmamba_tiny_v0"])
+    assert "did you mean 'vmamba_tiny_v0'?" in str(error)
+    assert str(error).endswith(" others")
+    assert len(str(error)) < 300

@@ -62,6 +62,27 @@ def test_loss_and_gradient_are_the_formulas(kind):
         torch.testing.assert_close(got, true, rtol=1e-10, atol=1e-14)
 
 
+def test_without_gathered_gradients_a_feature_is_pulled_by_its_own_softmax_alone():
+    """Its gradient is scale / 2n * (probabilities - truth) @ candidates; with them, texts pull images as well."""
+    given = {name: value.requires_grad_() for name, value in outputs("clip").items()}
+    image, text, scale = given.values()
+    losses = [OBJECTIVES["clip"](LossConfig(gather_with_grad=on))(**given) for on in (True, False)]
+    assert losses[0] == losses[1]
+    got = torch.autograd.grad(losses[1], list(given.values()))
+    n, truth = len(image), torch.eye(len(image), dtype=image.dtype)
+    to_text, to_image = ((scale * a @ b.T).softmax(1) - truth for a, b in ((image, text), (text, image)))
+    cosines = image @ text.T
+    expected = (
+        scale / (2 * n) * to_text @ text,
+        scale / (2 * n) * to_image @ image,
+        ((to_text * cosines).sum() + (to_image * cosines.T).sum()) / (2 * n),
+    )
+    for one, true in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, true.detach(), rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match=r"loss.gather_with_grad must be true for loss.kind=siglip \(got false\)"):
+        OBJECTIVES["siglip"](LossConfig(gather_with_grad=False))
+
+
 class Pair(nn.Module):
     """A model that returns what it is given."""
 

@@ -203,7 +203,12 @@ def test_a_bare_clip_of_this_package_is_read_as_its_configuration(name, caplog):
         state = create_clip(config).state_dict()
     config["model_cfg"]["vision_cfg"].pop("timm_drop_path", None)  # of training
     assert read_published(state).config == config
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # nothing was guessed
+    guessed = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if name == "CLIP-VMamba-Nano-GatedConv":  # no registered encoder has its weights, and no weight shows a GELU
+        assert len(guessed) == 1
+        assert guessed[0].startswith("guessing conv_act=True")
+    else:
+        assert not guessed
 
 
 @pytest.mark.parametrize("dims", [(8, 16, 32, 64), (9, 17, 31, 70)])

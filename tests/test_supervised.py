@@ -222,6 +222,23 @@ def test_timm_makes_the_transform_and_draws_only_from_the_generator(folders):
     assert names.index("RandAugment") < names.index("RandomErasing")
 
 
+def test_without_colors_crop_and_flip_stay_as_they_are(folders):
+    geometry = ["scale=[0.3, 0.5]", "flip=true", "interpolation=bilinear"]
+    colors = ["color_jitter=[0.4, 0.4, 0.2, 0.1]", "color_jitter_prob=0.8", "gray_scale_prob=0.2"]
+    for library, more in (("own", ["solarize_prob=0.2", "color_order=random"]), ("timm", [])):
+        base = [f"library={library}", *geometry, "gaussian_blur_prob=0.5"]
+        given = (base[:-1], [*base, *colors, *more, "colors=false"], [*base, *colors, *more])
+        configs = [settings(folders, *overrides) for overrides in given]
+        made = [
+            build_transform(config.data.augment, plan(config), 32)(picture("ant"), torch.Generator().manual_seed(3))
+            for config in configs
+        ]
+        assert torch.equal(made[0], made[1])
+        assert not torch.equal(made[1], made[2])
+    with pytest.raises(ValueError, match=r"data.augment.colors must be true for auto_augment"):
+        settings(folders, "library=timm", "auto_augment=rand-m9", "colors=false")
+
+
 def test_settings_of_timm_need_timm():
     for changes in ({"auto_augment": "rand-m9"}, {"erase_prob": 0.1}, {"interpolation": "random"}):
         with pytest.raises(ValueError, match="library"):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.__main__ import main as cli
-from ssmclip.config import apply_overrides, load_recipe
+from ssmclip.config import LossConfig, ModelConfig, apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
 from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import Result, read_rows
@@ -25,10 +25,12 @@ from ssmclip.train.blueprint import blueprint
 from ssmclip.train.build import build_accelerator, is_sharded
 from ssmclip.train.checkpoint import checkpoints, last_checkpoint, load_training_state
 from ssmclip.train.gradient import backward
+from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT.parent / "shared" / "parity"
+NOT_FROZEN = ModelConfig()
 SETTINGS = [
     "steps=4",
     "source=synthetic:digits",
@@ -70,7 +72,10 @@ def said(folder):
 
 
 @pytest.mark.parametrize(
-    "what", [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
+    "what",
+    [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
+    + [f"clip without gathered gradients {how}" for how in ("whole", "cached", "several")]
+    + [f"frozen {how}" for how in ("whole", "cached")],
 )
 def test_two_processes_have_the_doubled_batchs_gradient(said, what):
     assert f"{what}: same" in said
@@ -140,10 +145,19 @@ def main(out: Path) -> None:
 
 def _compare(accelerator) -> None:
     assert accelerator.num_processes == 2
-    for kind in ("clip", "siglip"):
+    without = LossConfig(gather_with_grad=False)
+    for told, kind, loss in (
+        ("clip", "clip", LossConfig()),
+        ("siglip", "siglip", LossConfig()),
+        ("clip without gathered gradients", "clip", without),
+    ):
         for name, micro_batch, captions in (("whole", None, 1), ("cached", 3, 1), ("several", 3, 2)):
-            _compare_gradients(accelerator, kind, micro_batch, captions)
-            accelerator.print(f"{kind} {name}: same")
+            _compare_gradients(accelerator, kind, micro_batch, captions, loss)
+            accelerator.print(f"{told} {name}: same")
+    frozen = ModelConfig(freeze_image=True, freeze_text=True)
+    for name, micro_batch in (("whole", None), ("cached", 3)):
+        _compare_gradients(accelerator, "clip", micro_batch, 1, LossConfig(), frozen)
+        accelerator.print(f"frozen {name}: same")
     if PARITY.is_dir():
         _compare_with_original(accelerator.process_index)
         accelerator.print("original: same")
@@ -153,16 +167,18 @@ def _config(*overrides):
     return apply_overrides(load_recipe(ROOT / "recipes" / "tiny.py"), [*SETTINGS, *overrides])
 
 
-def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
+def _compare_gradients(accelerator, kind, micro_batch, captions, loss, frozen=NOT_FROZEN) -> None:
     torch.manual_seed(0)
-    model = blueprint(_config(f"kind={kind}", "drop_path_rate=0")).create().double().train()
+    model = blueprint(_config(f"loss.kind={kind}", "drop_path_rate=0")).create().double()
+    freeze(model, frozen)
+    training_mode(model, frozen)
     images, texts = torch.randn(16, 3, 32, 32).double(), torch.randint(1, 49000, (16 * captions, 32))
     texts[:, 9] = 49407
     alone = copy.deepcopy(model)
     features = alone(images, texts[::captions])
-    whole = OBJECTIVES[kind]()(**features)
+    whole = OBJECTIVES[kind](loss)(**features)
     for i in range(1, captions):  # the mean over captions, one at a time
-        whole = whole + OBJECTIVES[kind]()(**alone(images, texts[i::captions]))
+        whole = whole + OBJECTIVES[kind](loss)(**alone(images, texts[i::captions]))
     whole = whole / captions
     whole.backward()
 
@@ -170,10 +186,13 @@ def _compare_gradients(accelerator, kind, micro_batch, captions) -> None:
     mine = slice(8 * rank, 8 * rank + 8)
     spread = nn.parallel.DistributedDataParallel(model)
     words = texts.unflatten(0, (16, captions))[mine].flatten(0, 1)
-    objective = OBJECTIVES[kind](rank=rank, world_size=2, captions=captions)
+    objective = OBJECTIVES[kind](loss, rank=rank, world_size=2, captions=captions)
     value = backward(accelerator, spread, objective, images[mine], words, micro_batch)
     torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if not p.requires_grad:
+            assert p.grad is None
+            continue
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -72,7 +72,7 @@ def test_ctrl_c_in_a_terminal_saves_the_last_step_and_ends_every_process(tmp_pat
         wait_for(out / "rows.jsonl", process)
         workers = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=120)[1]
     finally:
         if process.poll() is None:
             process.kill()

@@ -14,6 +14,7 @@ import sys
 import ssmclip
 from ssmclip.cli import (
     analyze,
+    blend,
     captions,
     classify,
     compare,
@@ -51,6 +52,7 @@ COMMANDS = {
     "compare": compare,
     "report": report,
     "models": models,
+    "blend": blend,
     "convert": convert,
     "export": export,
     "push": push,

@@ -10,9 +10,12 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_LISTED, _ALIKE = 100, 10  # known names that a message lists, all or the nearest
+
 
 class UnknownName(KeyError):
-    """An error for a name that is not registered. The message lists the known names and suggests the nearest.
+    """An error for a name that is not registered. The message suggests the nearest name and lists the known ones: all
+    of them, or of more than 100 those most like it.
 
     >>> print(UnknownName("task", "cifar", ["cifar10", "digits"]))
     unknown task 'cifar'; did you mean 'cifar10'? known: cifar10, digits
@@ -22,7 +25,12 @@ class UnknownName(KeyError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" did you mean {near[0]!r}?" if near else ""
-        self.message = f"unknown {kind} {name!r};{hint} known: {', '.join(known)}"
+        if len(known) > _LISTED:
+            like = difflib.get_close_matches(name, known, n=_ALIKE, cutoff=0.4)
+            shown = f"{', '.join(like)}; {len(known) - len(like)} others"
+        else:
+            shown = ", ".join(known)
+        self.message = f"unknown {kind} {name!r};{hint} known: {shown}"
         super().__init__(self.message)
 
     def __str__(self) -> str:

@@ -92,7 +92,7 @@ def build_validation(config: Any) -> Callable | None:
     for root in below(asked.root, folders):
         try:
             return training_validation(
-                asked.tasks, root, seed=config.seed, classes=plan(config).classes, model_name=config.model.name
+                asked.tasks, root, seed=config.seed, classes=plan(config).classes, model_name=config.model.label
             )
         except FileNotFoundError as error:
             errors.append(str(error))

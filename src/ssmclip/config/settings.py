@@ -23,11 +23,27 @@ from ssmclip.config.bounds import Settings, bounded
 class ModelConfig(Settings, group="model"):
     """The network: a CLIP, or an image classifier where `loss.kind` is "classification"."""
 
-    # One of `ssmclip models`, or open_clip:NAME; of a classifier an image encoder's, such as timm:mambaout_tiny.
+    # One of `ssmclip models`, or open_clip:NAME; of a classifier an image encoder's, such as timm:mambaout_tiny. "":
+    # a CLIP as `weights` has it.
     name: str = "CLIP-VMamba-Nano"
-    # Weights to start from, of the whole model: any name, file or folder that `ssmclip.load` takes. A classifier of
-    # other classes has a new head; positions are resampled to the image size.
+    # Weights to start from, of the whole model: any name, file or folder that `ssmclip.find` takes. A classifier of
+    # other classes has a new head; a ViT's positions are resampled to the image size.
     weights: str = ""
+    # Weights of a tower, in place of those of `weights`. Of the image tower: an image encoder's, without its head, or
+    # those of a CLIP's. Of the text tower: a CLIP's, or a language model's in Hugging Face's form (a folder, or a name
+    # on its hub): a Mamba, or the one that text_cfg.hf_model_name names.
+    image_weights: str = ""
+    text_weights: str = ""
+    # Which of the weights a file has: those that were trained, or their average (see `ssmclip.load_published`).
+    weights_form: Literal["online", "ema", "ema_online_bn"] = "online"
+    # A frozen tower keeps the weights it starts with, and the statistics of its batch norms, without dropout and
+    # stochastic depth. Groups of layers, counted from the last, that learn all the same: of the image tower timm's, or
+    # of open_clip's own ViT the projection, then blocks; of the text tower the projection, then blocks. The
+    # projection behind a timm tower, and a classifier's head, always learn.
+    freeze_image: bool = False
+    unlocked_image_groups: int = bounded(0, at_least=0)
+    freeze_text: bool = False
+    unlocked_text_groups: int = bounded(1, at_least=0)
     head_init_scale: float = bounded(1.0, above=0)  # a classifier's new head starts with weights this much smaller
     # Stochastic depth at the deepest block; None: the model's own.
     drop_path_rate: float | None = bounded(None, at_least=0, below=1)
@@ -35,13 +51,25 @@ class ModelConfig(Settings, group="model"):
     patch_drop_rate: float | None = bounded(None, at_least=0, below=1)
     grad_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the forward pass
-    text_weights: str = ""  # folder of the Mamba language model the text tower starts from, in Hugging Face's form
-    freeze_text: bool = False  # the text tower keeps the weights it starts with; its projection learns
     # Merged into the model's configuration: of a CLIP open_clip's, of a classifier the arguments of timm.create_model.
     changes: dict[str, Any] = field(default_factory=dict)
     # Merged into the preprocessing that is saved with the model: of a CLIP open_clip's preprocess_cfg, of a classifier
     # timm's pretrained_cfg (crop_pct, interpolation, mean, std, test_input_size ...).
     preprocess: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.name or self.weights):
+            self._refuse("name", "must name a model, or model.weights one that has weights")
+        if self.unlocked_image_groups and not self.freeze_image:
+            self._refuse("unlocked_image_groups", "needs model.freeze_image=true")
+        if self.unlocked_text_groups != 1 and not self.freeze_text:
+            self._refuse("unlocked_text_groups", "needs model.freeze_text=true")
+
+    @property
+    def label(self) -> str:
+        """Return what the model is called in messages and rows."""
+        return self.name or self.weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,7 @@ class AugmentConfig(Settings, group="data.augment"):
     gray_scale_prob: float = bounded(0.0, at_least=0, at_most=1)
     gaussian_blur_prob: float = bounded(0.0, at_least=0, at_most=1)  # sigma 0.1 to 2 pixels
     solarize_prob: float = bounded(0.0, at_least=0, at_most=1)  # values of 128 and above are inverted
+    colors: bool = True  # false: none of the five above, whatever they are; crop and flip stay
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"  # of the crop; random: of timm alone
     # In which brightness, contrast, saturation and hue change; random: drawn for each image, as torchvision does.
     color_order: Literal["fixed", "random"] = "fixed"
@@ -84,6 +113,8 @@ class AugmentConfig(Settings, group="data.augment"):
     def _check_library(self) -> None:
         if self.library == "timm" and self.solarize_prob:
             self._refuse("solarize_prob", "must be 0 for library=timm, which has solarize in auto_augment alone")
+        if self.auto_augment and not self.colors:
+            self._refuse("colors", "must be true for auto_augment, most of whose operations change colors")
         for name in ("auto_augment", "erase_prob") if self.library == "own" else ():
             if getattr(self, name):
                 self._refuse(name, "needs data.augment.library=timm")
@@ -134,10 +165,12 @@ class OptimiserConfig(Settings, group="optimiser"):
     )  # further arguments of timm's optimiser, such as {"momentum": 0.9}
     lr: float = bounded(1e-3, above=0)  # at the end of the warm-up
     block_lr_scale: float = bounded(1.0, at_least=0)  # the learning rate of the image tower's residual blocks, over lr
+    image_lr_scale: float = bounded(1.0, at_least=0)  # the image tower's learning rate, its projection's apart, over lr
     text_lr_scale: float = bounded(1.0, at_least=0)  # the text tower's learning rate, its projection's apart, over lr
     # The image tower's learning rate falls by this factor from each layer to the one before it; None: it does not.
     layer_decay: float | None = bounded(None, above=0, at_most=1)
-    # What a layer is: a block of the tower, or a stage; as timm groups them (`group_matcher`).
+    text_layer_decay: float | None = bounded(None, above=0, at_most=1)  # the same of the text tower
+    # What a layer of a timm tower is: a block of the tower, or a stage; as timm groups them (`group_matcher`).
     layer_groups: Literal["block", "stage"] = "block"
     betas: tuple[float, float] = bounded((0.9, 0.98), at_least=0, below=1)
     eps: float = bounded(1e-8, above=0)
@@ -192,6 +225,10 @@ class LossConfig(Settings, group="loss"):
     micro_batch: int | None = bounded(None, at_least=1)
     # Weight of the loss between two views of an image, which is added (SLIP); needs views_per_image > 1.
     view_weight: float = bounded(0.0, at_least=0)
+    # Whether the gradient of clip's loss passes through the features that were gathered from other processes. False: as
+    # codes that gather without, such as SLIP's: a feature gets the gradient of the softmax over its own candidates
+    # alone. One process gives the gradient that several would.
+    gather_with_grad: bool = True
     max_logit_scale: float = bounded(100.0, above=1)  # logit_scale is clamped to [0, ln of this] after every step
     # Of classification: share of the label that all classes get; binary cross-entropy for each class in place of a
     # softmax; mixing of images.

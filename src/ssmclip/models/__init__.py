@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ssmclip.models.files.weights import CheckpointError as CheckpointError
     from ssmclip.models.files.weights import load_config as load_config
     from ssmclip.models.files.weights import load_state as load_state
+    from ssmclip.models.interpolation import blend as blend
     from ssmclip.models.names import Model as Model
     from ssmclip.models.names import find as find
     from ssmclip.models.names import load as load
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "ssmclip.models.files.weights",
     "Model": "ssmclip.models.names",
+    "blend": "ssmclip.models.interpolation",
     "build_preprocess": "ssmclip.models.clip",
     "build_tokenizer": "ssmclip.models.clip",
     "clip_config": "ssmclip.models.clip",

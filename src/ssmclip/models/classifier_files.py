@@ -66,7 +66,9 @@ def classifier_config(
     kept = {
         key: value for key, value in own.items() if key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")
     }
-    return {**config, "pretrained_cfg": {**kept, **size, **(preprocess or {})}}
+    # What timm needs to give the weights a head for other classes, or a stem for other channels.
+    layers = {key: value for key in ("classifier", "first_conv") if (value := network.pretrained_cfg.get(key))}
+    return {**config, "pretrained_cfg": {**kept, **layers, **size, **(preprocess or {})}}
 
 
 def _sized(name: str, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:

@@ -59,14 +59,28 @@ def clip_config(
         preprocess_cfg = PREPROCESS | model_cfg.pop("preprocess_cfg", {})
     else:
         raise UnknownName("model", name, list_clips())
-    model_cfg = copy.deepcopy(model_cfg)
+    return adjusted({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, name, image_size, drop_path_rate)
+
+
+def adjusted(
+    config: dict[str, Any],
+    name: str,
+    image_size: int | tuple[int, int] | None = None,
+    drop_path_rate: float | None = None,
+) -> dict[str, Any]:
+    """Return a copy of a CLIP's configuration with another image size or drop path rate. Raises ValueError.
+
+    name: the model's in messages; the others: as for `clip_config`.
+    """
+    config = copy.deepcopy(config)
+    vision_cfg = config["model_cfg"]["vision_cfg"]
     if image_size is not None:
-        model_cfg["vision_cfg"]["image_size"] = image_size
+        vision_cfg["image_size"] = image_size
     if drop_path_rate is not None:
-        if "timm_model_name" not in model_cfg["vision_cfg"]:
+        if "timm_model_name" not in vision_cfg:
             raise ValueError(f"drop_path_rate must be left out for {name}, which has no timm image tower")
-        model_cfg["vision_cfg"]["timm_drop_path"] = drop_path_rate
-    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+        vision_cfg["timm_drop_path"] = drop_path_rate
+    return config
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:

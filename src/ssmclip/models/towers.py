@@ -8,6 +8,7 @@ from torch import Tensor, nn
 __all__ = [
     "Size",
     "as_size",
+    "behaviour",
     "encode_image",
     "has_attention",
     "image_tower",
@@ -19,6 +20,7 @@ __all__ = [
     "tower_parameters",
 ]
 
+ACTIVATIONS = ("elu", "gelu", "silu", "relu", "tanh", "swish", "mish")  # how names of their classes end
 Size = tuple[int, int]  # height, width in pixels
 
 
@@ -56,6 +58,21 @@ def image_tower(model: nn.Module) -> nn.Module:
     """Return the image encoder of a CLIP (timm's model if it is one), or any other model itself."""
     visual = getattr(model, "visual", model)
     return getattr(visual, "trunk", visual)
+
+
+def behaviour(network: nn.Module) -> dict[str, str]:
+    """Return what shapes of weights do not show, by name within a CLIP: attention heads, and classes of activations.
+
+    An image encoder's names are those that it would have as a CLIP's tower.
+    """
+    shown = {}
+    for name, module in network.named_modules():
+        place = name.removeprefix("text.") if hasattr(network, "encode_text") else f"visual.trunk.{name}"
+        if isinstance(getattr(module, "num_heads", None), int):
+            shown[place] = f"{module.num_heads} heads"
+        if (kind := type(module).__name__).lower().endswith(ACTIVATIONS):
+            shown[place] = kind
+    return shown
 
 
 def patch_size(tower: nn.Module) -> Size | None:

@@ -17,7 +17,10 @@ from ssmclip import models
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.labelled import ClassIndex
 from ssmclip.models import classifier_files
+from ssmclip.models.clip import adjusted
 from ssmclip.models.files import weights
+from ssmclip.models.names import source
+from ssmclip.models.tokenizer import FILE_NAME as TOKENIZER
 from ssmclip.train.checkpoint import write_text
 from ssmclip.train.objective import OBJECTIVES
 
@@ -162,15 +165,42 @@ def blueprint(config: TrainConfig, classes: tuple[str, ...] = ()) -> Blueprint:
                 preprocess=model.preprocess,
             )
         )
-    made = models.clip_config(model.name, image_size=size, drop_path_rate=model.drop_path_rate)
+    if model.name:
+        made = models.clip_config(model.name, image_size=size, drop_path_rate=model.drop_path_rate)
+    else:
+        made = adjusted(_config_of(model.weights), model.weights, size, model.drop_path_rate)
     start = merge(made["model_cfg"], dict(objective.start))
     return Clip(
         {
             **made,
-            "model_cfg": merge(start, model.changes),
+            "model_cfg": _without_downloads(merge(start, model.changes)),
             "preprocess_cfg": merge(made["preprocess_cfg"], model.preprocess),
         }
     )
+
+
+def _config_of(weights: str) -> dict[str, Any]:
+    """Return the configuration of a CLIP, its tokenizer's files being where its weights are.
+
+    Raises ValueError for an image encoder, UnknownName, CheckpointError, FileNotFoundError.
+    """
+    known = source(weights)
+    if known.config is None:
+        raise ValueError(f"model.name must be set for {weights}, which is no CLIP")
+    config = copy.deepcopy(known.config)
+    if known.folder is not None and (known.folder / TOKENIZER).is_file():
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(known.folder)
+    return config
+
+
+def _without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return a CLIP's configuration whose towers are built with random weights: those they start with are settings."""
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    if vision_cfg.get("timm_model_pretrained"):
+        vision_cfg["timm_model_pretrained"] = False
+    if text_cfg.get("hf_model_name"):
+        text_cfg["hf_model_pretrained"] = False  # open_clip takes it as true where it is left out
+    return model_cfg
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
 from ssmclip.models.patch_dropout import set_patch_dropout
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
+from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
-from ssmclip.train.optimiser import freeze_text_tower
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -40,6 +41,13 @@ OWN_FIELDS = (
     "interpolation",
     "color_order",
 )
+_NO_COLORS = {
+    "color_jitter": 0.0,
+    "color_jitter_prob": 1.0,
+    "gray_scale_prob": 0.0,
+    "gaussian_blur_prob": 0.0,
+    "solarize_prob": 0.0,
+}
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
@@ -120,27 +128,29 @@ def _check_even(config: TrainConfig, world_size: int) -> None:
 
 
 def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn.Module:
-    """Return the model in training mode. Raises ValueError if it cannot take every image size of the schedule."""
+    """Return the model in training mode, frozen where the settings say so.
+
+    Raises ValueError if it cannot take every image size of the schedule, and for layers to freeze that it lacks.
+    """
     model = plan.create(config.model.grad_checkpointing)
-    if config.model.freeze_text:
-        freeze_text_tower(model)
+    freeze(model, config.model)
     batch = config.batch_size // world_size
     if config.model.patch_drop_rate is not None:
         set_patch_dropout(model, config.model.patch_drop_rate)
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
-    probe = copy.deepcopy(model).train() if alone else model.eval()
+    probe = training_mode(copy.deepcopy(model), config.model) if alone else model.eval()
     for _, size in config.data.image_sizes:
         try:
             with torch.no_grad():
                 plan.encode(probe, torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.name} cannot take images of {size} pixels, one of data.image_sizes="
+                f"{config.model.label} cannot take images of {size} pixels, one of data.image_sizes="
                 f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
-    return model.train()
+    return training_mode(model, config.model)
 
 
 def open_stream(
@@ -183,6 +193,7 @@ def open_stream(
 
 def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
     """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+    augment = augment if augment.colors else replace(augment, **_NO_COLORS)
     mean, std = plan.statistics()
     if augment.library == "own":
         given = {name: getattr(augment, name) for name in OWN_FIELDS}

@@ -12,11 +12,15 @@ from torch import nn
 class Ema:
     """A moving average. `model`: a copy with averaged floating-point weights and buffers; the others are copied.
 
-    Buffers matter: an average without them would keep batch norm's initial statistics for ever.
+    Buffers matter: an average without them would keep batch norm's initial statistics for ever. Parameters that are
+    frozen when the average begins are shared with the model.
     """
 
     def __init__(self, model: nn.Module):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        shared = {id(parameter): parameter for parameter in frozen.values()}
+        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
+        self._frozen = frozenset(frozen)
 
     @torch.no_grad()
     def update(self, model: nn.Module, decay: float) -> None:
@@ -24,6 +28,8 @@ class Ema:
         averaged, online = [], []
         new = model.state_dict()
         for name, old in self.model.state_dict().items():
+            if name in self._frozen:
+                continue
             if old.is_floating_point():
                 averaged.append(old)
                 online.append(new[name])

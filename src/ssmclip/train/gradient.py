@@ -92,5 +92,6 @@ def _backward_cached(
             pairs = [(outputs[name], part[i]) for name, part in parts.items()]
             if last:
                 pairs += [(outputs[name], gradient) for name, gradient in gradients.items()]
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            if pairs := [(output, part) for output, part in pairs if output.requires_grad]:  # a tower may be frozen
+                torch.autograd.backward(*zip(*pairs, strict=True))
     return value.detach()

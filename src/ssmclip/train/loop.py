@@ -45,12 +45,13 @@ from ssmclip.train.checkpoint import (
 )
 from ssmclip.train.ema import Ema, ema_decay
 from ssmclip.train.gradient import backward
+from ssmclip.train.layers import training_mode
 from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, set_lr
 from ssmclip.train.progress import Log, Measured, NonFinite, Repeats, Watch
 from ssmclip.train.schedule import lr_schedule
 from ssmclip.train.signals import Agreement, Signals, Stopped
-from ssmclip.train.start import load_start
+from ssmclip.train.start import load_start, report_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
 from ssmclip.train.timing import StepTimes
 from ssmclip.train.trackers import tracker_names
@@ -135,7 +136,8 @@ class _Run:
         if accelerator.is_main_process:
             planned.describe(out)
         model = build_model(config, planned, accelerator.num_processes)
-        load_start(model, config, planned, checkpoint)
+        taken = load_start(model, config, planned, checkpoint)
+        report_start(out, taken, model, accelerator.is_main_process)
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
@@ -181,7 +183,7 @@ class _Run:
         # On a CPU looking costs nothing. Elsewhere it waits for the device, so only when there is something to say.
         look_every = 1 if device.type == "cpu" else config.logging.every
         watch, size, agreement = Watch(), None, Agreement(self.accelerator)
-        self.log.say(f"{config.model.name} on {device}: steps {self.step} to {config.steps}, {self.out}")
+        self.log.say(f"{config.model.label} on {device}: steps {self.step} to {config.steps}, {self.out}")
         if self.owes_validation:
             self._validate_what_is_owed(validate)
         while self.step < config.steps:
@@ -340,9 +342,9 @@ class _Run:
             model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
             model.eval()
             with same_rng_after(self.accelerator.device), torch.no_grad():
-                rows = validate(self.plan.ready(model, size, self.config.model.name), self.step)
+                rows = validate(self.plan.ready(model, size, self.config.model.label), self.step)
             if self.ema is None:
-                model.train()
+                training_mode(model, self.config.model)
             rows = [dataclasses.replace(row, where={STEP: self.step, **row.where}) for row in rows]
             self.log.rows(self.step, rows)
             values = {f"{row.task}/{row.metric}": row.value for row in rows}

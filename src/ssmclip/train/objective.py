@@ -151,8 +151,24 @@ class Clip(Contrastive):
     """Softmax over the batch: texts for an image, images for a text (Radford et al. 2021, arXiv:2103.00020)."""
 
     def build_loss(self) -> nn.Module:
-        spread = self.world_size > 1
-        return ClipLoss(local_loss=spread, gather_with_grad=spread, rank=self.rank, world_size=self.world_size)
+        spread, whole = self.world_size > 1, self.settings.gather_with_grad
+        kind = ClipLoss if spread or whole else _GatheredWithoutGradient
+        return kind(local_loss=spread, gather_with_grad=spread and whole, rank=self.rank, world_size=self.world_size)
+
+
+class _GatheredWithoutGradient(ClipLoss):
+    """The loss in one process whose gradient is that of several which gather each other's features without gradient.
+
+    Their own features are constants among those they gather, so that every process but one alone has the gradient of
+    images that look for texts at the images, and of texts that look for images at the texts: the same for any number.
+    """
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        bias = 0 if logit_bias is None else logit_bias
+        per_image = logit_scale * image_features @ text_features.detach().T + bias
+        return per_image, logit_scale * text_features @ image_features.detach().T + bias
 
 
 @objective("siglip")
@@ -163,6 +179,8 @@ class SigLip(Contrastive):
     start = MappingProxyType({"init_logit_scale": 2.302585092994046, "init_logit_bias": -10.0})
 
     def build_loss(self) -> nn.Module:
+        if not self.settings.gather_with_grad:
+            raise ValueError("loss.gather_with_grad must be true for loss.kind=siglip (got false)")
         return SigLipLoss(rank=self.rank, world_size=self.world_size)
 
 

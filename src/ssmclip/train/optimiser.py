@@ -9,12 +9,12 @@ from typing import Any
 
 import timm.optim
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ssmclip.config import OptimiserConfig
-from ssmclip.models.towers import image_tower
+from ssmclip.models.towers import image_tower, is_clip
 from ssmclip.registry import UnknownName
+from ssmclip.train.layers import image_layers, text_layers
 
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
@@ -22,6 +22,7 @@ _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
 
 # timm's towers call theirs blocks, open_clip's own resblocks.
 _IMAGE_BLOCK = re.compile(r"visual\..*blocks\.")
+_IMAGE_TOWER = re.compile(r"visual\.(?!head\.|proj$)")
 _NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
 
 
@@ -43,13 +44,6 @@ def decays(rule: str, name: str, parameter: Tensor) -> bool:
 def in_text_tower(name: str) -> bool:
     """Return whether a parameter of a CLIP, by full name, belongs to the text tower, excluding its projection."""
     return not _NOT_TEXT.match(name)
-
-
-def freeze_text_tower(model: nn.Module) -> None:
-    """Freeze the text tower, except its projection."""
-    for name, parameter in model.named_parameters():
-        if in_text_tower(name):
-            parameter.requires_grad_(False)
 
 
 def parameter_groups(
@@ -78,27 +72,38 @@ def lr_scale(name: str, config: OptimiserConfig) -> float:
     """Return a parameter's learning rate relative to `config.lr`, by its full name in a CLIP."""
     if in_text_tower(name):
         return config.text_lr_scale
-    return config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
+    block = config.block_lr_scale if _IMAGE_BLOCK.match(name) else 1.0
+    return block * config.image_lr_scale if _IMAGE_TOWER.match(name) else block
 
 
-def layer_scales(model: nn.Module, decay: float | None, groups: str = "block") -> dict[str, float]:
-    """Return the learning rate of each parameter of the image tower over that of its last layer, by full name.
+def layer_scales(
+    model: nn.Module, decay: float | None, groups: str = "block", text_decay: float | None = None
+) -> dict[str, float]:
+    """Return the learning rate of each parameter of a tower over that of the tower's last layer, by full name.
 
-    It falls by the factor `decay` from each layer to the one before it (BEiT, arXiv:2106.08254, appendix). Layers are
-    timm's groups of the tower (`group_matcher`): its stem, its blocks or with groups="stage" its stages, its head.
-    Raises ValueError for a tower without such groups.
+    It falls by the factor `decay` from each layer of the image tower to the one before it, and by `text_decay` from
+    each of the text tower (BEiT, arXiv:2106.08254, appendix); None: it does not. groups: "stage" for timm's stages in
+    place of its blocks. Layers are those of train/layers.py.
+    Raises ValueError for an image tower without groups of layers, and for the text tower of an image classifier.
     """
-    if decay is None:
-        return {}
-    tower = image_tower(model)
-    if not hasattr(tower, "group_matcher"):
-        raise ValueError(
-            f"optimiser.layer_decay must be none for {type(tower).__name__}, which has no groups of layers"
-        )
-    layers = group_parameters(tower, tower.group_matcher(coarse=groups == "stage"), reverse=True)
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
-    last = max(layers.values())
-    return {prefix + name: decay ** (last - layer) for name, layer in layers.items()}
+    scales = {}
+    if decay is not None:
+        if (layers := image_layers(model, groups == "stage")) is None:
+            raise ValueError(
+                f"optimiser.layer_decay must be none for {type(image_tower(model)).__name__}, which has no groups of "
+                "layers"
+            )
+        scales |= _falling(layers, decay)
+    if text_decay is not None:
+        if not is_clip(model):
+            raise ValueError("optimiser.text_layer_decay must be none for an image classifier, which has no text tower")
+        scales |= _falling(text_layers(model), text_decay)
+    return scales
+
+
+def _falling(layers: list[list[str]], decay: float) -> dict[str, float]:
+    last = len(layers) - 1
+    return {name: decay ** (last - place) for place, layer in enumerate(layers) for name in layer}
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
@@ -106,7 +111,7 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Op
 
     Raises UnknownName for a name that timm does not have, ValueError for arguments that it does not take.
     """
-    scales = layer_scales(model, config.layer_decay, config.layer_groups)
+    scales = layer_scales(model, config.layer_decay, config.layer_groups, config.text_layer_decay)
     groups = parameter_groups(model.named_parameters(), config, scales)
     groups = [group for group in groups if group["params"]] if config.algorithm != "adamw" else groups
     if config.algorithm == "adamw" and not config.args:

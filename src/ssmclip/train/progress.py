@@ -106,7 +106,7 @@ class Log:
         truncate_rows(out / "rows.jsonl", start)
         _rename_rows(out / "rows.jsonl", self._name)
         if not (out / "rows.jsonl").exists():
-            append_rows(out / "rows.jsonl", [], describe_run(config.seed, device, model=config.model.name))
+            append_rows(out / "rows.jsonl", [], describe_run(config.seed, device, model=config.model.label))
         self._bar = tqdm(
             total=config.steps,
             initial=start,

@@ -60,7 +60,8 @@ def _configured_encoder(config: dict[str, Any], state: State, hints: Hints) -> A
 
 def _described(config: dict[str, Any], model: nn.Module) -> dict[str, Any] | None:
     """Return timm's `pretrained_cfg` from a configuration in the form of its hub, with the names of the classes in it;
-    None where the configuration has neither. Raises CheckpointError for names that are not one text for each output.
+    None where the configuration has neither. A configuration that does not say which layers are the classifier's means
+    the architecture's. Raises CheckpointError for names that are not one text for each output.
     """
     names = config.get("label_names")
     given = config.get("pretrained_cfg")
@@ -70,6 +71,8 @@ def _described(config: dict[str, Any], model: nn.Module) -> dict[str, Any] | Non
         given = model.pretrained_cfg
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
     described = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if key in known}
+    if not described.get("classifier"):
+        described["classifier"] = model.pretrained_cfg.get("classifier")
     if names is not None:
         described |= {"label_names": _label_names(names, model.num_classes), "num_classes": model.num_classes}
     return described
