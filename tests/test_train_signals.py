@@ -124,6 +124,15 @@ def test_the_command_ends_with_a_signals_code_and_says_how_to_go_on(tmp_path, af
     assert again == ["ssmclip", "train", str(RECIPE), "--set", *changes, "--out", str(tmp_path), "--resume"]
 
 
+def test_the_same_command_starts_a_run_and_continues_it(tmp_path, after_step):
+    command = ["train", str(RECIPE), "--set", *SETTINGS, "steps=3", "--out", str(tmp_path), "--resume-or-start"]
+    after_step(2, send(signal.SIGTERM))
+    assert main(command) == 75
+    assert {step for _, _, step, _ in series(tmp_path)} == {1, 2}
+    assert main(command) == 0
+    assert [step for _, name, step, _ in series(tmp_path) if name == "loss"] == [1, 2, 3]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """The time in seconds that signals see, as a list of one number."""
