@@ -7,6 +7,7 @@ from scipy.special import softmax
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    f1_score,
     log_loss,
     roc_auc_score,
     top_k_accuracy_score,
@@ -17,6 +18,7 @@ from ssmclip.evaluate.statistics.metrics import (
     average_precision,
     bootstrap_interval,
     first_relevant_ranks,
+    mean_average_precision,
     metric,
     recall_at_k,
 )
@@ -39,11 +41,18 @@ def calibration_error(target, probability, w) -> float:
     return total
 
 
+def f1(target, guess, w) -> float:
+    """As WILDS counts it: over the classes that occur."""
+    there = np.unique(target if w is None else target[w > 0])
+    return f1_score(target, guess, labels=there, average="macro", sample_weight=w)
+
+
 SKLEARN = {
     "top1": lambda target, scores, w: top_k(target, scores, w, 1),
     "top5": lambda target, scores, w: top_k(target, scores, w, 5),
     "mean_top1_top5": lambda target, scores, w: (top_k(target, scores, w, 1) + top_k(target, scores, w, 5)) / 2,
     "mean_per_class": lambda target, scores, w: balanced_accuracy_score(target, scores.argmax(1), sample_weight=w),
+    "macro_f1": lambda target, scores, w: f1(target, scores.argmax(1), w),
     "nll": lambda target, scores, w: log_loss(target, softmax(scores, axis=1), sample_weight=w),
     "ece": lambda target, scores, w: calibration_error(target, softmax(scores, axis=1), w),
     "roc_auc": lambda target, scores, w: roc_auc_score(target, scores[:, 1] - scores[:, 0], sample_weight=w),
@@ -82,6 +91,22 @@ def test_average_precision_equals_scikit_learns_also_when_weighted():
     assert average_precision(*tensors).item() == pytest.approx(average_precision_score(positive, score), abs=1e-12)
     expected = [average_precision_score(positive, score, sample_weight=w) for w in weights]
     torch.testing.assert_close(average_precision(*tensors, torch.from_numpy(weights)).tolist(), expected)
+
+
+def test_mean_average_precision_equals_scikit_learns_and_clip_benchmarks():
+    rng = np.random.default_rng(1)
+    scores, on = rng.normal(size=(60, 4)), rng.random((60, 5))[:, :4] < 0.3
+    weights = rng.multinomial(60, np.full(60, 1 / 60), size=3).astype(float)
+    tensors = torch.from_numpy(scores), torch.from_numpy(on)
+    assert mean_average_precision(*tensors).item() == pytest.approx(average_precision_score(on, scores), abs=1e-12)
+    expected = [average_precision_score(on, scores, sample_weight=w) for w in weights]
+    torch.testing.assert_close(mean_average_precision(*tensors, torch.from_numpy(weights)).tolist(), expected)
+    benchmark = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    each = benchmark.average_precision_per_class(tensors[0], tensors[1].float())
+    assert mean_average_precision(*tensors).item() == pytest.approx(each.mean().item(), abs=1e-6)
+    on[:, 1] = False  # a class that is on no picture
+    there = [average_precision_score(on[:, c], scores[:, c]) for c in (0, 2, 3)]
+    assert mean_average_precision(tensors[0], torch.from_numpy(on)).item() == pytest.approx(np.mean(there))
 
 
 def test_of_equal_scores_the_first_class_is_the_answer():

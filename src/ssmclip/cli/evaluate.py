@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
-        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; "
+        "table1: the 26 of CLIP-Mamba; datacomp: DataComp's 38 and their mean, also vtab, vtab+ and "
+        "imagenet_robustness; found: all data sets in --data; folder:PATH: your own class folders; "
         "card:FILE.toml: the data set that your own card describes; ood: comparison with people (see --humans); "
         "distorted:cifar10: accuracy at each level of distortion (see --distortions); and probes of the frozen image "
         "encoder, trained on the training split: linear:cifar10: logistic regression, its penalty chosen on a "
@@ -140,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
     from ssmclip.evaluate.study import Study
+    from ssmclip.evaluate.suites import SUITES
     from ssmclip.evaluate.tasks import DISTORTED, open_tasks, split_name
     from ssmclip.models.classifier import View
     from ssmclip.models.frozen import FEATURES
@@ -168,7 +170,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, truncate)
     about = {"prompts": args.prompts, "features": args.features}
     view = View(None, args.crop_pct, args.use_test_size, args.test_pool)
-    study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about, view, cost)
+    suites = [name for name in names if name in SUITES]
+    seen = (args.protocol, args.device, args.image_size)
+    study = Study(models, tasks, settings, *seen, args.out, about, view, cost, suites)
     rows = study.rows()
     if launched(args.device)[0] == 0:
         shown = [

@@ -22,6 +22,7 @@ from ssmclip.evaluate.probes.parts import open_parts
 from ssmclip.evaluate.probes.probe import PROBES, Probe, is_probe, read_probe
 from ssmclip.evaluate.probes.task import ProbeTask
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
+from ssmclip.evaluate.suites import SUITES
 from ssmclip.evaluate.task import StudyTask
 from ssmclip.models.frozen import POOLED
 from ssmclip.models.names import Model
@@ -61,8 +62,10 @@ class Task(StudyTask):
     def rows(self, clip: Model, settings: Settings) -> list[Result]:
         """Return the rows of one model."""
         judge = self.judged_by(clip, settings)
+        judge.check(self.metrics)
         seen = judge.see(self.test_set)
-        expected = self.test_set.card.test_size or len(self.test_set)
+        asked = getattr(self.test_set, "questions", None)  # and the size is that of these
+        expected = len(self.test_set) if asked else self.test_set.card.test_size or len(self.test_set)
         log.info("%s on %s: %s of %s images", clip.label, self.name, f"{len(seen.index):,}", f"{expected:,}")
         rows = doubted(judge.rows(seen, self.name, self.metrics), self.test_set)
         for doubt in rows[0].extra.get(DOUBTS, ()) if rows else ():
@@ -112,9 +115,9 @@ def open_tasks(
 ) -> list[StudyTask]:
     """Open the data sets of the named tasks.
 
-    names: data sets, "table1", "found", folder:PATH (see `task_names`), PROBE:NAME for a probe (see `read_probe`) and
-    distorted:NAME; root: what `open_dataset` takes; prompts: in place of the cards'; protocol: one of PROTOCOLS; how:
-    the distortions, `choose(None)` by default; features: of probes, one of FEATURES.
+    names: data sets, "table1", suites, "found", folder:PATH (see `task_names`), PROBE:NAME for a probe (see
+    `read_probe`) and distorted:NAME; root: what `open_dataset` takes; prompts: in place of the cards'; protocol: one of
+    PROTOCOLS; how: the distortions, `choose(None)` by default; features: of probes, one of FEATURES.
     Raises ValueError for no tasks, UnknownName, and the data sets' own errors.
     """
     if not names:
@@ -163,10 +166,12 @@ def _probe(spelled: str, protocol: str) -> Probe:
 
 
 def task_names(names: Sequence[str], root: str | Path, to_train: bool = False) -> list[str]:
-    """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, and "found" for all that are
-    under `root` and can be opened, with images to train on where they are wanted. Raises FileNotFoundError for "found"
+    """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, the name of a suite for its data
+    sets, and "found" for all that are under `root` and can be opened, with images to train on where they are wanted.
+    Raises FileNotFoundError for "found"
     where there is no folder `root`."""
     spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
+    spelled |= {name: lambda suite=suite: list(suite.metrics) for name, suite in SUITES.items()}
 
     def there(name: str) -> bool:
         try:
