@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "linear:NAME is its linear evaluation: SGD, 90 epochs",
     )
     parser.add_argument(
+        "--metrics",
+        help="metrics of classification besides the usual ones, separated by commas, such as "
+        "nll,ece,temperature,calibrated_ece: calibration, and one temperature fitted on half of the images, judged on "
+        "the other half (default: none)",
+    )
+    parser.add_argument(
         "--features",
         default="pooled",
         help="features that probes see: pooled, before the projection or classifier, or embedding, behind a CLIP's "
@@ -136,10 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ssmclip.config.lists import split_list
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
+    from ssmclip.evaluate.statistics.metrics import METRICS
     from ssmclip.evaluate.study import Study
     from ssmclip.evaluate.suites import SUITES
     from ssmclip.evaluate.tasks import DISTORTED, open_tasks, split_name
@@ -161,7 +169,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = distortion_list(args.distortions) if args.distortions else None
         how = choose(chosen, args.amplitude, args.gamma, args.seed)
     FEATURES[args.features]  # an unknown one raises
-    given = dict(protocol=args.protocol, how=how, features=args.features)
+    also = [METRICS[name] and name for name in split_list(args.metrics or "")]  # an unknown one raises
+    given = dict(protocol=args.protocol, how=how, features=args.features, also=also)
     tasks = open_tasks(names, args.data, prompts, **given) if names or not asked else []
     require_writable(args.out, args.humans or ())  # before the hours, not after
     tasks += [ood_task(args)] if OOD in asked else []

@@ -25,6 +25,7 @@ from ssmclip.rows.payloads import ClassAccuracy, Confusion, GroupAccuracy, Image
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example
+OF_LOGITS = ("nll", "ece", "temperature", "calibrated_nll", "calibrated_ece")
 # Metrics of accuracies in groups: the accuracy, and what is made of the groups'.
 K = {"top1": 1, "top5": 5}
 GROUPED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -55,6 +56,10 @@ class ByScores(Judge):
     @abstractmethod
     def scores(self, seen: ImageEmbeddings) -> Float[Tensor, "n c"]:
         """Return each image's scores of the test set's classes."""
+
+    def logits(self, scores: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Return what the classes' probabilities are the softmax of, for metrics that are of probabilities."""
+        return scores
 
     @abstractmethod
     def about(self, seen: ImageEmbeddings) -> dict[str, Any]:
@@ -121,8 +126,11 @@ class ByScores(Judge):
         rows = []
         for metric in metrics:
             function = METRICS[metric].function
-            value = function(scores, target).item()
-            low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
+            given = self.logits(scores) if metric in OF_LOGITS else scores
+            value = function(given, target).item()
+            low, high = bootstrap_interval(
+                lambda w, f=function, given=given: f(given, target, w), n, seed=settings.seed
+            )
             more = {} if rows else extra
             if metric == "top1":
                 more = more | paired.marked(

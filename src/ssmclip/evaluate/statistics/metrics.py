@@ -33,7 +33,7 @@ class Metric:
     classes: tuple[int, int | None] = (1, None)
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", ["ssmclip.evaluate.statistics.calibration"])
 
 
 def metric(
