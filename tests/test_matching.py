@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import jaccard_score
 
+from ssmclip.__main__ import main
 from ssmclip.data.testsets.card import Question
 from ssmclip.data.testsets.open import open_dataset
 from ssmclip.data.testsets.testset import PictureSet
@@ -135,6 +136,10 @@ def test_jaccard_equals_scikit_learns_as_datacomp_counts_it(vit, tmp_path):
     assert found["jaccard", "10-12 candidates"] == pytest.approx((expected["eagle"] + expected["west"]) / 2)
     assert found["jaccard", "5-6 candidates"] == pytest.approx(expected["Bald"])
     assert rows[0].metric == "jaccard"
+    chance = {row.where.get(CATEGORY): row.extra["chance"] for row in rows if row.metric == "jaccard"}
+    of_five = sum(p * j / (4 - j) for j, p in ((0, 3 / 10), (1, 6 / 10), (2, 1 / 10)))  # two of five, drawn twice
+    assert chance["5-6 candidates"] == pytest.approx(of_five)
+    assert chance["10-12 candidates"] < chance[None] < of_five
     write(tmp_path / "winogavil/winogavil_dataset.csv", ',candidates,cue,associations\n0,"[""a""]",x,"[""b""]"\n')
     with pytest.raises(ValueError, match="row 0: 'b' is associated, and is no candidate"):
         open_dataset("winogavil", tmp_path)
@@ -273,6 +278,16 @@ def test_half_a_pair_is_left_out_or_named(vit, tmp_path):
         open_dataset("winoground", tmp_path)
 
 
+def test_questions_are_counted_where_data_sets_are_listed(tmp_path, capsys):
+    winoground(tmp_path / "winoground", 400)
+    write(tmp_path / "questions.jsonl", '{"image": "ex_0_img_0.png", "texts": ["a", "b"]}\n')  # of no set's name
+    assert main(["datasets", "--data", str(tmp_path), "winoground", "sugar_crepe"]) == 0
+    listed = capsys.readouterr().out
+    assert "            400       400" in listed
+    assert "another split" not in listed
+    assert "get it: https://github.com/RAIVNLab/sugar-crepe" in listed
+
+
 class Greys(PictureSet):
     """Questions of one's own, without files."""
 
@@ -294,6 +309,8 @@ def test_questions_of_ones_own_and_what_does_not_fit(vit):
             ValueError, match=f"greys: the metric {metric} does not fit its questions: choose of text_score"
         ):
             evaluate(*parts(vit), [Task(Greys(pairs, metric))], "", model_name="m")
+    with pytest.raises(ValueError, match="the metric mean_per_category does not fit its questions"):
+        evaluate(*parts(vit), [Task(greys, metrics=("mean_per_category",))], "", model_name="m")
     with pytest.raises(ValueError, match="leave distorted: out"):
         evaluate(*parts(vit), [DistortedTask(Task(greys), choose(["contrast"]))], "", model_name="m", examples=0)
 

@@ -177,6 +177,38 @@ def test_the_worst_region_and_the_worst_income_group_count(vit, tmp_path):
         assert "right" in next(row.extra for row in rows if row.metric == "top1")
 
 
+def test_faces_are_grouped_and_the_gap_is_between_the_best_and_the_worst_group(vit, tmp_path):
+    lines, truth = ["file,age,gender,race,service_test"], {}
+    for i in range(24):
+        race, gender = ("White", "Black", "East Asian")[i % 3], ("Male", "Female")[i // 3 % 2]
+        path = tmp_path / f"fairface/val/{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(noise(i))
+        lines.append(f"val/{i}.jpg,20-29,{gender},{race},True")
+        truth[f"val/{i}.jpg"] = (race, i // 3 % 2)
+        utk = tmp_path / f"UTKFace/{20 + i}_{i // 3 % 2}_{i % 5}_2017011623{i:02d}.jpg.chip.jpg"
+        utk.parent.mkdir(exist_ok=True)
+        utk.write_bytes(noise(i))
+    (tmp_path / "fairface/fairface_label_val.csv").write_text("\n".join(lines) + "\n")
+    dataset = open_dataset("fairface", tmp_path)
+    assert dict(zip(dataset.keys, zip(dataset.groups, dataset.labels, strict=True), strict=True)) == truth
+    rows = {row.metric: row for row in evaluate(*parts(vit), ["fairface"], tmp_path, model_name="m", examples=0)}
+    each = [group["accuracy"] for group in rows["worst_group"].extra["groups"]]
+    assert rows["group_gap"].value == pytest.approx(max(each) - min(each))
+    assert next(iter(rows)) == "worst_group"
+    (tmp_path / "UTKFace/39_1_20170116174525125.jpg.chip.jpg").write_bytes(noise(1))  # the authors' own slip
+    faces = open_dataset("utkface", tmp_path)
+    assert (len(faces), faces.said[:11], set(faces.groups)) == (
+        24,
+        "1 pictures ",
+        {*"White Black Asian Indian Others".split()},
+    )
+    assert [faces.labels[i] for i in range(3)] == [int(faces.keys[i].split("_")[1]) for i in range(3)]
+    (tmp_path / "fairface/fairface_label_val.csv").write_text("file,age,gender,race\nval/0.jpg,3,x,White\n")
+    with pytest.raises(ValueError, match=r"the gender of val/0\.jpg must be Male or Female \(got 'x'\)"):
+        open_dataset("fairface", tmp_path)
+
+
 def test_groups_that_are_missing_or_others_are_named(vit, tmp_path):
     shards(tmp_path / "a/geode", [{"png": noise(1), "cls": b"0"}], [f"thing {i}" for i in range(40)])
     with pytest.raises(ValueError, match="geode: the metric worst_group needs a group for each picture"):

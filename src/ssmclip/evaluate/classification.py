@@ -31,8 +31,10 @@ K = {"top1": 1, "top5": 5}
 GROUPED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "worst_group": ("top1", lambda accuracies: accuracies.amin(-1)),
     "average_group": ("top1", lambda accuracies: accuracies.mean(-1)),
+    "group_gap": ("top1", lambda accuracies: accuracies.amax(-1) - accuracies.amin(-1)),
     "worst_group_top5": ("top5", lambda accuracies: accuracies.amin(-1)),
 }
+ASKED = {"worst_group_top5": ("worst_group_top5",), "group_gap": tuple(GROUPED)}  # only of cards with these metrics
 
 
 class ByScores(Judge):
@@ -208,7 +210,7 @@ def _group_rows(
     member = torch.tensor([[name == group for group in known] for name in names]).double()
     rows = []
     for metric, (accuracy, over) in GROUPED.items():
-        if accuracy != "top1" and dataset.card.metric != metric:
+        if metric in ASKED and dataset.card.metric not in ASKED[metric]:
             continue
         hits = in_first(*scored, K[accuracy])[:, None] * member
 

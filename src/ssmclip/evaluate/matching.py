@@ -119,12 +119,19 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Scored:
-    """What questions score by one metric; sets: which of s sets of pictures each is about."""
+    """What questions score by one metric; chances: what guesses score in each, None where that is not known; sets:
+    which of s sets of pictures each is about."""
 
     questions: Sequence[Question]
     values: Float[Tensor, " q"]
-    chance: float | None
+    chances: Sequence[float | None]
     sets: Int[Tensor, " q"]
+
+    @property
+    def chance(self) -> float | None:
+        """Return what guesses score on average, None where that is not known of every question."""
+        known = [chance for chance in self.chances if chance is not None]
+        return sum(known) / len(known) if len(known) == len(self.chances) else None
 
     @property
     def count(self) -> int:
@@ -170,7 +177,9 @@ class Matching(Judge):
         asked = [metric for metric in metrics or [self.test_set.card.metric] if metric != BALANCED]
         forms = {(len(question.pictures), len(question.texts)) for question in self.questions}
         fitting = [name for name, score in SCORES.items() if any(score.fits(*form) for form in forms)]
-        if unfit := [metric for metric in asked if metric not in fitting]:
+        categories = {question.category for question in self.questions} - {""}
+        unfit = [metric for metric in asked if metric not in fitting]
+        if unfit := unfit or [BALANCED for metric in metrics if metric == BALANCED and len(categories) < 2]:
             raise ValueError(
                 f"{self.test_set.card.name}: the metric {unfit[0]} does not fit its questions: choose of "
                 f"{', '.join(fitting)}"
@@ -307,13 +316,12 @@ def _pattern(right: list[list[bool]]) -> Pattern:
 def _of(questions: Sequence[Question], values: Tensor, chances: Sequence[float | None]) -> Scored:
     known: dict[tuple[int, ...], int] = {}
     sets = [known.setdefault(tuple(sorted(question.pictures)), len(known)) for question in questions]
-    chance = None if None in chances else sum(chances) / len(chances)
-    return Scored(questions, values, chance, torch.tensor(sets))
+    return Scored(questions, values, chances, torch.tensor(sets))
 
 
 def _at(scored: Scored, places: Sequence[int]) -> Scored:
-    """Return some of the questions. The guessing level is that of all."""
-    return _of([scored.questions[i] for i in places], scored.values[list(places)], [scored.chance])
+    """Return some of the questions."""
+    return _of([scored.questions[i] for i in places], scored.values[list(places)], [scored.chances[i] for i in places])
 
 
 def _categories(scored: Scored) -> list[str]:

@@ -23,6 +23,7 @@ _FRACTIONS = {
     "mean_per_class": "mean accuracy over classes",
     "worst_group": "accuracy in the worst group",
     "average_group": "mean accuracy over groups",
+    "group_gap": "accuracy in the best group minus that in the worst",
     "worst_group_top5": "top-5 accuracy in the worst group",
     "mean_average_precision": "mean average precision over classes",
     "text_score": "pictures with the right texts above all wrong ones",

@@ -99,7 +99,19 @@ class Found:
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
 # ValueError or FileNotFoundError. Where a card asks for a `part`, only what says that it is of this split is taken.
-_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "questions", "real", "tables", "tars", "voc")
+_HOMES = (
+    "arrays",
+    "captioned",
+    "faces",
+    "folders",
+    "originals",
+    "parquet",
+    "questions",
+    "real",
+    "tables",
+    "tars",
+    "voc",
+)
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
 )

@@ -16,6 +16,7 @@ from PIL import Image
 from ssmclip.data.testsets.card import LAYOUTS, Card, Found, Pictures, Question
 from ssmclip.data.testsets.files import from_file, read_json, read_records, read_rows
 from ssmclip.data.testsets.layouts.captioned import PictureFiles
+from ssmclip.data.testsets.prompts import plain
 
 SUGAR_CREPE = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
 ARO_FEW = 25  # questions on a pair of attributes, below which its authors leave it out of their mean
@@ -48,11 +49,12 @@ def questions_jsonl(folder: Path, card: Card) -> Found | str:
     """questions.jsonl, for questions of one's own: {"image": "a.jpg", "texts": ["right", "wrong", ...]}.
 
     Or {"images": [...], "texts": [...]}, each text of the picture at its place; or, of one text and several pictures,
-    with their places as "right". "category" and "id" may be left out.
+    with their places as "right". "category" and "id" may be left out. A published set's lie in a folder of its name.
     """
     file = folder / "questions.jsonl"
-    if not file.is_file():
-        return file.name
+    named = card.own or plain(folder.name) in {plain(name) for name in (card.name, *card.aliases)}
+    if not (named and file.is_file()):
+        return f"{card.name}/{file.name}"
     return _found(file, folder, [_own_question(file, i, record) for i, record in enumerate(read_records(file), 1)])
 
 
