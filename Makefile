@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test lint clean results figure
+.PHONY: setup quickstart test lint docs release-check clean results figure demo-model
 .PHONY: bench bench-encoders bench-roofline bench-evaluate bench-distortions bench-embedder bench-probes bench-loader bench-startup bench-hessian bench-gpu
 .PHONY: scan-needed controlled-pair eval26 captions distorted hessian efficiency timm-tests
 setup: $(VENV)/.installed
@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ssmclip needs Python 3.10 or newer; name one with: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]' --constraint constraints.txt
 	touch $@
 
 quickstart: setup  ## train two small CLIPs on embedded data, evaluate them, write runs/quickstart/report.html
@@ -27,6 +27,13 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
+# Not --quiet: it silences warnings before --strict counts them.
+docs: setup  ## the site, in build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+release-check: setup  ## a wheel and a source distribution, checked, installed and used
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python .ci/release_check.py
+
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
 
@@ -39,6 +46,10 @@ results: setup
 	$(BIN)/ssmclip report $(CLAIMS_ROWS) --claims docs/claims.md
 	$(BIN)/ssmclip models > runs/models.md
 	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' docs/models.md
+
+demo-model: setup  ## the model that `ssmclip demo` opens with, into src/ssmclip/demo/model: five minutes on one core
+	OMP_NUM_THREADS=1 $(BIN)/ssmclip train recipes/demo.py --out runs/demo
+	$(BIN)/python -m ssmclip.demo.packaged runs/demo
 
 figure: setup  ## the README's figure, from rows
 	$(BIN)/python docs/figure.py results/efficiency.jsonl docs/cost.svg

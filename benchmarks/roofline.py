@@ -1,19 +1,26 @@
 """The machine's peaks, and how near to them each CPU kernel comes.
 
-    python benchmarks/roofline.py --out results/roofline.jsonl    two minutes on two idle cores, after compiling
+    python benchmarks/roofline.py --out results/roofline.jsonl    two minutes a width on two idle cores, after compiling
 
-Peaks: fused multiply-adds on registers, 8 numbers each, and copies of memory (bytes read and bytes written both count)
+Each width of vectors is measured in a process of its own; its rows say `vector_bytes`. Where the processor has no
+registers of 64 bytes, give `--widths 32`.
+
+Peaks: fused multiply-adds on registers of that width, and copies of memory (bytes read and bytes written both count)
 of 1 to 256 MB, with one and two threads. Kernels run on one thread, in CPU time, so that other processes on the
 machine disturb little. Work is counted by hand from the kernels' code: operations are vector instructions of
-arithmetic times 8 (a fused multiply-add is one; so are the shuffles of a transpose), bytes are inputs read and outputs
-written once per pass. `bound_ms` is the longer of operations over the peak and bytes over the bandwidth of a copy of as
-many bytes; `fraction` is bound over time. A core with more pipes than its two for multiply-adds can exceed 1.
+arithmetic times the numbers in a register (a fused multiply-add is one; so are the shuffles of a transpose), bytes are
+inputs read and outputs written once per pass. `bound_ms` is the longer of operations over the peak and bytes over the
+bandwidth of a copy of as many bytes; `fraction` is bound over time. A core with more pipes than its two for
+multiply-adds can exceed 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +35,7 @@ from ssmclip.ops import causal_conv1d, cross_selective_scan, selective_scan, ssd
 from ssmclip.ops.selective_scan.launch import steps_between_saved_states
 from ssmclip.ops.simd import REGISTER_BYTES, broadcast, compiled, fill, fma, store
 from ssmclip.ops.threads import run_tasks
+from ssmclip.ops.vector_width import VARIABLE
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
 from ssmclip.rows.condition import parse
 
@@ -35,6 +43,7 @@ ITEM = 4  # bytes of a float32
 LANES = REGISTER_BYTES // ITEM
 CHAINS = 10  # two pipes that take four cycles each need eight independent chains
 COPIES = (1, 4, 16, 64, 256)  # megabytes read and written
+WIDTH = {"vector_bytes": REGISTER_BYTES}
 
 
 @compiled(nogil=True)
@@ -114,7 +123,7 @@ EXP2 = 10
 SOFTPLUS = EXP2 + 3 + 7 + 2  # of a negative absolute value, then a polynomial of degree 7
 SIGMOID = 4  # once softplus has the exponential
 PREPARE = SOFTPLUS + 1 + 2 + 2  # with the bias, delta u, D u and the largest step
-TRANSPOSE = 3  # 24 shuffles for 8 registers
+TRANSPOSE = LANES.bit_length() - 1  # 24 shuffles for 8 registers, 64 for 16
 
 
 def scan_work(batch: int, dim: int, length: int, states: int, backward: bool, transposed: int = 1) -> Work:
@@ -214,11 +223,11 @@ def kernels() -> list[Callable[[], Kernel]]:
 
 def measure_peaks(threads: int) -> list[Result]:
     extra = {"threads": threads, "clock": "cpu" if threads == 1 else "wall"}
-    rows = [Result("machine", "roofline", "operations_per_s", arithmetic_peak(threads), extra=extra)]
+    rows = [Result("machine", "roofline", "operations_per_s", arithmetic_peak(threads), where=WIDTH, extra=extra)]
     for megabytes in COPIES:
-        condition = f"megabytes={megabytes}"
         value = copy_bandwidth(megabytes, threads)
-        rows.append(Result("machine", "roofline", "bytes_per_s", value, where=parse(condition)[0], extra=extra))
+        where = {"megabytes": megabytes, **WIDTH}
+        rows.append(Result("machine", "roofline", "bytes_per_s", value, where=where, extra=extra))
     return rows
 
 
@@ -229,43 +238,40 @@ def measure_kernel(kernel: Kernel) -> list[Result]:
     bound, by = kernel.work.bound(1)
     extra = {"threads": 1, "clock": "cpu", "bound_ms": 1e3 * bound, "bound_by": by}
     extra |= {"operations": kernel.work.operations, "bytes": kernel.work.bytes, "fastest_ms": 1e3 * min(times)}
+    where = parse(kernel.condition)[0] | WIDTH
+    values = {"latency_ms": 1e3 * seconds, "fraction": bound / seconds}
     return [
-        Result(
-            kernel.name,
-            "roofline",
-            "latency_ms",
-            1e3 * seconds,
-            where=parse(kernel.condition)[0],
-            n=len(times),
-            extra=extra,
-        ),
-        Result(
-            kernel.name,
-            "roofline",
-            "fraction",
-            bound / seconds,
-            where=parse(kernel.condition)[0],
-            n=len(times),
-            extra=extra,
-        ),
+        Result(kernel.name, "roofline", metric, value, where=where, n=len(times), extra=extra)
+        for metric, value in values.items()
     ]
+
+
+def measure(out: Path, threads: list[int]) -> None:
+    """Add this process's rows to the file: those of one width."""
+    torch.set_num_threads(1)
+    steps = [lambda n=n: measure_peaks(n) for n in threads]
+    steps += [lambda make=make: measure_kernel(make()) for make in kernels()]
+    for step in tqdm(steps, unit="measurement", dynamic_ncols=True):
+        rows = step()
+        append_rows(out, rows)
+        for row in rows:
+            bound = f"{row.extra['bound_ms']:.3g} ms by {row.extra['bound_by']}" if "bound_by" in row.extra else ""
+            tqdm.write(f"{row.model:20} {row.condition:75} {row.metric:16} {row.value:.4g} {bound}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/roofline.jsonl"))
-    parser.add_argument("--threads", default="1,2", help="of the peaks")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads for the peaks")
+    parser.add_argument("--widths", default="32,64", help="bytes of a vector; empty to add this process's own width")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    if not args.widths:
+        measure(args.out, [int(n) for n in args.threads.split(",")])
+        return
     write_rows(args.out, [], describe_run(seed=0, threads=1))
-    steps = [lambda n=int(threads): measure_peaks(n) for threads in args.threads.split(",")]
-    steps += [lambda make=make: measure_kernel(make()) for make in kernels()]
-    for step in tqdm(steps, unit="measurement", dynamic_ncols=True):
-        rows = step()
-        append_rows(args.out, rows)
-        for row in rows:
-            bound = f"{row.extra['bound_ms']:.3g} ms by {row.extra['bound_by']}" if "bound_by" in row.extra else ""
-            tqdm.write(f"{row.model:20} {row.condition:60} {row.metric:16} {row.value:.4g} {bound}")
+    for width in args.widths.split(","):
+        command = [sys.executable, __file__, "--out", str(args.out), "--threads", args.threads, "--widths", ""]
+        subprocess.run(command, env=os.environ | {VARIABLE: width}, check=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from roofline import scan_inputs, scan_work
 from ssmclip.ops import selective_scan
 from ssmclip.ops.memory import NEVER_KEPT
+from ssmclip.ops.simd import REGISTER_BYTES
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 from ssmclip.rows.condition import parse
 
@@ -47,6 +48,11 @@ STAGES = [(4 * 192, 3136), (4 * 384, 784), (4 * 768, 196), (4 * 1536, 49)]  # VM
 REPETITIONS = 7  # of a run below a second
 SLOW = 20.0  # seconds: what nobody waits for unless it may be the best peer
 BEHIND = 10.0  # times the best peer: a peer so far behind is not repeated
+
+
+def machine() -> dict[str, int]:
+    """Threads, and the width of our vectors."""
+    return {"threads": torch.get_num_threads(), "vector_bytes": REGISTER_BYTES}
 
 
 def free_memory() -> float:
@@ -194,7 +200,7 @@ def left_out(name: str, shape: Shape, backward: bool, best: float, forecast: For
 def measure(shape: Shape, backward: bool, repetitions: int, forecast: Forecast) -> list[Result]:
     """Rows of one shape and pass."""
     inputs = make_inputs(shape)
-    condition, threads = shape.condition(backward), {"threads": torch.get_num_threads()}
+    condition, threads = shape.condition(backward), machine()
     rows, running, left, once, wanted, best = [], {}, {}, {}, None, math.inf
     for name, peer in PEERS.items():
         if reason := left_out(name, shape, backward, best, forecast):
@@ -252,7 +258,7 @@ def measure_kernel(shape: Shape, repetitions: int) -> list[Result]:
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     one_run(PEERS[OURS], inputs, False)
     seconds = statistics.median(one_run(PEERS[OURS], inputs, False)[0] for _ in range(repetitions))
-    extra = {"threads": torch.get_num_threads(), "latency_ms": 1e3 * seconds}
+    extra = {**machine(), "latency_ms": 1e3 * seconds}
     rate = shape.updates / seconds
     return [
         Result(

@@ -12,7 +12,6 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("*.py")
 
 def test_there_is_an_example_of_each_kind():
     assert {path.stem for path in EXAMPLES} >= {
-        "hessian_of_your_loss",
         "reading_rows",
         "your_backbone",
         "your_data_set",

@@ -14,13 +14,13 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from ssmclip import models
-from ssmclip.config import LossConfig, ModelConfig, apply_overrides, load_recipe
+from ssmclip.config import LossConfig, MaskConfig, ModelConfig, SslConfig, apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
 from ssmclip.models.files.weights import WEIGHTS_NAME
 from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.blueprint import blueprint
-from ssmclip.train.build import build_accelerator, is_sharded
+from ssmclip.train.build import build_accelerator, build_trainee, is_sharded
 from ssmclip.train.checkpoint import checkpoints
 from ssmclip.train.gradient import backward
 from ssmclip.train.layers import freeze, training_mode
@@ -73,7 +73,8 @@ def said(folder):
     "what",
     [f"{kind} {how}" for kind in ("clip", "siglip") for how in ("whole", "cached", "several")]
     + [f"clip without gathered gradients {how}" for how in ("whole", "cached", "several")]
-    + [f"frozen {how}" for how in ("whole", "cached")],
+    + [f"frozen {how}" for how in ("whole", "cached")]
+    + [f"{kind} whole" for kind in ("distill", "slip", "a-clip")],
 )
 def test_two_processes_have_the_doubled_batchs_gradient(said, what):
     assert f"{what}: same" in said
@@ -147,6 +148,9 @@ def _compare(accelerator) -> None:
     for name, micro_batch in (("whole", None), ("cached", 3)):
         _compare_gradients(accelerator, "clip", micro_batch, 1, LossConfig(), frozen)
         accelerator.print(f"frozen {name}: same")
+    for kind in ("distill", "slip", "a-clip"):
+        _compare_with_more(accelerator, kind)
+        accelerator.print(f"{kind} whole: same")
     if PARITY.is_dir():
         _compare_with_original(accelerator.process_index)
         accelerator.print("original: same")
@@ -182,6 +186,38 @@ def _compare_gradients(accelerator, kind, micro_batch, captions, loss, frozen=NO
         if not p.requires_grad:
             assert p.grad is None
             continue
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _compare_with_more(accelerator, kind) -> None:
+    """Objectives with heads, further views, and what else a batch has. Heads' batch norm is over both processes."""
+    torch.manual_seed(0)
+    loss = LossConfig(ssl=SslConfig(head_width=8, head_features=6), mask=MaskConfig(block=8))
+    views = 2 if kind == "a-clip" else 1
+    one, spread_out = (
+        OBJECTIVES[kind](loss, rank=r, world_size=w, views=views) for r, w in ((0, 1), (accelerator.process_index, 2))
+    )
+    model = blueprint(_config("drop_path_rate=0")).create().double().train()
+    alone = build_trainee(model, one).double()
+    trainee = build_trainee(copy.deepcopy(model), spread_out).double()
+    trainee.load_state_dict(alone.state_dict())
+    for objective, trained in ((one, alone), (spread_out, trainee)):
+        objective.follow(copy.deepcopy(trained).eval())
+    given = {"images": torch.randn(16 * one.shown, 3, 32, 32).double(), "targets": torch.randint(1, 49000, (16, 32))}
+    if kind == "distill":
+        given |= {name: torch.randn(16, 5).double() for name in ("teacher_images", "teacher_texts")}
+    if kind == "a-clip":
+        given["boxes"] = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).double().repeat(32, 1)
+    whole = one.of_batch(alone, *one.inputs(**given))
+    whole.backward()
+
+    mine = {name: value.chunk(2)[accelerator.process_index] for name, value in given.items()}
+    images, texts = mine.pop("images"), mine.pop("targets")
+    value = backward(accelerator, nn.parallel.DistributedDataParallel(trainee), spread_out, images, texts, None, mine)
+    torch.testing.assert_close(accelerator.reduce(value, "mean"), whole.detach(), rtol=1e-10, atol=0)
+    for name, part in one.numbers(model).items():
+        torch.testing.assert_close(spread_out.numbers(model)[name], part, rtol=1e-10, atol=0)
+    for (name, p), q in zip(trainee.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 

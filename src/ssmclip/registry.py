@@ -10,12 +10,12 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_LISTED, _ALIKE = 100, 10  # known names that a message lists, all or the nearest
+_LISTED, _ALIKE = 200, 10  # known names that a message lists, all or the nearest
 
 
 class UnknownName(KeyError):
     """An error for a name that is not registered. The message suggests the nearest name and lists the known ones: all
-    of them, or of more than 100 those most like it.
+    of them, or of more than 200 those most like it.
 
     >>> print(UnknownName("task", "cifar", ["cifar10", "digits"]))
     unknown task 'cifar'; did you mean 'cifar10'? known: cifar10, digits

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ssmclip.config.bounds import Settings
 from ssmclip.config.settings import TrainConfig
 from ssmclip.registry import UnknownName
 
@@ -35,8 +36,8 @@ def apply_overrides(config: TrainConfig, overrides: Sequence[str]) -> TrainConfi
     return from_dict(tree)
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return the config as plain JSON values."""
+def to_dict(config: Settings) -> dict[str, Any]:
+    """Return settings as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -46,6 +47,14 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises UnknownName for unknown fields, ValueError for values of another type.
     """
     return _build(TrainConfig, values, "")
+
+
+def changed(group: Settings, values: dict[str, Any], name: str) -> Any:
+    """Return a group of settings with changes as plain JSON values. name: what errors call the group.
+
+    Raises UnknownName for unknown fields, ValueError for values of another type or out of range.
+    """
+    return _build(type(group), to_dict(group) | values, f"{name}.")
 
 
 def changed_fields(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -135,9 +144,9 @@ def _as_type(value: Any, kind: Any) -> Any:
             return value
     elif origin is tuple:
         return _as_tuple(value, args)
-    elif origin is dict or kind is dict:
+    elif origin is dict:
         if isinstance(value, dict):
-            return value
+            return {key: each if args[1] is Any else _as_type(each, args[1]) for key, each in value.items()}
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value):
             return float(value)

@@ -13,10 +13,14 @@ True
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ssmclip.config.bounds import Settings, bounded
+
+ImageSize = int | tuple[int, int]  # pixels of a square's side, or (height, width)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,13 @@ class DataConfig(Settings, group="data"):
     # Shards, a csv, tsv or parquet file, or synthetic:NAME, see ssmclip.data.pairs.loader; ssmclip.config.places says
     # where a relative path is looked for.
     source: str = "synthetic:quickstart"
-    image_sizes: tuple[tuple[float, int], ...] = ((0.0, 64),)  # (from this share of the steps on, pixels); first at 0
+    # Several sources in place of `source`: (source, its share of the samples, over the sum of all shares).
+    sources: tuple[tuple[str, float], ...] = ()
+    resample: bool = False  # shards, or a table's rows, are drawn with replacement
+    # (from this share of the steps on, pixels) or (from this share on, height, width); the first at 0
+    image_sizes: tuple[tuple[float, int] | tuple[float, int, int], ...] = ((0.0, 64),)
+    # (height, width): one is drawn for each batch, in place of the one size of image_sizes, the model's in validation.
+    multi_sizes: tuple[tuple[int, int], ...] = ()
     augment: AugmentConfig = AugmentConfig()
     workers: int = bounded(0, at_least=0)  # processes that decode images, for each that trains; 0: that one itself
     shuffle_buffer: int = bounded(2048, at_least=1)  # samples of a shard stream that are shuffled together
@@ -138,6 +148,17 @@ class DataConfig(Settings, group="data"):
     # How many captions are drawn, and how many views augmented, each time an image is seen; the loss is their mean.
     captions_per_image: int = bounded(1, at_least=1)
     views_per_image: int = bounded(1, at_least=1)
+    # Probability of each caption field: columns of a table; of shards, keys of the .json and suffixes such as txt. What
+    # a sample lacks is left out, and the others' probabilities are scaled up. {}: the captions that are there, alike.
+    captions: dict[str, float] = field(default_factory=dict)
+    # How many batches are filled together and then divided by the length of their texts; padding beyond a batch's
+    # longest text is cut. Needs a text tower that ignores padding, as Mamba's do. 0: batches as they come, all padding.
+    length_buckets: int = bounded(0, at_least=0)
+    # Features of a teacher that shards store, in DataCompDR's form, with images augmented as the teacher saw them.
+    stored_teacher: Literal["none", "datacompdr"] = "none"
+    cache_dir: str = ""  # folder in which remote shards are kept; "": none
+    cache_gib: float | None = bounded(None, above=0)  # its size at most, least recently used shards first; None: any
+    retries: int = bounded(4, at_least=0)  # how often a failed read of a remote shard is repeated
     image_column: str = ""  # of a table; "": the first known name, see ssmclip.data.pairs.tables
     caption_column: str = ""  # of a classifier's labels as well
     # Of a classifier: a file with the name of a class on each line, or their number; "": those that the data have.
@@ -147,12 +168,40 @@ class DataConfig(Settings, group="data"):
 
     def __post_init__(self):
         super().__post_init__()
-        starts = [start for start, _ in self.image_sizes]
+        starts = [start for start, *_ in self.image_sizes]
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= 1:
             rule = "must be pairs (share, pixels) whose shares start at 0.0, rise, and stay under 1"
             self._refuse("image_sizes", f"{rule}, such as ((0.0, 48), (0.6, 64))")
-        if any(size < 1 for _, size in self.image_sizes):
-            self._refuse("image_sizes", "must have sizes of at least 1 pixel")
+        for name, sizes in {
+            "image_sizes": [size for _, *size in self.image_sizes],
+            "multi_sizes": self.multi_sizes,
+        }.items():
+            if any(side < 1 for size in sizes for side in size):
+                self._refuse(name, "must have sizes of at least 1 pixel")
+        if self.multi_sizes and len(self.image_sizes) > 1:
+            self._refuse("multi_sizes", "must be () when data.image_sizes has several")
+        self._check_sources()
+        self._check_captions()
+
+    def _check_sources(self) -> None:
+        weights = [weight for _, weight in self.sources]
+        if not all(weight >= 0 and math.isfinite(weight) for weight in weights):
+            self._refuse("sources", "must have weights of at least 0")
+        if self.sources and not sum(weights) > 0:
+            self._refuse("sources", "must have a weight above 0")
+        if len({name for name, _ in self.sources}) < len(self.sources) or not all(name for name, _ in self.sources):
+            self._refuse("sources", "must name each source once")
+        if self.resample and self.distinct:
+            self._refuse("resample", "must be false when data.distinct is true, as it may draw a sample twice")
+
+    def _check_captions(self) -> None:
+        for name, share in self.captions.items():
+            if not (share > 0 and math.isfinite(share)):
+                self._refuse("captions", f"must have a probability above 0 for {name!r}")
+
+    def sizes(self) -> list[ImageSize]:
+        """Return every size that images are brought to."""
+        return [_as_size(sides) for sides in (self.multi_sizes or [sides for _, *sides in self.image_sizes])]
 
 
 @dataclass(frozen=True)
@@ -216,6 +265,55 @@ class MixConfig(Settings, group="loss.mix"):
 
 
 @dataclass(frozen=True)
+class DistillConfig(Settings, group="loss.distill"):
+    """Distillation from a teacher CLIP, of loss.kind=distill."""
+
+    # Any name, file or folder of a CLIP with trained weights and the model's tokenizer and context length. "": the
+    # data store its features.
+    teacher: str = ""
+    teacher_scale: float = bounded(100.0, above=0)  # logit scale of stored features, which have none; OpenAI's is 100
+    weight: float = bounded(1.0, at_least=0)
+    contrastive_weight: float = bounded(1.0, at_least=0)  # of CLIP's own loss
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.weight or self.contrastive_weight):
+            self._refuse("weight", "must be above 0 when loss.distill.contrastive_weight is 0")
+
+
+@dataclass(frozen=True)
+class SslConfig(Settings, group="loss.ssl"):
+    """The self-supervised losses between views of an image, and the heads that they train: of slip and a-clip.
+
+    The defaults are the published ones: SimCLR's head of width 4096 has 21 million weights for a tower of width 768.
+    """
+
+    weight: float = bounded(1.0, at_least=0)  # of NT-Xent between two views (SimCLR)
+    temperature: float = bounded(0.1, above=0)
+    # Of a-clip: weight of the distance between predictions from the views and the averaged model's projection (BYOL).
+    ema_weight: float = bounded(2.0, at_least=0)
+    head_width: int = bounded(4096, at_least=1)
+    head_features: int = bounded(256, at_least=1)  # that the heads end in
+    # Of a-clip: NT-Xent compares the first view with itself, as the published code does.
+    as_published: bool = False
+    # Of slip: changes to SLIP's augmentation of these views, as JSON: fields of data.augment, such as {"flip": false}
+    # where images show letters. The views that are shown with the texts have data.augment.
+    augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MaskConfig(Settings, group="loss.mask"):
+    """Masked views, of loss.kind=a-clip: each loses the blocks of the image that matter least to the averaged model.
+
+    choice: which blocks stay: "attentive", those that matter most; "inverse", least; "random"; or "all" of them.
+    """
+
+    choice: Literal["attentive", "inverse", "random", "all"] = "attentive"
+    keep: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
+    block: int = bounded(32, at_least=1)  # side of a block in pixels; of a vision transformer, a multiple of its patch
+
+
+@dataclass(frozen=True)
 class LossConfig(Settings, group="loss"):
     """The objective."""
 
@@ -235,6 +333,9 @@ class LossConfig(Settings, group="loss"):
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     binary: bool = False
     mix: MixConfig = MixConfig()
+    distill: DistillConfig = DistillConfig()
+    ssl: SslConfig = SslConfig()
+    mask: MaskConfig = MaskConfig()
 
 
 @dataclass(frozen=True)
@@ -302,11 +403,23 @@ class TrainConfig(Settings):
                 f"loss.view_weight must be 0 when data.views_per_image is 1 (got {self.loss.view_weight}): "
                 "it weights the loss between two views of an image"
             )
+        if self.data.cache_gib is not None and not self.data.cache_dir:
+            raise ValueError(f"data.cache_gib must be none without data.cache_dir (got {self.data.cache_gib})")
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(
                 f"schedule.warmup_steps must be less than steps={self.steps} (got {self.schedule.warmup_steps})"
             )
 
-    def image_size(self, step: int) -> int:
-        """Return the side of a training image in pixels at `step` (from 0)."""
-        return [size for start, size in self.data.image_sizes if step >= round(start * self.steps)][-1]
+    def image_size(self, step: int) -> ImageSize:
+        """Return the side of a training image in pixels at `step` (from 0), or its (height, width)."""
+        return [_as_size(size) for start, *size in self.data.image_sizes if step >= round(start * self.steps)][-1]
+
+
+def _as_size(sides: Sequence[int]) -> ImageSize:
+    """Return one or two sides as a size: a square has one.
+
+    >>> _as_size([64]), _as_size([64, 64]), _as_size([48, 64])
+    (64, 64, (48, 64))
+    """
+    height, width = sides[0], sides[-1]
+    return height if height == width else (height, width)

@@ -32,7 +32,7 @@ def classifier_config(
     name: str,
     classes: Sequence[str],
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     drop_path_rate: float | None = None,
     changes: dict[str, Any] | None = None,
     preprocess: dict[str, Any] | None = None,
@@ -40,8 +40,8 @@ def classifier_config(
     """Return the configuration of a timm model that classifies images, in timm's form.
 
     name: NAME or timm:NAME, also NAME.field=JSON; classes: their names, in the order of the outputs; image_size: side
-    of an image, pixels; changes: further arguments of timm.create_model; preprocess: in place of the model's own
-    crop_pct, interpolation, mean, std ...
+    of a square image, or (height, width), in pixels; changes: further arguments of timm.create_model; preprocess: in
+    place of the model's own crop_pct, interpolation, mean, std ...
     Raises UnknownName for a model that timm does not know.
     """
     bare, _, tag = name.removeprefix(TIMM).partition(".")
@@ -62,7 +62,8 @@ def classifier_config(
     with torch.device("meta"):
         network = create_classifier(config)
     own = timm.data.resolve_model_data_config(network)
-    size = {"input_size": [3, image_size, image_size]}
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = {"input_size": [3, *sides]}
     kept = {
         key: value for key, value in own.items() if key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")
     }
@@ -71,7 +72,7 @@ def classifier_config(
     return {**config, "pretrained_cfg": {**kept, **layers, **size, **(preprocess or {})}}
 
 
-def _sized(name: str, arguments: dict[str, Any], image_size: int) -> dict[str, Any]:
+def _sized(name: str, arguments: dict[str, Any], image_size: int | tuple[int, int]) -> dict[str, Any]:
     """Return the arguments with the image size, where the model has weights that depend on it, such as positions.
 
     Whoever reads the files then builds the model at the size that its weights have.

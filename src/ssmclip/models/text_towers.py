@@ -62,7 +62,8 @@ class TextTower:
     tokenizer: (text_cfg, folder of the model's files or None) -> a function from n strings to tokens (n, L);
     save_tokenizer: (text_cfg, folder) -> None, writes the files that `tokenizer` then finds in that folder;
     matches: whether a `text_cfg` without `kind` means this one, for configurations older than that key;
-    replaceable_tokenizer: whether `hf_tokenizer_name` may be another copy of the tokenizer's file.
+    replaceable_tokenizer: whether `hf_tokenizer_name` may be another copy of the tokenizer's file;
+    ignores_padding: whether a text's features are the same however far it is padded with `pad_id`.
     """
 
     keys: frozenset[str]
@@ -71,6 +72,7 @@ class TextTower:
     save_tokenizer: Callable[[TextConfig, Path], None] = save_clip_tokenizer
     matches: Callable[[TextConfig], bool] = lambda text_cfg: False
     replaceable_tokenizer: bool = False
+    ignores_padding: bool = False
 
 
 TEXT_TOWERS: Registry[TextTower] = Registry("text tower")
@@ -152,6 +154,7 @@ def _register_language_model(kind: str, matches: Callable[[TextConfig], bool]) -
             save_tokenizer=_save_language_model_tokenizer,
             matches=matches,
             replaceable_tokenizer=True,
+            ignores_padding=True,
         )
     )
 

@@ -13,15 +13,29 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+import os
+from pathlib import Path
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+from ssmclip.ops.vector_width import vector_bytes
 
 log = logging.getLogger(__name__)
 
-REGISTER_BYTES = 32  # AVX2; two registers on NEON, half of one on AVX-512
+
+def _kernels_folder() -> Path | None:
+    """Return the folder of this module's compiled functions, None where they cannot be kept."""
+    try:
+        return Path(FunctionCache(inspect.unwrap(_kernels_folder)).cache_path)
+    except RuntimeError:
+        return None
+
+
+REGISTER_BYTES = vector_bytes(os.environ, _kernels_folder())  # the same for all vectors of this process
 
 
 def compiled(**options):
@@ -30,7 +44,9 @@ def compiled(**options):
 
 
 def entry_point(function):
-    """A compiled function that releases the GIL, kept on disk where its machine code may be."""
+    """A compiled function that releases the GIL, kept on disk where its machine code may be, apart for each width."""
+    function = inspect.unwrap(function)
+    function.__qualname__ += f"_{REGISTER_BYTES}"  # Numba names the files after it
     try:
         return compiled(nogil=True, cache=True)(function)
     except RuntimeError as error:  # neither the package nor the user's cache folder can be written to

@@ -31,6 +31,7 @@ IMAGE = "image"  # pixels of an image's side, or "HEIGHTxWIDTH"
 TOKENS = "tokens"  # length of a text
 ATTENTION = "attention"  # how attention was computed, where that is not the default
 AVERAGE = "average"  # what the value is an average over, in words
+SOURCE = "source"  # where data came from, such as one of several sources of training pairs
 METHOD = "method"  # of explanation
 PICTURE = "picture"  # its name
 QUERY = "query"  # the text or class that was looked for
@@ -40,17 +41,17 @@ CASE = "case"  # anything else, in words
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, SEED, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, METHOD, PICTURE, QUERY, CATEGORY, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CATEGORY, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)
 KEYS.register(IMAGE)((int, str))
 # What benchmarks vary.
-for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "width", "workers"):
+for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "vector_bytes", "width", "workers"):
     KEYS.register(name)(int)
 for name in ("dim", "heads", "length", "state"):
     KEYS.register(name)((int, str))
-for name in "command encoder kind memory operator pages pass precision prompts source text_tower type".split():
+for name in "command encoder kind memory operator pages pass precision prompts text_tower type".split():
     KEYS.register(name)(str)
 
 BARE = (AVERAGE, CASE)  # printed without their key

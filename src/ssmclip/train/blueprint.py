@@ -15,6 +15,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
+from ssmclip.config.settings import ImageSize
 from ssmclip.data.pairs.labelled import ClassIndex
 from ssmclip.models import classifier_files
 from ssmclip.models.clip import adjusted
@@ -57,7 +58,7 @@ class Blueprint(ABC):
         """Return the function from the texts of a batch to int64 targets: (n, context) tokens or (n,) classes."""
 
     @abstractmethod
-    def ready(self, network: nn.Module, size: int, label: str) -> models.Model:
+    def ready(self, network: nn.Module, size: ImageSize, label: str) -> models.Model:
         """Return a network to evaluate, with its preprocessing at an image size."""
 
     @abstractmethod
@@ -106,7 +107,7 @@ class Clip(Blueprint):
     def texts(self) -> Tokenize:
         return models.build_tokenizer(self.config)
 
-    def ready(self, network: nn.Module, size: int, label: str) -> models.Model:
+    def ready(self, network: nn.Module, size: ImageSize, label: str) -> models.Model:
         return models.Model(network, models.build_preprocess(self.config, size), self.texts(), label)
 
     def save(self, network: nn.Module, folder: Path) -> None:
@@ -136,7 +137,7 @@ class Classifier(Blueprint):
     def texts(self) -> Tokenize:
         return ClassIndex(self.classes)
 
-    def ready(self, network: nn.Module, size: int, label: str) -> models.Model:
+    def ready(self, network: nn.Module, size: ImageSize, label: str) -> models.Model:
         transform = classifier_files.classifier_transform(self.config["pretrained_cfg"], size)
         return models.Model(network, transform, None, label, classes=self.classes)
 
@@ -153,7 +154,7 @@ def blueprint(config: TrainConfig, classes: tuple[str, ...] = ()) -> Blueprint:
     classes: of a classifier. Raises UnknownName for a model or an objective that nobody registered.
     """
     objective, model = OBJECTIVES[config.loss.kind], config.model
-    size = config.data.image_sizes[-1][1]
+    size = config.image_size(config.steps)
     if objective.labelled:
         return Classifier(
             classifier_files.classifier_config(

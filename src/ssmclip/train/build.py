@@ -20,14 +20,17 @@ from torch import nn
 
 from ssmclip.config import AugmentConfig, TrainConfig
 from ssmclip.config.places import VARIABLE, data_folders, find_data, not_found
+from ssmclip.config.settings import ImageSize
 from ssmclip.data.pairs.augment import TimmTransform, TrainTransform, train_transform
 from ssmclip.data.pairs.labelled import DATASET, classes_of, data_set
-from ssmclip.data.pairs.loader import PairLoader, TableFormat, open_pairs
+from ssmclip.data.pairs.loader import PairLoader, Remote, TableFormat, Weighted, open_pairs
 from ssmclip.models.patch_dropout import set_patch_dropout
+from ssmclip.models.text_towers import text_tower_of
 from ssmclip.train import launch
 from ssmclip.train.blueprint import Blueprint, blueprint
 from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES, Objective
+from ssmclip.train.trainee import Trainee
 
 _LOG = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -87,7 +90,14 @@ def plan(config: TrainConfig) -> Blueprint:
     if not OBJECTIVES[config.loss.kind].labelled:
         return blueprint(config)
     folders = data_folders(os.environ)
-    with _naming_places(config.data.source, folders):
+    if config.data.sources:
+        if not config.data.classes:
+            raise ValueError(
+                "data.classes must be a file with the name of a class on each line, or their number, when data.sources "
+                "has labelled images (got '')"
+            )
+        return blueprint(config, classes_of("", config.data.classes, _table_format(config)))
+    with _naming_places([config.data.source], folders):
         source = _find_source(config.data.source, folders)
         return blueprint(config, classes_of(source, config.data.classes, _table_format(config)))
 
@@ -95,8 +105,11 @@ def plan(config: TrainConfig) -> Blueprint:
 def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num_classes: int = 0) -> Objective:
     """Return the objective that `loss.kind` names, for this process. num_classes: of a classifier.
 
-    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters.
+    Raises UnknownName for a name that is not registered, ValueError for an objective that has parameters, and for
+    settings that it cannot do with.
     """
+    OBJECTIVES[config.loss.kind].check(config)
+    _check_views(config)
     if config.loss.mix.on:
         _check_even(config, world_size)
     made = OBJECTIVES[config.loss.kind](
@@ -110,9 +123,37 @@ def build_objective(config: TrainConfig, rank: int = 0, world_size: int = 1, num
     if names := [name for name, _ in made.named_parameters()]:
         raise ValueError(
             f"the objective {config.loss.kind!r} must not have parameters (got {', '.join(names)}): "
-            "only the model's are trained and saved, so add them to the model with `start`"
+            "only the model's are trained and saved, so add them to the model with `start`, or to `heads`"
         )
     return made
+
+
+def _check_views(config: TrainConfig) -> None:
+    """Raise ValueError for views that the data cannot give the objective."""
+    kind = OBJECTIVES[config.loss.kind]
+    if (kind.further_views(config.loss) or kind.window) and config.data.augment.library != "own":
+        raise ValueError(
+            f"data.augment.library must be own for loss.kind={config.loss.kind}, which needs further views of each "
+            f"image (got {config.data.augment.library})"
+        )
+
+
+def build_trainee(
+    model: nn.Module, objective: Objective, heads_state: dict[str, Any] | None = None, sharded: bool = False
+) -> nn.Module:
+    """Return what the optimiser trains: the model, and with it the objective's heads, if it has some.
+
+    heads_state: of the heads, when a run goes on; None for new ones. Raises ValueError for a model that they do not
+    fit, and where weights are sharded.
+    """
+    heads = objective.heads(model)
+    if heads is None:
+        return model
+    if sharded:
+        raise ValueError(f"loss.kind must be one without heads under FSDP (got {objective.name}): use one process each")
+    if heads_state is not None:
+        heads.load_state_dict(heads_state)
+    return Trainee(model, heads)
 
 
 def _check_even(config: TrainConfig, world_size: int) -> None:
@@ -140,34 +181,46 @@ def build_model(config: TrainConfig, plan: Blueprint, world_size: int = 1) -> nn
     micro_batch = min(config.loss.micro_batch or batch, batch)
     alone = (batch % micro_batch or micro_batch) * config.data.views_per_image == 1  # batch norm has nothing to average
     probe = training_mode(copy.deepcopy(model), config.model) if alone else model.eval()
-    for _, size in config.data.image_sizes:
+    name = "multi_sizes" if config.data.multi_sizes else "image_sizes"
+    for size in config.data.sizes():
+        sides = (size, size) if isinstance(size, int) else size
+        pixels = " x ".join(map(str, dict.fromkeys(sides)))
         try:
             with torch.no_grad():
-                plan.encode(probe, torch.zeros(1, 3, size, size))
+                plan.encode(probe, torch.zeros(1, 3, *sides))
         except (AssertionError, RuntimeError, ValueError) as error:  # timm asserts, others fail to add positions
             raise ValueError(
-                f"{config.model.label} cannot take images of {size} pixels, one of data.image_sizes="
-                f"{config.data.image_sizes} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
+                f"{config.model.label} cannot take images of {pixels} pixels, one of data.{name}="
+                f"{getattr(config.data, name)} ({error}). A model with fixed positions takes one size, ((0.0, SIZE),); "
                 "a model with batch norm needs larger images, or several in each batch and micro-batch"
             ) from error
     return training_mode(model, config.model)
 
 
 def open_stream(
-    config: TrainConfig, plan: Blueprint, size: int, rank: int, world_size: int, cursor: Any = None
+    config: TrainConfig, plan: Blueprint, size: ImageSize, rank: int, world_size: int, cursor: Any = None
 ) -> PairLoader:
     """Return this process's stream of batches at an image size, starting at `cursor` (None: at the beginning).
 
-    Raises FileNotFoundError naming every folder searched for a relative `data.source`; what `open_pairs` raises.
+    Raises FileNotFoundError naming every folder searched for a relative `data.source`; ValueError for length buckets
+    with a text tower that sees the padding; what `open_pairs` raises.
     """
+    data, text_cfg = config.data, plan.config.get("model_cfg", {}).get("text_cfg", {})
+    if data.length_buckets and not (text_cfg and text_tower_of(text_cfg).ignores_padding):
+        reason = "labels have no length" if plan.labelled else "its text tower's embeddings depend on the padding"
+        raise ValueError(
+            f"data.length_buckets must be 0 for {config.model.label} (got {data.length_buckets}): {reason}"
+        )
     folders = data_folders(os.environ)
-    with _naming_places(config.data.source, folders):
-        source = _find_source(config.data.source, folders)
-        if source != config.data.source and rank == 0:
-            _LOG.info("reading %s", source)
+    names = [name for name, _ in data.sources] or [data.source]
+    with _naming_places(names, folders):
+        places = {name: _find_source(name, folders) for name in names}
+        for name, place in places.items():
+            if place != name and rank == 0:
+                _LOG.info("reading %s", place)
         stream = open_pairs(
-            source,
-            transform=build_transform(config.data.augment, plan, size),
+            [Weighted(places[name], weight, name) for name, weight in data.sources] or places[data.source],
+            transform=_with_further(build_transform(data.augment, plan, size), config, plan),
             tokenize=plan.texts(),
             batch_size=config.batch_size // world_size,
             seed=config.seed,
@@ -179,20 +232,27 @@ def open_stream(
             captions_per_image=config.data.captions_per_image,
             views_per_image=config.data.views_per_image,
             distinct=config.data.distinct,
+            resample=data.resample,
+            caption_shares=data.captions,
+            stored_teacher=data.stored_teacher == "datacompdr",
+            sizes=data.multi_sizes,
+            length_buckets=data.length_buckets,
+            pad_id=text_cfg.get("pad_id", 0),
+            remote=Remote(data.retries, cache_dir=data.cache_dir, cache_gib=data.cache_gib),
             table_format=_table_format(config),
             labelled=plan.labelled,
         )
     images = stream.num_samples if plan.labelled else None
     if images is not None and images < config.batch_size:
         raise ValueError(
-            f"{source} has {images} images, fewer than a batch (got batch_size={config.batch_size}): set batch_size to "
-            f"at most {images}"
+            f"{' and '.join(places.values())} has {images} images, fewer than a batch (got batch_size="
+            f"{config.batch_size}): set batch_size to at most {images}"
         )
     return stream
 
 
-def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> TrainTransform | TimmTransform:
-    """Return the augmentation of training images at a size, in pixels, as `data.augment` describes it."""
+def build_transform(augment: AugmentConfig, plan: Blueprint, size: ImageSize) -> TrainTransform | TimmTransform:
+    """Return the augmentation of training images at a size, as `data.augment` describes it."""
     augment = augment if augment.colors else replace(augment, **_NO_COLORS)
     mean, std = plan.statistics()
     if augment.library == "own":
@@ -218,6 +278,18 @@ def build_transform(augment: AugmentConfig, plan: Blueprint, size: int) -> Train
     )
 
 
+def _with_further(
+    transform: TrainTransform | TimmTransform, config: TrainConfig, plan: Blueprint
+) -> TrainTransform | TimmTransform:
+    """Return a transform that also makes the further views that the objective needs."""
+    kind = OBJECTIVES[config.loss.kind]
+    further = kind.further_views(config.loss)
+    if not (further or kind.window):
+        return transform
+    made = tuple(build_transform(each, plan, transform.image_size) for each in further)
+    return replace(transform, further=made, window=kind.window)
+
+
 def _table_format(config: TrainConfig) -> TableFormat:
     data = config.data
     return TableFormat(data.image_column, data.caption_column, data.encoding, data.separator)
@@ -238,8 +310,9 @@ def _find_source(source: str, folders: Sequence[Path]) -> str:
 
 
 @contextmanager
-def _naming_places(source: str, folders: Sequence[Path]) -> Iterator[None]:
+def _naming_places(sources: Sequence[str], folders: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{not_found(source, folders)}") from error
+        missing = sources if len(sources) == 1 else [source for source in sources if source in str(error)][:1]
+        raise FileNotFoundError(f"{error}{''.join(not_found(source, folders) for source in missing)}") from error

@@ -33,7 +33,8 @@ from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
 _STATE = {"step": int, "ranks": list, "optimiser": dict, "online": dict | None, "best": dict | None}  # and its types
-_HARMLESS = ("logging.", "validation.", "checkpoint.")  # groups without influence on what is learnt
+# Groups, and beginnings of settings, without influence on what is learnt.
+_HARMLESS = ("logging.", "validation.", "checkpoint.", "data.cache_", "data.retries")
 
 
 @contextmanager

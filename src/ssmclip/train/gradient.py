@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,30 +22,48 @@ def backward(
     images: Tensor,
     targets: Tensor,
     micro_batch: int | None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Add the gradient of the loss to every parameter's `.grad`; return the loss, detached, on the device.
 
-    images (batch * views, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
+    images (batch * shown, 3, height, width); targets (batch * captions, ...), such as int64 token ids.
     micro_batch: pairs to embed at a time; memory is then that of a micro-batch. Features are cached (see
     `_backward_cached`), or gradients accumulated where the loss is a mean over images. None embeds all at once.
+    more: what else the objective takes, by name, each with the same number of rows for every pair.
     """
-    if micro_batch is None or micro_batch * objective.views >= len(images):
-        value = objective.of_batch(model, *objective.inputs(images, targets))
+    pairs = len(images) // objective.shown
+    whole = {"images": images, "targets": targets, **more}
+    at_once = micro_batch is None or micro_batch >= pairs
+    with accelerator.autocast():
+        chunks = [objective.inputs(**part) for part in ([whole] if at_once else _split(whole, pairs, micro_batch))]
+    if at_once:
+        value = objective.of_batch(model, *chunks[0])
         accelerator.backward(value)
         return value.detach()
-    chunks = [
-        objective.inputs(*chunk)
-        for chunk in zip(
-            images.split(micro_batch * objective.views), targets.split(micro_batch * objective.captions), strict=True
-        )
-    ]
     if objective.separable:
         return _backward_accumulated(accelerator, model, objective, chunks)
     return _backward_cached(accelerator, model, objective, chunks)
 
 
+def more_of(batch: Any) -> dict[str, Tensor]:
+    """Return what a batch has besides images and texts, by the names that objectives take it by.
+
+    teacher_images, teacher_texts: the features that a teacher has of them, where the data store those. boxes: see
+    `ssmclip.data.pairs.stream.Batch`.
+    """
+    teacher, boxes = getattr(batch, "teacher", None), getattr(batch, "boxes", None)
+    more = {} if boxes is None else {"boxes": boxes}
+    return more if teacher is None else more | {"teacher_images": teacher.images, "teacher_texts": teacher.texts}
+
+
+def _split(whole: Mapping[str, Tensor], pairs: int, micro_batch: int) -> list[dict[str, Tensor]]:
+    """Return the rows of each micro-batch, by name."""
+    split = {name: value.split(len(value) // pairs * micro_batch) for name, value in whole.items()}
+    return [dict(zip(split, parts, strict=True)) for parts in zip(*split.values(), strict=True)]
+
+
 def _backward_accumulated(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Tensor]]
+    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Any]]
 ) -> Tensor:
     """Compute the gradient of a mean over images as the sum of the micro-batches' gradients, each once."""
     images, total = sum(len(image) for image, _ in chunks), torch.zeros((), device=chunks[0][0].device)
@@ -56,7 +77,7 @@ def _backward_accumulated(
 
 
 def _backward_cached(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Tensor]]
+    accelerator: Accelerator, model: nn.Module, objective: Objective, chunks: list[tuple[Tensor, Any]]
 ) -> Tensor:
     """Compute the large batch's gradient from micro-batches, up to rounding (GradCache, Gao et al., arXiv:2101.06983).
 

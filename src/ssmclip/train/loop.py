@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from torch import nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig, to_dict
+from ssmclip.config.settings import ImageSize
 from ssmclip.rows import Result
 from ssmclip.rows.condition import STEP
 from ssmclip.train import sharding
@@ -30,6 +31,7 @@ from ssmclip.train.build import (
     build_accelerator,
     build_model,
     build_objective,
+    build_trainee,
     is_sharded,
     open_stream,
     plan,
@@ -44,7 +46,7 @@ from ssmclip.train.checkpoint import (
     save_checkpoint,
 )
 from ssmclip.train.ema import Ema, ema_decay
-from ssmclip.train.gradient import backward
+from ssmclip.train.gradient import backward, more_of
 from ssmclip.train.layers import training_mode
 from ssmclip.train.objective import Objective
 from ssmclip.train.optimiser import build_optimiser, set_lr
@@ -53,12 +55,14 @@ from ssmclip.train.schedule import lr_schedule
 from ssmclip.train.signals import Agreement, Signals, Stopped
 from ssmclip.train.start import load_start, report_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
+from ssmclip.train.trainee import model_of, split_state
 
 # validate(model, step) -> rows: the model in eval mode on its device, with its preprocessing. Called in the main
 # process only. The loop adds the step to the rows.
 Validate = Callable[[models.Model, int], list[Result]]
 
 _REPEATS_MATTER = 0.01  # share of the pairs; fewer move the loss less than its noise
+SIDES = ("image_height", "image_width")  # metrics of images that are not square
 _MOST_SKIPS = 50  # optimiser steps in a row that overflow may cost before the run is called broken
 
 
@@ -127,15 +131,18 @@ class _Run:
         planned = plan(config)
         classes = len(planned.classes)
         objective = build_objective(config, accelerator.process_index, accelerator.num_processes, classes)
+        objective.prepare(planned, accelerator.device)
         seed_everything(config.seed)
         if accelerator.is_main_process:
             planned.describe(out)
         model = build_model(config, planned, accelerator.num_processes)
         taken = load_start(model, config, planned, checkpoint)
         report_start(out, taken, model, accelerator.is_main_process)
+        model = build_trainee(model, objective, state.get("heads") if state else None, is_sharded(accelerator))
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
             model.load_state_dict(state["online"])
+        objective.follow(ema.model if ema else None)
         if config.model.compile:
             model.compile()
         model = sharding.prepare_scalars(model) if is_sharded(accelerator) else model
@@ -185,7 +192,8 @@ class _Run:
             if config.image_size(self.step) != size:
                 size = config.image_size(self.step)
                 self.stream = self._open_stream(size, self.stream)
-            watch.add(self._one_step(next(self.stream), rates[self.step]))
+            batch = next(self.stream)
+            watch.add(self._one_step(batch, rates[self.step]))
             self.cursor = self.stream.cursor
             self.log.stepped()
             stop = agreement.settle(signals.number)
@@ -197,12 +205,12 @@ class _Run:
             )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
             if self._due(config.logging.every):
-                self._write_numbers(*seen, rates[self.step - 1], size, self.stream)
+                self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:])
             with self.log.pause():
                 self._between_steps(validate, size, stop)
         self._report_skipped(self.stream)
 
-    def _between_steps(self, validate: Validate | None, size: int, stop: int) -> None:
+    def _between_steps(self, validate: Validate | None, size: ImageSize, stop: int) -> None:
         """Validate and save what is due. Raises Stopped for a signal, after whose step validation has to wait."""
         due = validate is not None and self._due(self.config.validation.every)
         self.owes_validation = bool(due and stop)
@@ -232,13 +240,14 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         images = batch.images.to(accelerator.device, non_blocking=True)
         texts = batch.texts.to(accelerator.device, non_blocking=True)
+        more = {name: value.to(accelerator.device, non_blocking=True) for name, value in more_of(batch).items()}
         set_lr(self.optimiser, lr)
-        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch)
+        loss = backward(accelerator, self.model, self.objective, images, texts, config.loss.micro_batch, more)
         norm = self._grad_norm()
         skipped = self._update()
         self.optimiser.zero_grad(set_to_none=True)
         bare = accelerator.unwrap_model(self.model)
-        self.objective.constrain(bare)
+        self.objective.constrain(model_of(bare))
         if self.ema:
             self.ema.update(bare, ema_decay(self.step, config.steps, config.ema.decay, config.ema.schedule))
         self.skips += skipped
@@ -272,27 +281,36 @@ class _Run:
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "mean")
 
-    def _open_stream(self, size: int, before: Any) -> Any:
+    def _open_stream(self, size: ImageSize, before: Any) -> Any:
         if before is not None:
             self._report_skipped(before)
             before.close()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return open_stream(self.config, self.plan, size, rank, world, self.cursor)
 
-    def _write_numbers(self, loss: float, norm: float, lr: float, size: int, stream: Any) -> None:
-        skipped = torch.tensor(float(sum(stream.skipped.values())), device=self.accelerator.device)
+    def _write_numbers(self, loss: float, norm: float, lr: float, sides: Sequence[int]) -> None:
+        skipped = torch.tensor(float(sum(self.stream.skipped.values())), device=self.accelerator.device)
         numbers = {
             "loss": loss,
             "grad_norm": norm,
             **self._model_numbers(),
             "lr": float(lr),
-            "image_size": size,
+            **({"image_size": sides[0]} if sides[0] == sides[1] else dict(zip(SIDES, sides, strict=True))),
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
             "samples_repeated": float(self._count_repeats()),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips
         self.log.numbers(self.step, numbers, self.accelerator.device)
+        if self.config.data.sources:
+            self._write_sources()
+
+    def _write_sources(self) -> None:
+        """Write how many samples were drawn from each source so far, over all processes."""
+        names = [name for name, weight in self.config.data.sources if weight]
+        counts = torch.tensor([self.stream.drawn[name] for name in names], device=self.accelerator.device)
+        drawn = map(float, self.accelerator.reduce(counts, "sum").tolist())
+        self.log.counts(self.step, "samples_drawn", dict(zip(names, drawn, strict=True)))
 
     def _count_repeats(self) -> int:
         """Return how many pairs were in their batch already, and say once when it is enough to matter."""
@@ -308,7 +326,7 @@ class _Run:
         return count
 
     def _model_numbers(self) -> dict[str, float]:
-        numbers = self.objective.numbers(self.accelerator.unwrap_model(self.model))
+        numbers = self.objective.numbers(model_of(self.accelerator.unwrap_model(self.model)))
         return {name: float(sharding.gathered(value)) for name, value in numbers.items()}
 
     def _report_skipped(self, stream: Any) -> None:
@@ -320,16 +338,20 @@ class _Run:
             examples = such_as | examples
         for reason, count in counts.items():
             self.log.say(f"skipped {count} samples: {reason}, such as {examples.get(reason)}")
+        if self.config.data.captions:
+            missing = sum((Counter(each) for each in self._of_all([dict(stream.missing)])), Counter())
+            for name, count in missing.items():
+                self.log.say(f"{count} samples had no caption {name!r}: one of the others was drawn")
 
     def _of_all(self, own: list) -> list:
         """Return the concatenated lists of all processes."""
         return gather_object(own) if self.accelerator.num_processes > 1 else own
 
-    def _validate(self, validate: Validate, size: int) -> bool:
+    def _validate(self, validate: Validate, size: ImageSize) -> bool:
         """Measure, write the rows, and return whether the named metric is the best so far."""
         improved = False
         if self.accelerator.is_main_process:
-            model = self.ema.model if self.ema else self.accelerator.unwrap_model(self.model)
+            model = model_of(self.ema.model if self.ema else self.accelerator.unwrap_model(self.model))
             model.eval()
             with same_rng_after(self.accelerator.device), torch.no_grad():
                 rows = validate(self.plan.ready(model, size, self.config.model.label), self.step)
@@ -354,19 +376,22 @@ class _Run:
         optimiser = sharding.optimiser_state(accelerator, self.model, self.optimiser)
         online = sharding.model_state(accelerator, self.model)
         if accelerator.is_main_process:
+            kept = self.ema.model if self.ema else accelerator.unwrap_model(self.model)
+            weights, heads = split_state(kept, kept.state_dict() if self.ema else online)
             state = {
                 "step": self.step,
                 "config": to_dict(self.config),
                 "optimiser": optimiser,
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
                 "online": online if self.ema else None,
+                "heads": heads,
                 "best": self.best,
                 "skips": self.skips,
                 "repeats": repeats,
                 "owes_validation": self.owes_validation,
                 "ranks": ranks,
             }
-            model = self.ema.model if self.ema else self.plan.plain(online)
+            model = model_of(kept) if self.ema else self.plan.plain(weights)
             best = self.best["step"] if self.best else None
 
             save = partial(self.plan.save, model)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -26,23 +26,35 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ssmclip.config import LossConfig
+from ssmclip.config import AugmentConfig, LossConfig, TrainConfig
 from ssmclip.registry import Registry
 from ssmclip.train.checkpoint import config_of_run
+
+
+@runtime_checkable
+class Network(Protocol):
+    """What an objective may ask about the model that is trained: see `ssmclip.train.blueprint.Blueprint`."""
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]: ...
+    def texts(self) -> Callable[[list[str]], Tensor]: ...
 
 
 class Objective(nn.Module):
     """A loss, built for one process of a run. A subclass defines `forward`, and overrides anything else that differs.
 
-    Learnt parameters belong to the model: the objective names in `start` those it needs there, such as SigLIP's
-    logit bias, and has none itself.
+    Learnt parameters belong to the model, where the objective names those it needs in `start`, such as SigLIP's logit
+    bias; or to `heads`, which are trained with the model and kept for resuming, but are no part of the result. The
+    objective itself has none.
 
     name: its name for `loss.kind`. start: entries of the model's configuration (open_clip's `model_cfg`) that training
     starts with unless `model.changes` has others. rows: the outputs that have a row for each image or each text, of
     which a micro-batch has fewer; all others, such as the logit scale, belong to the model. contrastive: whether pairs
     of a batch are each other's negatives, so that one pair twice is a wrong one. separable: whether the loss of a
     batch is the mean over its images, so that gradients of micro-batches add up to its gradient. labelled: whether
-    the targets are the labels of classes, and the model an image classifier.
+    the targets are the labels of classes, and the model an image classifier. analysed_as: the name of the objective
+    whose loss a trained model is analysed with, where its own needs more than the model; "" for its own. window:
+    whether the last view of each image is a window around those of its texts, whose places in it `inputs` gets as
+    `boxes`.
     """
 
     name: ClassVar[str]
@@ -51,6 +63,8 @@ class Objective(nn.Module):
     contrastive: ClassVar[bool] = False
     separable: ClassVar[bool] = False
     labelled: ClassVar[bool] = False
+    analysed_as: ClassVar[str] = ""
+    window: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,14 +85,45 @@ class Objective(nn.Module):
         self.rank, self.world_size, self.views, self.captions = rank, world_size, views, captions
         self.num_classes = num_classes
 
-    def inputs(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what a (micro-)batch is trained on, such as a mixture of its images: here, unchanged."""
+    @property
+    def shown(self) -> int:
+        """Return how many views of each image a batch has, further ones included."""
+        return self.views + len(self.further_views(self.settings)) + self.window
+
+    @classmethod
+    def further_views(cls, settings: LossConfig) -> tuple[AugmentConfig, ...]:
+        """Return how each view of an image is augmented that comes after those of its texts. Here: there are none."""
+        return ()
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Raise ValueError for settings of a run that this objective cannot do with, before any work. Here: none."""
+
+    def prepare(self, network: Network, device: torch.device) -> None:
+        """Load what the loss needs besides the model that is trained, such as a teacher. Here: nothing."""
+
+    def heads(self, model: nn.Module) -> nn.Module | None:
+        """Return new networks that are trained with the model, None for none: here, None.
+
+        With them, `outputs` gets a `ssmclip.train.trainee.Trainee`. Raises ValueError for an unfit model.
+        """
+        return None
+
+    def follow(self, average: nn.Module | None) -> None:
+        """Take the moving average, if there is one, of what is trained, heads included. Here: do nothing."""
+
+    def inputs(self, images: Tensor, targets: Tensor, **more: Tensor) -> tuple[Tensor, Any]:
+        """Return what a (micro-)batch is trained on, such as a mixture of its images: here, unchanged.
+
+        It is called once for each, and for all that takes no gradient; `outputs` gets what it returns. more: what else
+        the batch has, by name, as `ssmclip.train.gradient.more_of` gives it.
+        """
         return images, targets
 
-    def outputs(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def outputs(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """Return the arguments of the loss by name: here, a CLIP's outputs for images and texts.
 
-        images (batch * views, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
+        images (batch * shown, 3, height, width); targets: int64 token ids (batch * captions, context), or labels.
         """
         return model(images, targets)
 
@@ -86,7 +131,7 @@ class Objective(nn.Module):
         """Return the loss, a scalar, of this process's outputs."""
         raise NotImplementedError  # each objective has its own
 
-    def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def of_batch(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the loss of a batch, which training and the Hessian analysis differentiate."""
         return self(**self.outputs(model, images, targets))
 
@@ -98,7 +143,9 @@ class Objective(nn.Module):
         return {}
 
 
-OBJECTIVES: Registry[type[Objective]] = Registry("objective")
+OBJECTIVES: Registry[type[Objective]] = Registry(
+    "objective", ["ssmclip.train.distill", "ssmclip.train.self_supervised.slip", "ssmclip.train.self_supervised.a_clip"]
+)
 
 
 def objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
@@ -190,16 +237,28 @@ def clamp_logit_scale(model: nn.Module, largest: float) -> None:
         model.logit_scale.clamp_(0, math.log(largest))
 
 
+def mean_over_processes(numbers: Mapping[str, Tensor], world_size: int) -> dict[str, Tensor]:
+    """Return the mean of each scalar over all processes, which have to call this together."""
+    means = dict(numbers)
+    for name in means if world_size > 1 else ():
+        means[name] = means[name].clone()
+        torch.distributed.all_reduce(means[name])
+        means[name] /= world_size
+    return means
+
+
 def objective_of(model: nn.Module, folder: str | Path | None = None) -> Objective:
     """Return the objective a model was trained with, for one process and one view and caption of each image.
 
     folder: the model's folder. The config.json of a run, or of a checkpoint's run, names its objective; without
-    one, the objective is SigLIP's for a model with a logit bias, and CLIP's for any other.
+    one, the objective is SigLIP's for a model with a logit bias, and CLIP's for any other. Of an objective that needs
+    more than the model, such as a teacher, it is the part that does not.
     Raises UnknownName for a run whose objective is not registered in this process: import its module first.
     """
     config = config_of_run(folder) if folder is not None else None
     usual = "clip" if getattr(model, "logit_bias", None) is None else "siglip"
-    return OBJECTIVES[config.loss.kind if config else usual]()
+    kind = OBJECTIVES[config.loss.kind if config else usual]
+    return OBJECTIVES[kind.analysed_as or kind.name]()
 
 
 def contrastive_loss(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
@@ -239,7 +298,7 @@ class Classification(Objective):
         self.hard = LabelSmoothingCrossEntropy(self.settings.label_smoothing)
         self.binary = BinaryCrossEntropy(smoothing=self.settings.label_smoothing)
 
-    def inputs(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, images: Tensor, targets: Tensor, **more: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and the labels, or mixtures of both: (B, classes) shares."""
         return self.mixup(images.clone(), targets) if self.mixup else (images, targets)
 

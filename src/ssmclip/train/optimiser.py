@@ -15,6 +15,7 @@ from ssmclip.config import OptimiserConfig
 from ssmclip.models.towers import image_tower, is_clip
 from ssmclip.registry import UnknownName
 from ssmclip.train.layers import image_layers, text_layers
+from ssmclip.train.trainee import model_of, named_parameters
 
 # State-space parameters by the last part of their name, in every published layout: A_log(s) sets the time constants and
 # D the skip; decay would pull every time constant towards one value. Biases of any shape, dt's too, go by name.
@@ -23,7 +24,7 @@ _NEVER_DECAYED = re.compile(r"^(A_logs?|Ds?|logit_scale|logit_bias)$|bias")
 # timm's towers call theirs blocks, open_clip's own resblocks.
 _IMAGE_BLOCK = re.compile(r"visual\..*blocks\.")
 _IMAGE_TOWER = re.compile(r"visual\.(?!head\.|proj$)")
-_NOT_TEXT = re.compile(r"visual\.|logit_|(text\.)?(text_projection|proj\b)")
+_NOT_TEXT = re.compile(r"visual\.|logit_|heads\.|(text\.)?(text_projection|proj\b)")
 
 
 def decays(rule: str, name: str, parameter: Tensor) -> bool:
@@ -111,8 +112,8 @@ def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Op
 
     Raises UnknownName for a name that timm does not have, ValueError for arguments that it does not take.
     """
-    scales = layer_scales(model, config.layer_decay, config.layer_groups, config.text_layer_decay)
-    groups = parameter_groups(model.named_parameters(), config, scales)
+    scales = layer_scales(model_of(model), config.layer_decay, config.layer_groups, config.text_layer_decay)
+    groups = parameter_groups(named_parameters(model), config, scales)
     groups = [group for group in groups if group["params"]] if config.algorithm != "adamw" else groups
     if config.algorithm == "adamw" and not config.args:
         fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())

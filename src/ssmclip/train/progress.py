@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ssmclip.config import TrainConfig
 from ssmclip.data.pairs.samples import draw_seed
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
-from ssmclip.rows.condition import STEP
+from ssmclip.rows.condition import SOURCE, STEP
 from ssmclip.rows.resume import drop_half_a_line
 
 
@@ -147,13 +147,20 @@ class Log:
         self._bar.set_postfix(postfix, refresh=False)
         self._restart_clock()
 
+    def counts(self, step: int, metric: str, by_source: Mapping[str, float]) -> None:
+        """Write a count of each source of the data, as rows that differ in their source."""
+        if self._speaks:
+            rows = [Result(self._name, "train", metric, n, where={STEP: step, SOURCE: s}) for s, n in by_source.items()]
+            self.rows(step, rows)
+
     def rows(self, step: int, rows: Iterable[Result]) -> None:
         """Write rows that have their step in `where`, under the run's name."""
         rows = [replace(row, model=self._name) for row in rows]
         append_rows(self._out / "rows.jsonl", rows)
         if self._writer:
             for row in rows:
-                self._writer.add_scalar(f"{row.task}/{row.metric}", row.value, step)
+                source = f"/{row.where[SOURCE]}" if SOURCE in row.where else ""
+                self._writer.add_scalar(f"{row.task}/{row.metric}{source}", row.value, step)
 
     def pause(self) -> _Pause:
         """Exclude what runs inside from the training speed."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ssmclip import models
 from ssmclip.config import TrainConfig
+from ssmclip.config.settings import ImageSize
 from ssmclip.models.clip import OPEN_CLIP, list_clips
 from ssmclip.models.files.hub import HUB
 from ssmclip.models.files.weights import CONFIG_NAME, first_line, read_json
@@ -146,7 +147,7 @@ def _load_whole(model: nn.Module, config: TrainConfig, plan: Blueprint) -> Taken
         kinds = ("an image encoder", "a CLIP")
         given, needed = kinds if known.config is None else kinds[::-1]
         raise ValueError(f"model.weights must be those of {needed} for {config.model.label} (got {name}, {given})")
-    network = _network(known, config, config.data.image_sizes[-1][1] if plan.labelled else None)
+    network = _network(known, config, config.image_size(config.steps) if plan.labelled else None)
     _warn_of_differences("weights", _statistics(known, network), network, model, plan)
     state = _under("text.", network.state_dict()) if hasattr(model, "text") else _over("text.", network.state_dict())
     state, changed = _fitted(state, network, model)
@@ -158,7 +159,7 @@ def _load_whole(model: nn.Module, config: TrainConfig, plan: Blueprint) -> Taken
     return replace(taken, changed=changed)
 
 
-def _network(known: Source, config: TrainConfig, image_size: int | None = None) -> nn.Module:
+def _network(known: Source, config: TrainConfig, image_size: ImageSize | None = None) -> nn.Module:
     form = config.model.weights_form
     return known.load(image_size) if form == "online" else load_published(known.name, form)
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,16 +18,23 @@ from timm.data import auto_augment
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as tv
 
+from ssmclip.data.pairs.reinforced import Augmentation
+
 CROP_ATTEMPTS = 10
 NUM_DRAWS = 2 * CROP_ATTEMPTS + 2 + 1 + 3  # areas and ratios, the place, the mirror, the colours
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Size = int | tuple[int, int]  # pixels of a square's side, or (height, width)
+
 NUM_SHARE_DRAWS = 6  # whether the colours are jittered, hue, grey, whether it is blurred, how much, solarised
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """`transform(picture, generator)` is a float tensor (3, image_size, image_size).
+    """`transform(picture, generator)` is a float tensor (3, height, width).
 
-    scale: range of the crop's share of the area; ratio: range of its width / height.
+    image_size: pixels of a square's side, or (height, width).
+    scale: range of the crop's share of the area; ratio: range of its width / height, over that of image_size, so that
+    pictures are distorted as little in any shape.
     flip: mirror half of the pictures; off by default, as captions say "on the left".
     color_jitter: strength of random brightness, contrast and saturation, or of each and of hue (in turns of the colour
     circle, at most 0.5), applied in this order; 0 is none.
@@ -36,9 +43,11 @@ class TrainTransform:
     and BYOL's augmentations (arXiv:2002.05709, appendix A; arXiv:2006.07733, appendix B), in this order.
     interpolation: of the resized crop, "bicubic" or "bilinear"; color_order: in which colours are jittered, "fixed" as
     above, or "random", drawn for each picture as torchvision's ColorJitter does.
+    further: the transforms of further views, which `views` makes of each picture at this one's size; window: whether it
+    ends with a view of a random window around the crops.
     """
 
-    image_size: int
+    image_size: Size
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: tuple[float, float] = (0.5, 1.0)
@@ -51,30 +60,77 @@ class TrainTransform:
     solarize_prob: float = 0.0
     interpolation: str = "bicubic"
     color_order: str = "fixed"
+    further: tuple[TrainTransform, ...] = ()
+    window: bool = False
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         return self.normalise([self.pixels(np.array(image), generator)])[0]
 
     def pixels(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        """Apply the random part: uint8 (height, width, 3) to uint8 (3, image_size, image_size).
+        """Apply the random part: uint8 (height, width, 3) to uint8 (3, *image_size).
 
         Only the crop is touched, by torch's resize for 8-bit pixels: three times as fast as Pillow's, and equal to
         within 1.
         """
+        return self._view(image, generator)[0]
+
+    def _view(self, image: np.ndarray, generator: torch.Generator) -> tuple[torch.Tensor, Box, bool]:
+        """Return a view's pixels, its crop, and whether it is mirrored."""
         draws = torch.rand(NUM_DRAWS, generator=generator, dtype=torch.float64).tolist()
         height, width, _ = image.shape
-        left, top, right, bottom = crop_box(width, height, self.scale, self.ratio, draws)
-        crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)
-        size = (self.image_size, self.image_size)
-        out = interpolate(crop[None], size=size, mode=self.interpolation, antialias=True)[0]
-        if self.flip and draws[-4] < 0.5:
+        shape = self.sides[1] / self.sides[0]
+        box = crop_box(width, height, self.scale, (self.ratio[0] * shape, self.ratio[1] * shape), draws)
+        out = self._resized(image, box)
+        mirrored = self.flip and draws[-4] < 0.5
+        if mirrored:
             out = out.flip(-1)
         # Drawn apart and by every picture of a stream or none, so that what comes before is as it is without them.
         more = torch.rand(NUM_SHARE_DRAWS, generator=generator, dtype=torch.float64).tolist() if self._shares else []
         if self.color_jitter and (not more or more[0] < self.color_jitter_prob):
             order = torch.randperm(4, generator=generator).tolist() if self.color_order == "random" else range(4)
             out = jitter_colors(out, self.color_jitter, [*draws[-3:], *more[1:2]], order)
-        return self._treat(out, *more[2:]) if more else out
+        return self._treat(out, *more[2:]) if more else out, box, mirrored
+
+    def _resized(self, image: np.ndarray, box: Box) -> torch.Tensor:
+        left, top, right, bottom = box
+        crop = torch.from_numpy(image[top:bottom, left:right]).permute(2, 0, 1)
+        return interpolate(crop[None], size=self.sides, mode=self.interpolation, antialias=True)[0]
+
+    def views(
+        self, image: np.ndarray, generator: torch.Generator, count: int
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return `count` views of a picture, then its further ones and its window; and the places of the views in it.
+
+        Views are as `pixels` makes them, the window is only resized. The places are None without one, else float
+        (count, 5): left, top, right, bottom as shares of the window's sides, and 1 for a mirrored view.
+        """
+        made = [self._view(image, generator) for _ in range(count)]
+        views = [view for view, _, _ in made]
+        views += [replace(each, image_size=self.image_size).pixels(image, generator) for each in self.further]
+        if not self.window:
+            return views, None
+        draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        window = window_around([box for _, box, _ in made], image.shape[1], image.shape[0], draws)
+        places = [[*_within(box, window), float(mirrored)] for _, box, mirrored in made]
+        return [*views, self._resized(image, window)], torch.tensor(places)
+
+    def repeated(self, image: np.ndarray, augmentation: Augmentation) -> torch.Tensor:
+        """Apply an augmentation whose draws are given instead: uint8 (height, width, 3) to uint8 (3, *image_size).
+
+        Raises ValueError for a crop that is not within the image.
+        """
+        top, left, height, width = augmentation.crop or (0, 0, *image.shape[:2])
+        if not (top >= 0 and left >= 0 and height > 0 and width > 0) or (
+            top + height > image.shape[0] or left + width > image.shape[1]
+        ):
+            size = f"{image.shape[0]} x {image.shape[1]} pixels"
+            raise ValueError(f"the crop must lie within the image of {size} (got {augmentation.crop})")
+        return augmentation.finish(self._resized(image, (left, top, left + width, top + height)))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of the transformed images."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
     def _shares(self) -> bool:
@@ -96,7 +152,7 @@ class TrainTransform:
 
 
 def train_transform(
-    image_size: int,
+    image_size: Size,
     mean: Sequence[float],
     std: Sequence[float],
     *,
@@ -187,9 +243,7 @@ def gaussian_blur(image: torch.Tensor, sigma: float) -> torch.Tensor:
     return tv.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
 
 
-def crop_box(
-    width: int, height: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[float]
-) -> tuple[int, int, int, int]:
+def crop_box(width: int, height: int, scale: Sequence[float], ratio: Sequence[float], draws: Sequence[float]) -> Box:
     """Return left, top, right, bottom of a random crop, chosen as in torchvision's RandomResizedCrop.
 
     draws: uniform in [0, 1), at least 2 per attempt and 2 for the place. When no attempt fits, the largest central crop
@@ -207,6 +261,24 @@ def crop_box(
     h = max(min(height, round(width / ratio[0])), 1)
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def window_around(boxes: Sequence[Box], width: int, height: int, draws: Sequence[float]) -> Box:
+    """Return a random box around boxes in a picture: each side lies anywhere between theirs and the picture's.
+
+    draws: 4, uniform in [0, 1).
+    """
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    left, top = (int(draw * (min(sides) + 1)) for draw, sides in zip(draws, (lefts, tops), strict=False))
+    room = zip(draws[2:], (rights, bottoms), (width, height), strict=True)
+    right, bottom = (max(sides) + int(draw * (limit - max(sides) + 1)) for draw, sides, limit in room)
+    return left, top, right, bottom
+
+
+def _within(box: Box, window: Box) -> list[float]:
+    """Return a box's sides as shares of those of the window that it lies in."""
+    start, size = window[:2], (window[2] - window[0], window[3] - window[1])
+    return [(box[i] - start[i % 2]) / size[i % 2] for i in range(4)]
 
 
 def _between(draw: float, low: float, high: float) -> float:

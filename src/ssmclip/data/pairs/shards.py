@@ -11,8 +11,8 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ssmclip.data.images import SUFFIXES
-from ssmclip.data.pairs.samples import Sample, permutation
+from ssmclip.data.pairs.reinforced import SYNTHETIC_CAPTIONS, read_stored
+from ssmclip.data.pairs.remote import Remote, check_reachable, describe, expand, open_shard, scheme_of
+from ssmclip.data.pairs.samples import Sample, permutation, with_replacement
 from ssmclip.data.tars import TAR_SUFFIXES, read_keys, repeats, short_names, split_name
 
 END_OF_ARCHIVE = bytes(512)
@@ -30,13 +32,31 @@ COMPARED_WHOLE = 2**28  # bytes of shards whose headers are all read when a sour
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 
 
+@dataclass(frozen=True)
+class ShardFormat:
+    """What is read of a sample's files.
+
+    captions: fields that captions are drawn from, each the suffix of a text file or else a key of a .json; (): the
+        .json's list of captions, else the .txt, else the .json's one.
+    stored: whether a teacher's features are read, see `reinforced`; its synthetic captions count among the captions.
+    labelled: whether the labels of classes (.cls) are read in place of captions.
+    """
+
+    captions: tuple[str, ...] = ()
+    stored: bool = False
+    labelled: bool = False
+
+
 def find_shards(source: str | Path) -> list[str]:
     """Return the shards of a tar, a folder of tars, a glob, a brace pattern ("dir/{0000..0012}.tar") or a URL.
 
     In a glob ** stands for any number of folders. A file that is there is taken as it is named, brackets and all.
-    Raises FileNotFoundError naming what is missing and what exists instead. URLs are not checked.
+    A remote folder ends in a slash. Raises FileNotFoundError naming what is missing and what exists instead; a pattern
+    of URLs is not checked.
     """
     source = str(source)
+    if scheme_of(source):
+        return expand(source)
     if Path(source).is_dir():
         visible = (path for path in Path(source).iterdir() if not path.name.startswith("."))
         found = sorted(str(path) for path in visible if path.name.lower().endswith(TAR_SUFFIXES))
@@ -73,12 +93,27 @@ class ShardSource:
     A sample's key is its key in the shard, from which all its random draws come. Shards may begin again at the same
     key: in a shard that has a key of an earlier one, all are SHARD/KEY. The earlier shard's stay as they are, so that
     wherever keys differ anyway the draws are those of older versions, whose runs go on here.
+
+    resample: each reader draws its shards from all of them with replacement, as many in a pass as its share would be,
+    and all keys are SHARD/KEY.
+    Raises FileNotFoundError when remote shards cannot be reached.
     """
 
-    def __init__(self, shards: Sequence[str], *, seed: int, window: int, resident_bytes: int, labelled: bool = False):
-        """Read shards. labelled: take the labels of classes (.cls) in place of captions."""
+    def __init__(
+        self,
+        shards: Sequence[str],
+        *,
+        seed: int,
+        window: int,
+        resident_bytes: int,
+        resample: bool = False,
+        shard_format: ShardFormat | None = None,
+        remote: Remote | None = None,
+    ):
+        self.resample, self.format, self.remote = resample, shard_format or ShardFormat(), remote or Remote()
+        if fetched := [shard for shard in shards if scheme_of(shard)]:
+            check_reachable(fetched, self.remote)
         self.shards = list(shards)
-        self.texts = _labels if labelled else _captions
         self.seed = seed
         self.window = window
         self.local = all(is_local(shard) for shard in self.shards)
@@ -94,6 +129,8 @@ class ShardSource:
         Of large shards only the first keys are compared, which are alike where numbering begins again; remote ones
         would have to be fetched for it. What is missed so is told apart within a window, by `windows`.
         """
+        if self.resample:
+            return set(self.shards) if len(self.shards) > 1 else set()
         if not self.local or len(self.shards) == 1:
             return set()
         most = None if self.num_bytes <= COMPARED_WHOLE else 1
@@ -119,12 +156,8 @@ class ShardSource:
 
         deal: see `stream.Source`.
         """
-        order = permutation(len(self.shards), self.seed, "shards", number if deal is None else deal)
-        shards = [self.shards[i] for i in order]
-        dealt = len(shards) >= readers
-        mine = shards[reader::readers] if dealt else shards
-        if deal is not None:
-            mine = [mine[i] for i in permutation(len(mine), self.seed, "own shards", number, reader)]
+        mine = self._shards_of(number, reader, readers, deal)
+        dealt = self.resample or len(self.shards) >= readers
         first, skip = start
         begin, window, keys = [first, skip], [], set()
         for place in range(first, len(mine)):
@@ -136,19 +169,37 @@ class ShardSource:
                 if len(window) == self.window:
                     yield begin, window
                     begin, window, keys = [place, index], [], set()
-                if sample.key in keys and not sample.problem:
+                if sample.key in keys and not sample.problem and not self.resample:
                     sample = replace(sample, key=f"{self._names[mine[place]]}/{sample.key}")
                 keys.add(sample.key)
                 window.append(sample)
         if window:
             yield begin, window
 
+    def _shards_of(self, number: int, reader: int, readers: int, deal: int | None) -> list[str]:
+        """Return one reader's shards in the order of pass `number`."""
+        if self.resample:
+            count = -(-len(self.shards) // readers)
+            drawn = with_replacement(len(self.shards), count, self.seed, "drawn shards", number, reader)
+            return [self.shards[i] for i in drawn]
+        order = permutation(len(self.shards), self.seed, "shards", number if deal is None else deal)
+        shards = [self.shards[i] for i in order]
+        mine = shards[reader::readers] if len(shards) >= readers else shards
+        if deal is not None:
+            mine = [mine[i] for i in permutation(len(mine), self.seed, "own shards", number, reader)]
+        return mine
+
+    def is_empty(self) -> bool:
+        """Return whether no shard on this machine has a sample; False where some are elsewhere."""
+        return self.local and not any(_leading_keys(shard, 1) for shard in self.shards)
+
     def _read(self, shard: str) -> Iterator[Sample] | list[Sample]:
         prefix = f"{self._names[shard]}/" if shard in self._repeating else ""
+        read = partial(read_shard, shard, prefix, self.format, self.remote)
         if not self.resident:
-            return read_shard(shard, prefix, self.texts)
+            return read()
         if shard not in self._kept:
-            self._kept[shard] = list(read_shard(shard, prefix, self.texts))
+            self._kept[shard] = list(read())
         return self._kept[shard]
 
 
@@ -157,10 +208,10 @@ def _leading_keys(shard: str, most: int | None) -> list[str]:
         return list(islice(read_keys(file), most))
 
 
-def read_shard(shard: str, prefix: str = "", texts: Callable[[dict], list[str]] | None = None) -> Iterator[Sample]:
+def read_shard(
+    shard: str, prefix: str = "", shard_format: ShardFormat | None = None, remote: Remote | None = None
+) -> Iterator[Sample]:
     """Yield the samples of one shard, in order, nothing decoded. prefix: what is put before their keys.
-
-    texts: webdataset's dictionary of a sample -> its texts, the captions where left out.
 
     A shard that can't be opened, or that ends too early, gives one last Sample with that as its problem. The sample
     that was being read when it ended is incomplete and left out.
@@ -168,9 +219,10 @@ def read_shard(shard: str, prefix: str = "", texts: Callable[[dict], list[str]] 
     failures: list[Exception] = []
     repeated: list[Exception] = []
     try:
-        stream = gopen(shard)
+        stream = open_shard(shard, remote or Remote()) if scheme_of(shard) else gopen(shard)
     except Exception as error:  # of any kind: files, pipes and web addresses fail in their own ways
-        yield Sample(shard, None, [], "missing shard", f"{shard}: {error}")
+        why = describe(error) if scheme_of(shard) else error
+        yield Sample(shard, None, [], "missing shard", f"{shard}: {why}")
         return
     with _closing(stream, failures):
         watched = _Watched(stream)
@@ -179,13 +231,13 @@ def read_shard(shard: str, prefix: str = "", texts: Callable[[dict], list[str]] 
         read = 0
         for fields in group_by_keys(files, split_name, handler=_noting(repeated)):
             if last:
-                yield make_sample(last, prefix, texts or _captions)
+                yield make_sample(last, prefix, shard_format)
                 read += 1
             last = fields
     if not failures and not watched.ended:
         failures.append(tarfile.ReadError("no end-of-archive mark"))
     if last and not failures:
-        yield make_sample(last, prefix, texts or _captions)
+        yield make_sample(last, prefix, shard_format)
     for error in repeated:
         yield Sample(shard, None, [], "repeated file in shard", f"{shard}: {error.args[0]}")
     if failures:
@@ -258,18 +310,20 @@ def _noting(errors: list[Exception]) -> Callable[[Exception], bool]:
     return note
 
 
-def make_sample(fields: dict, prefix: str, texts: Callable[[dict], list[str]]) -> Sample:
-    """Return webdataset's dictionary of one sample (suffix -> bytes) as a Sample whose key begins with `prefix`.
-
-    texts: the dictionary -> the sample's texts.
-    """
+def make_sample(fields: dict, prefix: str = "", shard_format: ShardFormat | None = None) -> Sample:
+    """Return webdataset's dictionary of one sample (suffix -> bytes) as a Sample whose key begins with `prefix`."""
     key = prefix + fields["__key__"]
     image = next((fields[suffix] for suffix in SUFFIXES if suffix in fields), None)
     if image is None:
         suffixes = ", ".join(name for name in fields if not name.startswith("__"))
         return Sample(key, None, [], "no image", f"it has {suffixes}")
+    shard_format = shard_format or ShardFormat()
     try:
-        return Sample(key, image, texts(fields))
+        if shard_format.labelled:
+            return Sample(key, image, _labels(fields))
+        if shard_format.captions or shard_format.stored:
+            return _sample_by_fields(key, image, fields, shard_format)
+        return Sample(key, image, _captions(fields))
     except UnicodeDecodeError as error:
         return Sample(key, None, [], "caption is not utf-8", str(error))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -289,15 +343,46 @@ def _captions(fields: dict) -> list[str]:
         captions = described.get("caption")
     if captions is None:
         return []
+    return _texts(captions)
+
+
+def _texts(captions: Any) -> list[str]:
     captions = captions if isinstance(captions, list) else [captions]
     if other := [type(caption).__name__ for caption in captions if not isinstance(caption, str | None)]:
         raise TypeError(f"a caption must be text (got {other[0]})")
     return [caption for caption in captions if caption is not None]
 
 
-def _labels(fields: dict) -> list[str]:
-    """Return the one label that a classifier is to give, from .cls; [] if there is none."""
-    return [fields["cls"].decode("utf-8-sig").strip()] if "cls" in fields else []
+def _sample_by_fields(key: str, image: bytes, files: dict, shard_format: ShardFormat) -> Sample:
+    """Return a sample whose captions know their field, and that can read a teacher's features of all of them.
+
+    The features are of all written captions, then all synthetic ones: those that are not drawn are blank here.
+    """
+    if not shard_format.stored:
+        by_field = [(name, text) for name in shard_format.captions for text in _field(files, name)]
+        return Sample(key, image, [text for _, text in by_field], fields=[name for name, _ in by_field])
+    written, synthetic = _texts(_written(files)), _field(files, SYNTHETIC_CAPTIONS)
+    fields = ["txt"] * len(written) + [SYNTHETIC_CAPTIONS] * len(synthetic)
+    names = shard_format.captions or ("txt", SYNTHETIC_CAPTIONS)
+    captions = [text if name in names else "" for name, text in zip(fields, [*written, *synthetic], strict=True)]
+    data = {suffix: files[suffix] for suffix in ("npz", "pth.gz", "paug.json") if suffix in files}
+    stored = partial(read_stored, data, len(written), len(synthetic))
+    return Sample(key, image, captions, fields=fields if shard_format.captions else (), stored=stored)
+
+
+def _written(files: dict) -> str | None:
+    return files["txt"].decode("utf-8-sig") if "txt" in files else None
+
+
+def _field(files: dict, name: str) -> list[str]:
+    """Return the captions of a field: the text file of that suffix, else a key of the first .json that has it."""
+    if name in files and not name.endswith("json"):
+        return [files[name].decode("utf-8-sig")]
+    for suffix in sorted((suffix for suffix in files if suffix.split(".")[-1] == "json"), key=len):
+        described = json.loads(files[suffix].decode("utf-8-sig"))
+        if described.get(name) is not None:
+            return _texts(described[name])
+    return []
 
 
 def count_samples(shard: str) -> int:

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from ssmclip.data import synthetic
 from ssmclip.data.delimited import Delimited, in_utf8, unpack
-from ssmclip.data.pairs.samples import Sample, permutation
+from ssmclip.data.pairs.samples import Sample, permutation, with_replacement
 from ssmclip.data.tars import TAR_SUFFIXES
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -40,6 +40,7 @@ class TableFormat:
 
     Names are found in any case, with or without spaces around them. encoding, separator: of a csv or tsv file; the
     separator is one character or a name in SEPARATORS, "": the first of , tab ; | that separates the two columns.
+    captions: columns that captions are drawn from, in place of caption_column.
     caption_columns: the known names of the column with the texts.
     Raises ValueError for another separator.
     """
@@ -48,6 +49,7 @@ class TableFormat:
     caption_column: str = ""
     encoding: str = "utf-8"
     separator: str = ""
+    captions: tuple[str, ...] = ()
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS
 
     def __post_init__(self):
@@ -59,10 +61,14 @@ class TableFormat:
 
 
 class RowSource:
-    """A source with random access: each pass is a new order of all samples, dealt out to the readers."""
+    """A source with random access: each pass is a new order of all samples, dealt out to the readers.
 
-    def __init__(self, samples: Sequence[Sample], *, seed: int, identity: str):
+    resample: each reader draws from all samples with replacement instead, as many as its share would be.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, seed: int, identity: str, resample: bool = False):
         self.samples = samples
+        self.resample = resample
         self.seed = seed
         self.identity = identity
         self.num_samples = len(samples)
@@ -72,8 +78,17 @@ class RowSource:
         self, number: int, reader: int, readers: int, start: Sequence[int], deal: int | None = None
     ) -> Iterator[tuple[list[int], Sequence[Sample]]]:
         """Yield pass `number` of one reader: one window with all its samples. deal: see `stream.Source`."""
+        if self.resample and self.num_samples:
+            count = -(-self.num_samples // readers)
+            drawn = with_replacement(self.num_samples, count, self.seed, "drawn rows", number, reader)
+            yield [0, 0], _Picked(self.samples, drawn)
+            return
         order = permutation(self.num_samples, self.seed, "rows", number if deal is None else deal)
         yield [0, 0], _Picked(self.samples, order[reader::readers])
+
+    def is_empty(self) -> bool:
+        """Return whether there is no sample."""
+        return not self.num_samples
 
 
 class _Picked(Sequence):
@@ -109,15 +124,20 @@ def tables_in(folder: Path) -> list[str]:
     return [str(folder / name) for name in tables]
 
 
-def synthetic_source(name: str, *, seed: int) -> RowSource:
+def synthetic_source(name: str, *, seed: int, resample: bool = False) -> RowSource:
     """Return one of synthetic.PAIR_SOURCES. The pictures do not depend on `seed`, only their order."""
     items = synthetic.PAIR_SOURCES[name]()
     samples = [Sample(item.key, partial(item.draw, synthetic.NATIVE_SIZE), list(item.captions)) for item in items]
-    return RowSource(samples, seed=seed, identity=f"synthetic:{name} {len(samples)}")
+    return RowSource(samples, seed=seed, identity=f"synthetic:{name} {len(samples)}", resample=resample)
 
 
 def table_source(
-    source: str | Path | Sequence[str | Path], table_format: TableFormat, *, seed: int, resident_bytes: int
+    source: str | Path | Sequence[str | Path],
+    table_format: TableFormat,
+    *,
+    seed: int,
+    resident_bytes: int,
+    resample: bool = False,
 ) -> RowSource:
     """Return the rows (image, caption) of a table, or of several as if they were one.
 
@@ -133,9 +153,11 @@ def table_source(
     tables = [_read_table(path, table_format) for path in paths]
     folder = _common_folder(paths)
     images = [_below(folder, path, table["image"]) for path, table in zip(paths, tables, strict=True)]
-    rows = _Rows(_joined(paths, images), _joined(paths, [table["caption"] for table in tables]), folder)
+    names = tables[0].column_names[1:]
+    captions = [_joined(paths, [table[name] for table in tables]) for name in names]
+    rows = _Rows(_joined(paths, images), captions, folder, table_format.captions)
     samples = list(rows) if sum(table.nbytes for table in tables) <= resident_bytes else rows
-    return RowSource(samples, seed=seed, identity=f"{_identity(paths, folder)} {len(rows)}")
+    return RowSource(samples, seed=seed, identity=f"{_identity(paths, folder)} {len(rows)}", resample=resample)
 
 
 def table_labels(source: Sequence[str | Path], table_format: TableFormat) -> tuple[list[str], list[str]]:
@@ -148,7 +170,7 @@ def table_labels(source: Sequence[str | Path], table_format: TableFormat) -> tup
         raise FileNotFoundError(f"no such table: {', '.join(missing)}")
     texts: dict[str, None] = {}
     for path in paths:
-        column = _read_table(path, table_format)["caption"]
+        column = _read_table(path, table_format).column(1)
         if any(is_list(column.type) for is_list in _IS_LIST):
             raise ValueError(f"{path}: an image must have one label (got lists of them)")
         texts |= dict.fromkeys(text for text in pc.unique(column).to_pylist() if text is not None)
@@ -201,11 +223,20 @@ def _joined(paths: Sequence[Path], columns: Sequence[pa.ChunkedArray]) -> pa.Chu
 
 
 class _Rows(Sequence):
-    """Rows of a table as Samples, made on access; the rows of one picture are one Sample."""
+    """Rows of a table as Samples, made on access; the rows of one picture are one Sample.
 
-    def __init__(self, images: pa.ChunkedArray, captions: pa.ChunkedArray, folder: Path):
+    captions: the columns that have them; fields: their names, where captions are drawn by field.
+    """
+
+    def __init__(
+        self,
+        images: pa.ChunkedArray,
+        captions: Sequence[pa.ChunkedArray],
+        folder: Path,
+        fields: Sequence[str] = (),
+    ):
         # In the chunks they were read in: one array of texts or bytes holds at most 2 GiB.
-        self.images, self.captions = images, captions
+        self.images, self.captions, self.fields = images, captions, fields
         self.rows = _grouped(images) if images.type == TEXT else None
         self.folder = folder
 
@@ -222,12 +253,15 @@ class _Rows(Sequence):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str) and image:
             key, image = image, self.folder / image
-        captions = [caption for row in rows for caption in self._captions(row) if caption is not None]
-        return Sample(key, image or None, captions, "" if image else "no image")
+        columns = [[text for row in rows for text in _texts(column[row])] for column in self.captions]
+        fields = [name for name, texts in zip(self.fields, columns, strict=False) for _ in texts]
+        captions = [text for texts in columns for text in texts]
+        return Sample(key, image or None, captions, "" if image else "no image", fields=fields)
 
-    def _captions(self, row: int) -> list[str | None]:
-        captions = self.captions[row].as_py()
-        return captions if isinstance(captions, list) else [captions]
+
+def _texts(cell: pa.Scalar) -> list[str]:
+    captions = cell.as_py()
+    return [text for text in (captions if isinstance(captions, list) else [captions]) if text is not None]
 
 
 def _grouped(paths: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -275,35 +309,35 @@ def _as_captions(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _read_table(path: Path, table_format: TableFormat) -> pa.Table:
+    """Return the images, and a column for each caption column."""
     parquet = path.suffix.lower() == ".parquet"
     table = _read_parquet(path, table_format) if parquet else _read_text(path, table_format)
-    columns = [_as_images(path, table["image"]), _as_captions(path, table["caption"])]
-    return pa.table(columns, ["image", "caption"])
+    images, *captions = table.columns
+    columns = [_as_images(path, images), *(_as_captions(path, column) for column in captions)]
+    return pa.table(columns, ["image", *(f"caption {number}" for number in range(len(captions)))])
 
 
 def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
     try:
         names = pa.parquet.read_schema(path).names
-        image, caption = _columns(path, names, table_format)
-        table = pa.parquet.read_table(path, columns=[image, caption])
+        columns = _columns(path, names, table_format)
+        table = pa.parquet.read_table(path, columns=columns)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
-    return table.select([image, caption]).rename_columns(["image", "caption"])
+    return table.select(columns)
 
 
 def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
     text = _separated(path, _content(path, table_format.encoding), table_format)
     if not text.header():
         raise ValueError(f"{path} must have a header with the columns' names (it is empty)")
-    image, caption = _columns(path, text.header(), table_format)
+    columns = _columns(path, text.header(), table_format)
     text.check(lambda field: os.path.isfile(path.parent / field))
     read = pa.csv.ReadOptions(encoding=table_format.encoding)
     parse = pa.csv.ParseOptions(
         delimiter=text.separator, quote_char='"' if text.quoted else False, newlines_in_values=text.quoted
     )
-    convert = pa.csv.ConvertOptions(
-        include_columns=[image, caption], column_types={image: pa.string(), caption: pa.string()}
-    )
+    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
     stream = pa.input_stream(path, compression="gzip" if path.suffix.lower() == ".gz" else None)
     try:
         table = pa.csv.read_csv(stream, read, parse, convert)
@@ -313,7 +347,7 @@ def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
         raise ValueError(f"{path} is not a readable table: {f'line {line}: ' if line else ''}{error}") from error
     if len(table) != text.count_rows():
         raise ValueError(f"{path} is not a readable table: {text.count_rows():,} rows became {len(table):,} when read")
-    return table.rename_columns(["image", "caption"])
+    return table
 
 
 def _content(path: Path, encoding: str) -> bytes:
@@ -345,14 +379,17 @@ def _has_columns(path: Path, names: Sequence[str], table_format: TableFormat) ->
         return False
 
 
-def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> tuple[str, str]:
-    return (
-        _column(path, names, "image", table_format.image_column, IMAGE_COLUMNS),
-        _column(path, names, "caption", table_format.caption_column, table_format.caption_columns),
-    )
+def _columns(path: Path, names: Sequence[str], table_format: TableFormat) -> list[str]:
+    """Return the names of the image's column and of the captions'. Raises ValueError where one is missing."""
+    wanted = table_format.captions or (table_format.caption_column,)
+    return [
+        column_named(path, names, "image", table_format.image_column, IMAGE_COLUMNS),
+        *(column_named(path, names, "caption", name, table_format.caption_columns) for name in wanted),
+    ]
 
 
-def _column(path: Path, names: Sequence[str], kind: str, wanted: str, known: Sequence[str]) -> str:
+def column_named(path: Path | str, names: Sequence[str], kind: str, wanted: str, known: Sequence[str]) -> str:
+    """Return the name of a column of `kind`: `wanted`, else the first known one. Raises ValueError where none fits."""
     candidates = (wanted,) if wanted else known
     exact = next((name for name in candidates if name in names), "")
     if names.count(exact) == 1:

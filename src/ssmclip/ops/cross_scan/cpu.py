@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ssmclip.ops.cross_scan import plain
 from ssmclip.ops.selective_scan.cpu import second_gradient
-from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape
+from ssmclip.ops.selective_scan.launch import Problem, launch, saved_shape, whole_channels
 
 DELTA_BYTES = 4 * 2**20  # of delta at a time: the cache of a core or two
-CHANNELS = 8  # rows of the map are read as whole registers; other numbers of channels are padded
 
 _INPUTS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, Tensor? delta_weight"
 _library = torch.library.Library("ssmclip", "FRAGMENT")
@@ -36,7 +35,7 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
         t if t is None or t.dtype == state else t.to(state) for t in (x, delta, A, B, C, D, delta_bias, delta_weight)
     ]
     dim = x.shape[-1]
-    if missing := -dim % CHANNELS:
+    if missing := -dim % whole_channels():  # rows of the map are read as whole registers
         last, before_last = (0, missing), (0, 0, 0, missing)
         of_delta = last if delta_weight is None else None
         pads = [last, of_delta, before_last, None, None, last, last, before_last]

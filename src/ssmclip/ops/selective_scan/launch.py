@@ -36,6 +36,14 @@ def saved_shape(batch, channels, length, states):
     return batch, (length + steps - 1) // steps, states, channels
 
 
+@torch.compiler.assume_constant_result
+def whole_channels() -> int:
+    """Return the number that channels must be multiples of to be whole registers, of float32 as of float64."""
+    from ssmclip.ops.simd import REGISTER_BYTES
+
+    return max(8, REGISTER_BYTES // 4)
+
+
 @dataclass(frozen=True)
 class Problem:
     """The parameters of a scan, apart from its tensors.
@@ -67,8 +75,8 @@ class Problem:
 
     def block(self, kernel: str) -> int:
         """Channels scanned together: 24 KiB of state and A forward, 256 KiB of states and decays backward."""
-        budget = 3072 if kernel == "forward" else 1024
-        return min(self.width, 192, max(8, budget // max(self.states, 1) // 8 * 8))
+        budget, whole = 3072 if kernel == "forward" else 1024, whole_channels()
+        return min(self.width, 192, max(whole, budget // max(self.states, 1) // whole * whole))
 
 
 @lru_cache(maxsize=64)
