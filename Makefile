@@ -37,10 +37,13 @@ release-check: setup  ## a wheel and a source distribution, checked, installed a
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache
 
-# The rows behind docs/results.md; `make results` writes its table, and that of docs/models.md.
+# The rows behind docs/results.md and docs/claims.md; `make results` writes them, and the table of docs/models.md.
 RESULTS_ROWS := results/flickr8k.jsonl results/quickstart.jsonl
+CLAIMS_ROWS := $(addprefix results/,$(addsuffix .jsonl,eval26 ood ood_flickr8k distorted_cifar10 distorted_flickr8k \
+	hessian efficiency captions scan_needed))
 results: setup
 	$(BIN)/ssmclip report $(RESULTS_ROWS) --out runs/results --readme docs/results.md
+	$(BIN)/ssmclip report $(CLAIMS_ROWS) --claims docs/claims.md
 	$(BIN)/ssmclip models > runs/models.md
 	sed -i -e '/<!-- models -->/,/<!-- \/models -->/{//!d}' -e '/<!-- models -->/r runs/models.md' docs/models.md
 

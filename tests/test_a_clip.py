@@ -196,7 +196,7 @@ def test_scores_of_blocks_are_the_map_under_them():
 def test_the_published_share_of_blocks_stays():
     """25 of 49, as the published code keeps of 224 pixels; 5 of 9; all, and never none."""
     scores = rows(3, 7, 7, seed=0)
-    kept = best(scores, MaskConfig().keep)
+    kept = best(scores, MaskConfig().keep_rate)
     assert kept.sum((1, 2)).tolist() == [25] * 3
     assert scores[kept].view(3, -1).amin(1).gt(scores[~kept].view(3, -1).amax(1)).all()
     assert [int(best(rows(1, 3, 3, seed=1), share).sum()) for share in (0.5, 1.0, 1e-6, 1 / 3)] == [5, 9, 1, 3]
@@ -425,7 +425,7 @@ def test_the_teacher_is_the_moving_average_of_what_is_trained():
     [
         (["ema.decay=none"], r"ema.decay must be set for loss.kind=a-clip, whose teacher is .* \(got none\)"),
         (["views_per_image=1"], r"data.views_per_image must be at least 2 for loss.kind=a-clip \(got 1\)"),
-        (["patch_drop_rate=0.5"], r"model.patch_drop_rate must be none .* \(got 0.5\): set loss.mask.keep"),
+        (["patch_drop_rate=0.5"], r"model.patch_drop_rate must be none .* \(got 0.5\): set loss.mask.keep_rate"),
         (["mask.block=24"], r"loss.mask.block must divide images of 32 pixels \(got 24\)"),
         (["multi_sizes=[[32, 36], [32, 32]]"], r"loss.mask.block must divide images of 36 pixels \(got 8\)"),
         (["data.augment.library=timm"], r"data.augment.library must be own for loss.kind=a-clip"),

@@ -211,6 +211,77 @@ def clevr(root: Path):
     return [(image, names.index(str(count))) for image, count in dataset], names
 
 
+@published("clevr_distance")
+def clevr_distance(root: Path):
+    """VTAB's labels are worked out by its own formula."""
+    base = root / "clevr/CLEVR_v1.0"
+    distances = [[7.0, 12.0], [9.2, 8.6], [8.01, 9.0], [11.0, 10.0], [99.0, 10.1], [9.6, 9.7], [9.3]]
+    scenes, expected = [], []
+    for number, of_objects in enumerate(distances):
+        name = f"CLEVR_val_{number:06d}.png"
+        scenes.append({"image_filename": name, "objects": [{"pixel_coords": [3, 4, far]} for far in of_objects]})
+        save(base / "images/val" / name, number)
+        thresholds = np.array([0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0])
+        expected.append((picture(number), np.where(thresholds - min(of_objects) < 0)[0].max()))
+    text(base / "scenes/CLEVR_val_scenes.json", json.dumps({"scenes": scenes}))
+    assert {label for _, label in expected} == set(range(6))
+    return expected, ("very nearby", "nearby", "near", "", "distant", "very distant")
+
+
+@published("svhn")
+def svhn(root: Path):
+    pixels = np.stack([np.asarray(picture(shade, (32, 32))) for shade in (1, 2, 3)], axis=3)
+    root.mkdir(parents=True, exist_ok=True)
+    savemat(root / "test_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9]])})
+    return unchecked("SVHN")(root, split="test"), names_on(load_card("svhn"))
+
+
+def voc(root: Path) -> None:
+    base = root / "VOCdevkit/VOC2007"
+    objects = {
+        "000001": [("dog", (2, 3, 20, 15)), ("person", (1, 1, 10, 18)), ("dog", (0, 0, 5, 5))],
+        "000002": [("tvmonitor", (4, 4, 8, 9))],
+    }
+    text(base / "ImageSets/Main/aeroplane_test.txt", "".join(f"{name} -1\n" for name in objects))
+    for shade, (name, things) in enumerate(objects.items()):
+        Image.effect_noise((24, 20), 60 + shade).convert("RGB").save(save(base / f"JPEGImages/{name}.jpg", shade))
+        listed = "".join(
+            f"<object><name>{thing}</name><pose>Left</pose><truncated>1</truncated><difficult>1</difficult><bndbox>"
+            f"<xmin>{left}</xmin><ymin>{upper}</ymin><xmax>{right}</xmax><ymax>{lower}</ymax></bndbox></object>"
+            for thing, (left, upper, right, lower) in things
+        )
+        text(base / f"Annotations/{name}.xml", f"<annotation><folder>VOC2007</folder>{listed}</annotation>")
+
+
+@published("voc2007")
+def voc2007(root: Path):
+    """CLIP_benchmark's own class reads the same files."""
+    theirs = pytest.importorskip("clip_benchmark.datasets.voc2007")
+    voc(root)
+    dataset = theirs.PASCALVoc2007Cropped(str(root), "test")
+    return [dataset[i] for i in range(len(dataset))], dataset.classes
+
+
+def test_pictures_of_voc_have_all_their_classes_as_in_clip_benchmark(tmp_path):
+    theirs = pytest.importorskip("clip_benchmark.datasets.voc2007")
+    voc(tmp_path)
+    (ours, dataset) = open_dataset("voc2007_multilabel", tmp_path), theirs.PASCALVoc2007(str(tmp_path), "test")
+    expected = [
+        (np.asarray(image).tobytes(), tuple(np.flatnonzero(on))) for image, on in map(dataset.__getitem__, (0, 1))
+    ]
+    assert [(np.asarray(ours[i]).tobytes(), ours.answers[i]) for i in range(len(ours))] == expected
+    assert (ours.labels, ours.classnames, ours.partial) == (None, tuple(dataset.classes), True)
+    text(tmp_path / "VOCdevkit/VOC2007/Annotations/000002.xml", "<annotation><object><name>unicorn")
+    with pytest.raises(ValueError, match=r"000002\.xml is no list of objects of the 20 classes"):
+        open_dataset("voc2007_multilabel", tmp_path)
+
+
+def test_house_numbers_that_are_damaged(tmp_path):
+    (tmp_path / "test_32x32.mat").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"test_32x32\.mat is no file of SVHN's digits"):
+        open_dataset("svhn", tmp_path)
+
+
 @published("sst2")
 def sst2(root: Path):
     for number, name in enumerate(("negative", "positive", "positive")):

@@ -19,6 +19,7 @@ from fsspec.registry import _registry
 from moto.server import ThreadedMotoServer
 
 from pair_files import assert_continues, numbered, opened, same, take, write_tar
+from ssmclip.__main__ import main
 from ssmclip.config import apply_overrides, load_recipe
 from ssmclip.config.places import checkout
 from ssmclip.data.pairs import remote
@@ -150,9 +151,25 @@ def test_each_shard_that_cannot_be_read_is_counted_and_named(server, workers):
     assert set(loader.skipped) == {"missing shard", "truncated shard"}
     missing = loader.skipped_examples["missing shard"]
     assert {name.split(": ")[0] for name in missing} == {f"{server.address}/{n}.tar" for n in (1, 2)}
-    assert any("FileNotFoundError" in name for name in missing)
+    assert any("404" in name for name in missing)
     assert any("500" in name for name in missing)
     loader.close()
+
+
+def test_a_server_that_cannot_be_reached_is_asked_again(server, caplog):
+    server.stop()
+    with pytest.raises(FileNotFoundError):
+        read(f"{server.address}/0.tar")
+    assert len(caplog.records) == HASTY.retries
+
+
+def test_a_package_that_is_missing_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)
+    settings = ["source=gs://bucket/0.tar", "image_sizes=[[0, 32]]", "tensorboard=false"]
+    recipe = str(checkout() / "recipes" / "tiny.py")
+    assert main(["train", recipe, "--set", *settings, "--out", str(tmp_path / "run")]) == 1
+    assert "ssmclip train: gs://bucket/0.tar needs gcsfs: pip install gcsfs" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_not_asked_for_again(server, caplog):
@@ -169,16 +186,19 @@ def test_training_reports_shards_by_name(server, tmp_path, capsys):
     changes = ["progress=false", "tensorboard=false", "warmup_steps=1", "batch_size=8", "device=cpu", "steps=4"]
     changes += ["image_sizes=[[0, 32]]", f"source={server.address}/{{0..2}}.tar", f"cache_dir={tmp_path / 'kept'}"]
     train(apply_overrides(load_recipe(checkout() / "recipes" / "tiny.py"), changes), tmp_path / "run")
-    assert f"missing shard, such as ['{server.address}/1.tar: " in capsys.readouterr().err
+    assert f'missing shard, such as ["{server.address}/1.tar: ClientResponseError: 404' in capsys.readouterr().err
     assert len(list((tmp_path / "kept").glob("*.tar"))) == 2
 
 
 def test_a_source_that_cannot_be_reached_is_named_at_once(server):
     server.stop()
     with pytest.raises(
-        FileNotFoundError, match=rf"none of the first 1 of 1 shards can be read: {server.address}/0.tar: "
+        FileNotFoundError,
+        match=rf"none of the first 1 of 1 shards can be read: {server.address}/0.tar: ClientConnector.*Cannot connect",
     ):
         opened(f"{server.address}/0.tar", remote=HASTY)
+    with pytest.raises(FileNotFoundError, match=rf"{server.address}/\*.tar\* cannot be listed: ClientConnector"):
+        opened(f"{server.address}/", remote=HASTY)
     parts = [Weighted("synthetic:quickstart", 1), Weighted(f"{server.address}/{{0..9}}.tar", 1, "far")]
     with pytest.raises(FileNotFoundError, match=r"none of the first 3 of 10 shards can be read"):
         opened(parts, remote=HASTY)

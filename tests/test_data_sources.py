@@ -59,7 +59,8 @@ def assert_same(dataset, reference) -> None:
 def test_every_card_is_complete(name):
     card = load_card(name)
     assert card.name == name
-    assert all([card.title, card.citation, card.source, card.licence, card.metric, card.layouts, card.test_size > 0])
+    assert all([card.title, card.citation, card.source, card.licence, card.metric, card.layouts])
+    assert card.test_size > 0 or name == "vl_checklist"  # whose authors give no number of texts
     if card.kind == "classification":
         assert len(names_on(card)) > 1 or card.classes > 1
         assert templates_on(card)
@@ -79,15 +80,15 @@ def test_unknown_names_and_keys_list_the_known():
     with pytest.raises(UnknownName, match=r"unknown data set 'cifar'; did you mean 'cifar10'\? known: .*cifar10, "):
         open_dataset("cifar", "anywhere")
     text = 'title="t"\ncitation="c"\nsource="s"\nlicence="l"\nkind="classification"\nmetric="top1"\ntest_size=1\n'
-    with pytest.raises(ValueError, match=r"card x: unknown keys metrics, temples; known: .*templates"):
+    with pytest.raises(ValueError, match=r"card x, line 10: unknown keys metrics, temples; known: .*templates"):
         read_card("x", text + 'layouts=[]\ntemples=["a"]\nmetrics=""')
-    with pytest.raises(ValueError, match=r"card x: .*missing .*required .*argument: 'layouts'"):
+    with pytest.raises(ValueError, match="card x: layouts must be given"):
         read_card("x", text)
-    with pytest.raises(UnknownName, match="unknown layout 'idx_file'; did you mean 'idx_files'"):
+    with pytest.raises(UnknownName, match="card x, line 8: unknown layout 'idx_file'; did you mean 'idx_files'"):
         read_card("x", text + 'layouts=["idx_file"]')
-    with pytest.raises(ValueError, match=r"card x: class names that occur more than once: cat"):
+    with pytest.raises(ValueError, match=r"card x, line 9: class names that occur more than once: cat"):
         read_card("x", text + 'layouts=[]\nclassnames=["cat", "dog", "cat"]')
-    with pytest.raises(ValueError, match="kind 'regression', there are classification, retrieval"):
+    with pytest.raises(ValueError, match="card x, line 5: kind 'regression', there are classification, retrieval"):
         read_card("x", text.replace("classification", "regression") + "layouts=[]")
 
 

@@ -3,20 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    f1_score,
     log_loss,
     roc_auc_score,
     top_k_accuracy_score,
 )
 
+from ssmclip.evaluate.statistics.calibration import halves
 from ssmclip.evaluate.statistics.metrics import (
     METRICS,
     average_precision,
     bootstrap_interval,
     first_relevant_ranks,
+    mean_average_precision,
     metric,
     recall_at_k,
 )
@@ -39,11 +43,35 @@ def calibration_error(target, probability, w) -> float:
     return total
 
 
+def f1(target, guess, w) -> float:
+    """As WILDS counts it: over the classes that occur."""
+    there = np.unique(target if w is None else target[w > 0])
+    return f1_score(target, guess, labels=there, average="macro", sample_weight=w)
+
+
+def calibrated(target, scores, w) -> tuple[float, float, float]:
+    """The temperature of one half by scikit-learn's log loss, and what it gives on the other half."""
+    fitted, judged = halves(len(target))
+    t = minimize_scalar(
+        lambda x: log_loss(target[fitted], softmax(scores[fitted] / x, axis=1)),
+        bounds=(0.1, 10),
+        method="bounded",
+        options={"xatol": 1e-12},
+    ).x
+    probability, w = softmax(scores[judged] / t, axis=1), None if w is None else w[judged]
+    loss = log_loss(target[judged], probability, sample_weight=w)
+    return t, loss, calibration_error(target[judged], probability, w)
+
+
 SKLEARN = {
     "top1": lambda target, scores, w: top_k(target, scores, w, 1),
     "top5": lambda target, scores, w: top_k(target, scores, w, 5),
     "mean_top1_top5": lambda target, scores, w: (top_k(target, scores, w, 1) + top_k(target, scores, w, 5)) / 2,
     "mean_per_class": lambda target, scores, w: balanced_accuracy_score(target, scores.argmax(1), sample_weight=w),
+    "macro_f1": lambda target, scores, w: f1(target, scores.argmax(1), w),
+    "temperature": lambda target, scores, w: calibrated(target, scores, w)[0],
+    "calibrated_nll": lambda target, scores, w: calibrated(target, scores, w)[1],
+    "calibrated_ece": lambda target, scores, w: calibrated(target, scores, w)[2],
     "nll": lambda target, scores, w: log_loss(target, softmax(scores, axis=1), sample_weight=w),
     "ece": lambda target, scores, w: calibration_error(target, softmax(scores, axis=1), w),
     "roc_auc": lambda target, scores, w: roc_auc_score(target, scores[:, 1] - scores[:, 0], sample_weight=w),
@@ -63,16 +91,21 @@ def test_every_metric_has_a_reference():
     assert set(METRICS) == set(SKLEARN)
 
 
+FITTED = ("temperature", "calibrated_nll", "calibrated_ece")
+
+
 @pytest.mark.parametrize("name", SKLEARN)
 def test_metric_equals_scikit_learn_also_when_weighted(name):
     scores, target, weights = problem(2 if name == "roc_auc" else 7)
     if name == "roc_auc":
         scores = scores.round(1)  # ties
+    # What two minimisers find of a smooth function agrees to half of the digits.
+    close = {"rel": 1e-6} if name in FITTED else {"abs": 1e-12}
     function = METRICS[name].function
     tensors = torch.from_numpy(scores), torch.from_numpy(target)
-    assert function(*tensors).item() == pytest.approx(SKLEARN[name](target, scores, None), abs=1e-12)
+    assert function(*tensors).item() == pytest.approx(SKLEARN[name](target, scores, None), **close)
     expected = [SKLEARN[name](target, scores, w) for w in weights]
-    torch.testing.assert_close(function(*tensors, torch.from_numpy(weights)).tolist(), expected)
+    assert function(*tensors, torch.from_numpy(weights)).tolist() == pytest.approx(expected, **close)
 
 
 def test_average_precision_equals_scikit_learns_also_when_weighted():
@@ -82,6 +115,22 @@ def test_average_precision_equals_scikit_learns_also_when_weighted():
     assert average_precision(*tensors).item() == pytest.approx(average_precision_score(positive, score), abs=1e-12)
     expected = [average_precision_score(positive, score, sample_weight=w) for w in weights]
     torch.testing.assert_close(average_precision(*tensors, torch.from_numpy(weights)).tolist(), expected)
+
+
+def test_mean_average_precision_equals_scikit_learns_and_clip_benchmarks():
+    rng = np.random.default_rng(1)
+    scores, on = rng.normal(size=(60, 4)), rng.random((60, 5))[:, :4] < 0.3
+    weights = rng.multinomial(60, np.full(60, 1 / 60), size=3).astype(float)
+    tensors = torch.from_numpy(scores), torch.from_numpy(on)
+    assert mean_average_precision(*tensors).item() == pytest.approx(average_precision_score(on, scores), abs=1e-12)
+    expected = [average_precision_score(on, scores, sample_weight=w) for w in weights]
+    torch.testing.assert_close(mean_average_precision(*tensors, torch.from_numpy(weights)).tolist(), expected)
+    benchmark = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
+    each = benchmark.average_precision_per_class(tensors[0], tensors[1].float())
+    assert mean_average_precision(*tensors).item() == pytest.approx(each.mean().item(), abs=1e-6)
+    on[:, 1] = False  # a class that is on no picture
+    there = [average_precision_score(on[:, c], scores[:, c]) for c in (0, 2, 3)]
+    assert mean_average_precision(tensors[0], torch.from_numpy(on)).item() == pytest.approx(np.mean(there))
 
 
 def test_of_equal_scores_the_first_class_is_the_answer():

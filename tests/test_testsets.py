@@ -28,6 +28,7 @@ from ssmclip.evaluate.embeddings.embed import Settings, embed_images
 from ssmclip.evaluate.retrieval import recall_rows
 from ssmclip.evaluate.tasks import Task, open_tasks
 from ssmclip.humans.trials import read_trials
+from ssmclip.registry import UnknownName
 from test_data_originals import WRITERS, coco, encoded, picture, save, text, write_captioned, write_waterbirds
 
 
@@ -674,10 +675,23 @@ def test_a_card_of_ones_own_says_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="source 'nowhere': there is no folder"):
         load_card(f"card:{card}")
     text(card, 'kind = "retrieval"\nlayouts = "records_jsonl"\n')
-    with pytest.raises(ValueError, match="card my: layouts must be a list"):
+    with pytest.raises(ValueError, match=r"card .*my\.toml, line 2: layouts must be a list"):
         load_card(f"card:{card}")
+    wrong = {
+        "kind = 'retrieval'\n": ".*my\\.toml: layouts must be given",
+        "kind = 'pictures'\nlayouts = []\n": "line 1: kind 'pictures', there are classification",
+        "kind = 'retrieval'\n\nmetrics = 'recall'\n": "line 3: unknown keys metrics; known: aliases",
+        "kind = 'retrieval'\nlayouts = ['record_jsonl']\n": "line 2: .*did you mean 'records_jsonl'",
+        "kind = 'retrieval'\nlayouts = []\ntest_size = '5'\n": "line 3: test_size must be a number of at least 0",
+        "kind = 'classification'\nlayouts = []\ntemplates = ['a dog']\n": "line 3: templates without {}",
+        "kind = 'classification'\nlayouts = []\ngrouped_by = 'region'\n": "line 3: grouped_by must be one of metadata",
+    }
+    for content, said in wrong.items():
+        text(card, content)
+        with pytest.raises((ValueError, UnknownName), match=rf"card .*{said}"):
+            load_card(f"card:{card}")
     text(card, "kind = \n")
-    with pytest.raises(ValueError, match=r"my\.toml is no TOML file"):
+    with pytest.raises(ValueError, match=r"my\.toml is no TOML file: .*line 1"):
         load_card(f"card:{card}")
     text(card, 'kind = "retrieval"\nlayouts = ["records_jsonl"]\n')
     text(tmp_path / "root/my/metadata.jsonl", json.dumps({"file_name": "1.png", "text": "one"}) + "\n")

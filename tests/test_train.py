@@ -260,7 +260,7 @@ def test_run_folder_and_rows(tmp_path, eight_pairs):
     assert list((tmp_path / "tensorboard").iterdir())
     assert models.load_config(tmp_path) == blueprint(config).config
     names = {"loss", "grad_norm", "logit_scale", "lr", "images_per_s", "memory_mib", "image_size", "samples_skipped"}
-    names |= {"samples_repeated"}
+    names |= {"samples_repeated", "step_s", "slowest_step_s", "data_wait_s", "slowest_data_wait_s"}
     rows = read_rows(tmp_path / "rows.jsonl")[1]
     assert {r.metric for r in rows} == names
     assert {r.model for r in rows} == {tmp_path.name}

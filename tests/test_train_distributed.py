@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
 from ssmclip import models
+from ssmclip.__main__ import main as cli
 from ssmclip.config import LossConfig, MaskConfig, ModelConfig, SslConfig, apply_overrides, load_recipe
 from ssmclip.evaluate.tasks import training_validation
 from ssmclip.models.files.weights import WEIGHTS_NAME
@@ -21,7 +23,7 @@ from ssmclip.rows import Result, read_rows
 from ssmclip.train import loop, train
 from ssmclip.train.blueprint import blueprint
 from ssmclip.train.build import build_accelerator, build_trainee, is_sharded
-from ssmclip.train.checkpoint import checkpoints
+from ssmclip.train.checkpoint import checkpoints, last_checkpoint, load_training_state
 from ssmclip.train.gradient import backward
 from ssmclip.train.layers import freeze, training_mode
 from ssmclip.train.objective import OBJECTIVES
@@ -119,6 +121,15 @@ def test_real_validation_is_the_main_process_alone(folder, said):
     assert [(r.condition, r.n) for r in rows] == [("step=2", 360), ("step=4", 360)]
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(folder, said):
+    """The command left the process group, or the processes would have been aborted at their end."""
+    assert all(f"process {rank}: status 75, out of the group" in said for rank in range(2))
+    assert said.count("stopped by SIGUSR1 after step 2; saved ") == 1
+    state = load_training_state(last_checkpoint(folder / "stopped"))
+    assert (state["step"], len(state["ranks"])) == (2, 2)
+    assert max(step for step, _ in _numbers(folder / "stopped")) == "step=2"
+
+
 def main(out: Path) -> None:
     accelerator = build_accelerator(_config())
     _compare(accelerator)
@@ -130,7 +141,7 @@ def main(out: Path) -> None:
     loop.build_accelerator = _sharded
     _resume(out / "fsdp", "validation.every=0", "tasks=[]", "best=")
     accelerator.print("sharded, resumed: same")
-    torch.distributed.destroy_process_group()
+    _stop(out / "stopped", accelerator.process_index)
 
 
 def _compare(accelerator) -> None:
@@ -269,6 +280,23 @@ def _skip(out: Path) -> None:
     loop.open_stream = open_stream
     train(_config("validation.every=0", "tasks=[]", "best="), out)
     loop.open_stream = whole
+
+
+def _stop(out: Path, rank: int) -> None:
+    """Send a signal to the second process in its second step."""
+    one_step = loop._Run._one_step
+
+    def with_signal(run, batch, lr):
+        measured = one_step(run, batch, lr)
+        if (rank, run.step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return measured
+
+    loop._Run._one_step = with_signal
+    recipe, changes = str(ROOT / "recipes" / "tiny.py"), ["validation.every=0", "tasks=[]", "best="]
+    status = cli(["train", recipe, "--set", *SETTINGS, *changes, "--out", str(out)])
+    left = "in" if torch.distributed.is_initialized() else "out of"
+    sys.stdout.write(f"process {rank}: status {status}, {left} the group\n")  # in one piece, as both write
 
 
 def _numbers(folder: Path) -> dict:

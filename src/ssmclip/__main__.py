@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     name = " ".join(filter(None, ["ssmclip", args.command, getattr(args, "subcommand", None)]))
     try:
         return COMMANDS[args.command].run(args) or 0
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         if args.verbose:
             raise
         print(f"{name}: {error}", file=sys.stderr)

@@ -51,6 +51,7 @@ def described(card: Card, root: str) -> str:
         return f"{start}{'-':>15} {size:>9}  get it: {card.source}"
     except (OSError, ValueError) as error:
         return f"{start}{'unreadable':>15} {size:>9}  {(str(error) or type(error).__name__).splitlines()[0]}"
-    short = {True: ", partial", False: ", another split" if found.n > found.expected else ""}[found.partial]
+    count = len(found.questions or ()) or found.n
+    short = {True: ", partial", False: ", another split" if count > found.expected else ""}[found.partial]
     said = f" ({found.said})" if found.said else ""
-    return f"{start}{found.n:>15,} {size:>9}  {found.where}{short}{said}"
+    return f"{start}{count:>15,} {size:>9}  {found.where}{short}{said}"

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         required=True,
         help="data sets, separated by commas, such as digits,cifar10,flickr8k (`ssmclip datasets` lists them). Also "
-        "table1: the 26 of CLIP-Mamba; found: all data sets in --data; folder:PATH: your own class folders; "
+        "table1: the 26 of CLIP-Mamba; datacomp: DataComp's 38 and their mean, also vtab, vtab+ and "
+        "imagenet_robustness; found: all data sets in --data; folder:PATH: your own class folders; "
         "card:FILE.toml: the data set that your own card describes; ood: comparison with people (see --humans); "
         "distorted:cifar10: accuracy at each level of distortion (see --distortions); and probes of the frozen image "
         "encoder, trained on the training split: linear:cifar10: logistic regression, its penalty chosen on a "
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="source of prompts and preprocessing: own, clip-mamba or clip-benchmark (default: own). Under clip-mamba, "
         "linear:NAME is its linear evaluation: SGD, 90 epochs",
+    )
+    parser.add_argument(
+        "--metrics",
+        help="metrics of classification besides the usual ones, separated by commas, such as "
+        "nll,ece,temperature,calibrated_ece: calibration, and one temperature fitted on half of the images, judged on "
+        "the other half (default: none)",
     )
     parser.add_argument(
         "--features",
@@ -135,11 +142,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ssmclip.config.lists import split_list
     from ssmclip.data.testsets.prompts import read_prompts
     from ssmclip.evaluate.distorted import choose
     from ssmclip.evaluate.embeddings.embed import Settings
     from ssmclip.evaluate.embeddings.ranks import launched
+    from ssmclip.evaluate.statistics.metrics import METRICS
     from ssmclip.evaluate.study import Study
+    from ssmclip.evaluate.suites import SUITES
     from ssmclip.evaluate.tasks import DISTORTED, open_tasks, split_name
     from ssmclip.models.classifier import View
     from ssmclip.models.frozen import FEATURES
@@ -159,7 +169,8 @@ def run(args: argparse.Namespace) -> int:
         chosen = distortion_list(args.distortions) if args.distortions else None
         how = choose(chosen, args.amplitude, args.gamma, args.seed)
     FEATURES[args.features]  # an unknown one raises
-    given = dict(protocol=args.protocol, how=how, features=args.features)
+    also = [METRICS[name] and name for name in split_list(args.metrics or "")]  # an unknown one raises
+    given = dict(protocol=args.protocol, how=how, features=args.features, also=also)
     tasks = open_tasks(names, args.data, prompts, **given) if names or not asked else []
     require_writable(args.out, args.humans or ())  # before the hours, not after
     tasks += [ood_task(args)] if OOD in asked else []
@@ -168,7 +179,9 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, args.examples, cache, truncate)
     about = {"prompts": args.prompts, "features": args.features}
     view = View(None, args.crop_pct, args.use_test_size, args.test_pool)
-    study = Study(models, tasks, settings, args.protocol, args.device, args.image_size, args.out, about, view, cost)
+    suites = [name for name in names if name in SUITES]
+    seen = (args.protocol, args.device, args.image_size)
+    study = Study(models, tasks, settings, *seen, args.out, about, view, cost, suites)
     rows = study.rows()
     if launched(args.device)[0] == 0:
         shown = [

@@ -27,7 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings to change, such as lr=3e-4"
     )
     parser.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME, with the recipe's name)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    resume = parser.add_mutually_exclusive_group()
+    resume.add_argument("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    resume.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="the same if --out has a run, else start it: for jobs that a scheduler repeats",
+    )
     parser.epilog = ENDS
 
 
@@ -39,11 +45,15 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     config = apply_overrides(load_recipe(args.recipe), args.set)
     out = args.out or Path("runs") / args.recipe.stem
+    resume = args.resume or (args.resume_or_start and (out / "config.json").exists())
     try:
-        train(config, out, resume=args.resume, validate=build_validation(config))
+        train(config, out, resume=resume, validate=build_validation(config))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-            print(f"ssmclip train: stopped by {stopped}. Continue with:\n{_resumption(args, out)}", file=sys.stderr)
+            after = f", {stopped.seconds:.1f} s after the signal" if stopped.seconds is not None else ""
+            print(
+                f"ssmclip train: stopped by {stopped}{after}. Continue with:\n{_resumption(args, out)}", file=sys.stderr
+            )
         code = 130 if stopped.signal == signal.SIGINT else AGAIN
         _leave_the_other_processes()
         return code

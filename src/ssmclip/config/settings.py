@@ -309,7 +309,7 @@ class MaskConfig(Settings, group="loss.mask"):
     """
 
     choice: Literal["attentive", "inverse", "random", "all"] = "attentive"
-    keep: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
+    keep_rate: float = bounded(0.5, above=0, at_most=1)  # share of the blocks that stay, their number rounded up
     block: int = bounded(32, at_least=1)  # side of a block in pixels; of a vision transformer, a multiple of its patch
 
 
@@ -369,8 +369,12 @@ class CheckpointConfig(Settings, group="checkpoint"):
 class LoggingConfig(Settings, group="logging"):
     """The progress reported during training."""
 
-    every: int = bounded(10, at_least=1)  # steps between rows in rows.jsonl and TensorBoard
-    tensorboard: bool = True
+    every: int = bounded(10, at_least=1)  # steps between rows in rows.jsonl and in the trackers
+    tensorboard: bool = True  # event files in the run's folder; the same as its name among `trackers`
+    # Experiment trackers that get the rows as well, by Accelerate's names: trackio, wandb, mlflow ... Where they send
+    # them is set by their own environment variables, such as WANDB_API_KEY and MLFLOW_TRACKING_URI.
+    trackers: tuple[str, ...] = ()
+    project: str = "ssmclip"  # name of the project, or experiment, in trackers; the run has the name of its folder
     progress: bool = True  # the progress bar
 
 

@@ -45,6 +45,25 @@ def words_seen(tokenizer: Callable[..., Tensor], texts: Sequence[str], limit: in
     return seen
 
 
+def spelled_out(tokenizer: Callable[..., Tensor], texts: Sequence[str]) -> int:
+    """Return how many texts are in a script that the tokenizer has no words of: those it has unknown tokens for, and
+    those it needs more tokens for than they have letters, which are bytes of letters.
+
+    Only texts with letters beyond ASCII can be among them.
+    """
+    foreign = [text for text in texts if any(letter.isalpha() and not letter.isascii() for letter in text)]
+    if not foreign:
+        return 0
+    marks = token_counts(tokenizer, [""])[0]
+    letters = [sum(map(str.isalpha, text)) for text in foreign]
+    spelled = [tokens - marks > n for tokens, n in zip(token_counts(tokenizer, foreign), letters, strict=True)]
+    unknown = getattr(getattr(tokenizer, "tokenizer", None), "unk_token_id", None)
+    if unknown is not None:
+        has = [(tokenizer([text], context_length=ROOM) == unknown).any().item() for text in foreign]
+        spelled = [a or b for a, b in zip(spelled, has, strict=True)]
+    return sum(spelled)
+
+
 def cut_at(tokenizer: Callable[..., Tensor], limit: int) -> Callable[[list[str]], Tensor]:
     """Return the tokenizer with texts truncated to `limit` tokens and padded to its own width, as towers may need."""
     width = getattr(tokenizer, "context_length", None) or limit

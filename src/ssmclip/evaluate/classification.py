@@ -6,7 +6,8 @@ n images · c classes
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,23 @@ from ssmclip.evaluate import pictures
 from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings
 from ssmclip.evaluate.judge import Judge, Right, coverage, names_of
 from ssmclip.evaluate.statistics import paired
-from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval
+from ssmclip.evaluate.statistics.metrics import METRICS, bootstrap_interval, in_first
 from ssmclip.models.names import Model
 from ssmclip.rows import Result
 from ssmclip.rows.payloads import ClassAccuracy, Confusion, GroupAccuracy, ImageExample, Similarity
 
 MAX_CONFUSION = 30  # classes; a larger matrix can't be read
 SHOWN = 3  # best classes kept of an example
+OF_LOGITS = ("nll", "ece", "temperature", "calibrated_nll", "calibrated_ece")
+# Metrics of accuracies in groups: the accuracy, and what is made of the groups'.
+K = {"top1": 1, "top5": 5}
+GROUPED: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "worst_group": ("top1", lambda accuracies: accuracies.amin(-1)),
+    "average_group": ("top1", lambda accuracies: accuracies.mean(-1)),
+    "group_gap": ("top1", lambda accuracies: accuracies.amax(-1) - accuracies.amin(-1)),
+    "worst_group_top5": ("top5", lambda accuracies: accuracies.amin(-1)),
+}
+ASKED = {"worst_group_top5": ("worst_group_top5",), "group_gap": tuple(GROUPED)}  # only of cards with these metrics
 
 
 class ByScores(Judge):
@@ -47,6 +58,10 @@ class ByScores(Judge):
     @abstractmethod
     def scores(self, seen: ImageEmbeddings) -> Float[Tensor, "n c"]:
         """Return each image's scores of the test set's classes."""
+
+    def logits(self, scores: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        """Return what the classes' probabilities are the softmax of, for metrics that are of probabilities."""
+        return scores
 
     @abstractmethod
     def about(self, seen: ImageEmbeddings) -> dict[str, Any]:
@@ -72,11 +87,33 @@ class ByScores(Judge):
 
     def usual_metrics(self) -> tuple[str, ...]:
         one_answer = getattr(self.test_set, "answers", None) is None
-        usual = (self.test_set.card.metric, "top1", *(["mean_per_class"] if one_answer else []))
+        usual = (
+            *(self._grouped()[1:] or [self.test_set.card.metric]),
+            "top1",
+            *(["mean_per_class"] if one_answer else []),
+        )
         usual += (*(["top5"] if len(self.names) > 5 else []), *(self.more_metrics if one_answer else ()))
         return tuple(dict.fromkeys(usual))
 
+    def check(self, metrics: Sequence[str] = ()) -> None:
+        """Raise UnknownName for a metric nobody knows, ValueError for one that is not for as many classes or needs
+        groups that the test set does not have. metrics: () for the usual ones."""
+        for metric in metrics or self._grouped() or self.usual_metrics():
+            if metric not in GROUPED:
+                _fit(metric, len(self.names), self.test_set.card.name)
+            elif not getattr(self.test_set, "groups", None):
+                raise ValueError(
+                    f"{self.test_set.card.name}: the metric {metric} needs a group for each picture, and this copy has "
+                    "none: give another copy, or a groups.csv, or another metric"
+                )
+
+    def _grouped(self) -> tuple[str, ...]:
+        """Return the card's metric where it is one of groups, and the accuracy that it is of."""
+        metric = self.test_set.card.metric
+        return (metric, GROUPED[metric][0]) if metric in GROUPED else ()
+
     def rows(self, seen: ImageEmbeddings, task: str, metrics: Sequence[str] = ()) -> list[Result]:
+        self.check(metrics)
         settings, names = self.settings, self.names
         labels = seen.labels
         if not (0 <= labels.min() and labels.max() < len(names)):
@@ -91,15 +128,19 @@ class ByScores(Judge):
         rows = []
         for metric in metrics:
             function = METRICS[metric].function
-            value = function(scores, target).item()
-            low, high = bootstrap_interval(lambda w, f=function: f(scores, target, w), n, seed=settings.seed)
+            given = self.logits(scores) if metric in OF_LOGITS else scores
+            value = function(given, target).item()
+            low, high = bootstrap_interval(
+                lambda w, f=function, given=given: f(given, target, w), n, seed=settings.seed
+            )
             more = {} if rows else extra
             if metric == "top1":
                 more = more | paired.marked(
                     _right(scores, target), [self.test_set.keys[i] for i in seen.index.tolist()]
                 )
             rows.append(Result(self.clip.label, task, metric, value, low, high, n, extra=more))
-        return rows + _group_rows(self.clip.label, task, _right(scores, target), seen, self.test_set, settings)
+        rows += _group_rows(self.clip.label, task, (scores, target), seen, self.test_set, settings)
+        return _first(rows, self.test_set.card.metric)
 
     def _extra(self, seen: ImageEmbeddings, scores: Tensor, target: Tensor, metric: str) -> dict[str, Any]:
         card, settings, names = self.test_set.card, self.settings, self.names
@@ -133,30 +174,57 @@ def _right(scores: Tensor, target: Tensor) -> Tensor:
     return scores.argmax(dim=1) == target
 
 
+def _fit(metric: str, classes: int, name: str) -> None:
+    """Raise for a metric nobody knows, and for one that is not for so many classes."""
+    least, most = METRICS[metric].classes
+    if not least <= classes <= (most or classes):
+        wanted = f"exactly {least}" if least == most else f"at least {least}"
+        raise ValueError(f"{name}: the metric {metric} needs {wanted} classes (got {classes}): choose another metric")
+
+
+def _first(rows: list[Result], metric: str) -> list[Result]:
+    """Return the rows with one of groups first, if it is the card's: it then has what the first row keeps."""
+    place = next((place for place, row in enumerate(rows) if row.metric == metric and metric in GROUPED), 0)
+    if not place:
+        return rows
+    own = {key: value for key, value in rows[0].extra.items() if key not in ("right", "images")}
+    marks = {key: value for key, value in rows[0].extra.items() if key not in own}
+    head = replace(rows[place], extra=own | rows[place].extra | {"chance": None})
+    return [head, replace(rows[0], extra=marks), *rows[1:place], *rows[place + 1 :]]
+
+
 def _group_rows(
-    model: str, task: str, right: Tensor, images: ImageEmbeddings, dataset: Any, settings: Settings
+    model: str,
+    task: str,
+    scored: tuple[Float[Tensor, "n c"], Int[Tensor, " n"]],
+    images: ImageEmbeddings,
+    dataset: Any,
+    settings: Settings,
 ) -> list[Result]:
-    """Return the worst-group accuracy and the mean over groups (Sagawa et al. 2020, section 3)."""
+    """Return the worst-group accuracy and the mean over groups (Sagawa et al. 2020, section 3), and where the card asks
+    for it the worst group's top-5 accuracy."""
     if not (groups := getattr(dataset, "groups", None)):
         return []
     names = [groups[i] for i in images.index.tolist()]
     known = sorted(set(names))
     member = torch.tensor([[name == group for group in known] for name in names]).double()
-    hits = right.double()[:, None] * member
-
-    def accuracies(weights: Tensor) -> Tensor:
-        return (weights @ hits) / (weights @ member)
-
-    whole = accuracies(torch.ones(1, len(hits), dtype=torch.float64))[0]
-    groups_extra = [
-        GroupAccuracy(name=group, accuracy=value, n=int(count))
-        for group, value, count in zip(known, whole.tolist(), member.sum(0).tolist(), strict=True)
-    ]
     rows = []
-    # A group that a resample misses has no accuracy there: NaN, which the interval leaves out.
-    for metric, over in (("worst_group", lambda a: a.amin(-1)), ("average_group", lambda a: a.mean(-1))):
-        low, high = bootstrap_interval(lambda w, over=over: over(accuracies(w)), len(hits), seed=settings.seed)
-        more = {"groups": groups_extra} if metric == "worst_group" else {}
+    for metric, (accuracy, over) in GROUPED.items():
+        if metric in ASKED and dataset.card.metric not in ASKED[metric]:
+            continue
+        hits = in_first(*scored, K[accuracy])[:, None] * member
+
+        # A group that a resample misses has no accuracy there: NaN, which the interval leaves out.
+        def accuracies(weights: Tensor, hits: Tensor = hits) -> Tensor:
+            return (weights @ hits) / (weights @ member)
+
+        whole = accuracies(torch.ones(1, len(hits), dtype=torch.float64))[0]
+        groups_extra = [
+            GroupAccuracy(name=group, accuracy=value, n=int(count))
+            for group, value, count in zip(known, whole.tolist(), member.sum(0).tolist(), strict=True)
+        ]
+        low, high = bootstrap_interval(lambda w, of=accuracies, over=over: over(of(w)), len(hits), seed=settings.seed)
+        more = {"groups": groups_extra} if metric.startswith("worst_group") else {}
         rows.append(Result(model, task, metric, over(whole).item(), low, high, len(hits), extra=more))
     return rows
 

@@ -47,6 +47,10 @@ class Judge(ABC):
         """Return what the model makes of the pictures: of the test set, or of a distorted version of it."""
         return embed_images(self.clip, pictures, self.settings)
 
+    def check(self, metrics: Sequence[str]) -> None:
+        """Raise, before anything is embedded, for metrics that do not fit the test set. Here any do."""
+        return
+
     @abstractmethod
     def rows(self, seen: ImageEmbeddings, task: str, metrics: Sequence[str] = ()) -> list[Result]:
         """Return the rows of a task, the metric that sums it up first. metrics: others in place of the usual ones."""
@@ -57,7 +61,7 @@ class Judge(ABC):
 
 
 # The first that is registered for a kind of test set and takes the model is its usual one.
-_HOMES = ("zeroshot", "retrieval", "outliers", "classifier")
+_HOMES = ("zeroshot", "retrieval", "outliers", "classifier", "multilabel", "matching")
 JUDGES: Registry[type[Judge]] = Registry("judge", [f"ssmclip.evaluate.{name}" for name in _HOMES])
 
 

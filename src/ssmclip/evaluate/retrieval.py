@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssmclip.evaluate import pictures
-from ssmclip.evaluate.captions import cut_at, longer_than
+from ssmclip.evaluate.captions import cut_at, longer_than, spelled_out
 from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_texts, subset
 from ssmclip.evaluate.judge import JUDGES, Judge, Right, coverage
 from ssmclip.evaluate.statistics import paired
@@ -40,7 +40,8 @@ class Retrieval(Judge):
     Rows: recall at 1, 5 and 10 from image to text and back, the mean of the six, and the geometry of the two sets of
     points. Captions that the text tower sees more than `settings.truncate` tokens of are evaluated cut there as well,
     under the key TOKENS. Intervals resample images, each with all its captions. The first row's `extra` has examples
-    and a similarity matrix. Raises ValueError naming images that have no caption.
+    and a similarity matrix, and counts captions that the tokenizer can only spell out, where there are any.
+    Raises ValueError naming images that have no caption.
     """
 
     kind = "retrieval"
@@ -86,6 +87,8 @@ class Retrieval(Judge):
             about = {"title": self.test_set.card.title, "kind": self.kind, **coverage(seen, self.test_set)}
             if not rows:
                 about |= _examples(self.test_set, seen, texts, flat, owner, self.settings)
+                foreign = spelled_out(self.clip.tokenizer, flat)
+                about |= {"spelled_out": foreign} if foreign else {}
             made = recall_rows(seen.features, texts, owner, keys, self.settings.seed)
             made += [Result("", "", metric, value) for metric, value in geometry(seen.features, texts, owner)]
             made = [row for row in made if not metrics or row.metric in metrics]

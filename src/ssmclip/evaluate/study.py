@@ -17,6 +17,7 @@ from ssmclip.evaluate.embeddings.embed import Settings
 from ssmclip.evaluate.models import Facts, Models
 from ssmclip.evaluate.protocols import OWN, Size
 from ssmclip.evaluate.statistics.paired import paired_rows
+from ssmclip.evaluate.suites import SUITES, suite_rows
 from ssmclip.evaluate.task import StudyTask
 from ssmclip.evaluate.tasks import open_tasks
 from ssmclip.models.classifier import View
@@ -38,7 +39,8 @@ class Study:
     image_size: of models that are opened by name, image_size also of the protocol's preprocessing; out: a rows file
     to add to, under a lock, so that several studies may share it; about: settings to write into its first line;
     view: changes in how classifiers opened by name are shown pictures (one that is given opened keeps its
-    preprocessing: `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers.
+    preprocessing: `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers; suites:
+    names in SUITES, of which the mean is to be given.
 
     >>> study = Study({"A": "CLIP-VMamba-Nano"}, open_tasks(["digits"], ""), out="rows.jsonl")  # doctest: +SKIP
     >>> for rows in study.measure(): print(rows[0].value)  # doctest: +SKIP
@@ -54,10 +56,11 @@ class Study:
     about: Mapping[str, Any] = field(default_factory=dict)
     view: View = field(default_factory=View)
     facts: Facts | None = None
+    suites: Sequence[str] = ()
 
     def measure(self) -> Iterator[list[Result]]:
-        """Yield rows as they are made: each model on each task, then differences between models on the same pictures,
-        then the tasks that take all models at once.
+        """Yield rows as they are made: each model on each task, then the means of suites and differences between models
+        on the same pictures, then the tasks that take all models at once.
 
         Rows that the file already holds stay until they are measured again; a run that was killed begins again with
         the embeddings in `settings.cache`. Processes that `accelerate launch` or torchrun started share the batches.
@@ -70,11 +73,15 @@ class Study:
         if held and rank == 0:
             log.info("keeping %d existing rows of %s; re-measured ones are replaced", len(held), self.out)
         for rows in chain(self._alone(models), [None], self._together(models, rank)):
-            made = paired_rows(held, seed=self.settings.seed) if rows is None else rows
+            made = self._compared(held) if rows is None else rows
             held = latest([*held, *made])[0]
             if file and rank == 0 and made:
                 file.add(made)
             yield made
+
+    def _compared(self, held: Sequence[Result]) -> list[Result]:
+        """Return what follows from rows: means of suites, and differences between models."""
+        return [*suite_rows(held, self.suites, self.models), *paired_rows(held, seed=self.settings.seed)]
 
     def _alone(self, models: Models) -> Iterator[list[Result]]:
         """Yield rows model by model, so that only one is in memory at a time."""
@@ -130,7 +137,8 @@ def evaluate(
     opened = open_tasks(names, root, prompts, protocol=protocol) if names or not tasks else []
     opened += [task for task in tasks if not isinstance(task, str)]
     models = {model_name: (model.to(device), preprocess, tokenizer)}
-    return Study(models, opened, Settings(**settings), protocol, device, image_size).rows()
+    suites = [name for name in names if name in SUITES]
+    return Study(models, opened, Settings(**settings), protocol, device, image_size, suites=suites).rows()
 
 
 def _under(protocol: str, rows: list[Result]) -> list[Result]:

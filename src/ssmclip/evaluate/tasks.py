@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from ssmclip.data.testsets.open import CARD, FOLDER, HUB, list_cards, load_card, open_dataset
 from ssmclip.data.testsets.prompts import Prompts
+from ssmclip.evaluate.classification import ByScores
 from ssmclip.evaluate.classifier import image_size
 from ssmclip.evaluate.distorted import Manipulations, choose, distorted_rows
 from ssmclip.evaluate.doubts import DOUBTS, doubted
@@ -22,6 +23,7 @@ from ssmclip.evaluate.probes.parts import open_parts
 from ssmclip.evaluate.probes.probe import PROBES, Probe, is_probe, read_probe
 from ssmclip.evaluate.probes.task import ProbeTask
 from ssmclip.evaluate.protocols import OWN, PROTOCOLS
+from ssmclip.evaluate.suites import SUITES
 from ssmclip.evaluate.task import StudyTask
 from ssmclip.models.frozen import POOLED
 from ssmclip.models.names import Model
@@ -41,13 +43,14 @@ class Task(StudyTask):
 
     test_set: what `open_dataset` returns, or an object of one's own with the same attributes; judge: a name in JUDGES,
     "" for the usual one of the model and the test set's kind; metrics: in place of the judge's usual ones; name: of the
-    rows' task, "" for the card's.
+    rows' task, "" for the card's; also: metrics of classification besides the usual ones.
     """
 
     test_set: Any
     judge: str = ""
     metrics: tuple[str, ...] = ()
     name: str = ""
+    also: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "name", self.name or self.test_set.card.name)
@@ -61,10 +64,15 @@ class Task(StudyTask):
     def rows(self, clip: Model, settings: Settings) -> list[Result]:
         """Return the rows of one model."""
         judge = self.judged_by(clip, settings)
+        metrics = self.metrics
+        if self.also and isinstance(judge, ByScores):
+            metrics = (*(metrics or judge.usual_metrics()), *self.also)
+        judge.check(metrics)
         seen = judge.see(self.test_set)
-        expected = self.test_set.card.test_size or len(self.test_set)
+        asked = getattr(self.test_set, "questions", None)  # and the size is that of these
+        expected = len(self.test_set) if asked else self.test_set.card.test_size or len(self.test_set)
         log.info("%s on %s: %s of %s images", clip.label, self.name, f"{len(seen.index):,}", f"{expected:,}")
-        rows = doubted(judge.rows(seen, self.name, self.metrics), self.test_set)
+        rows = doubted(judge.rows(seen, self.name, metrics), self.test_set)
         for doubt in rows[0].extra.get(DOUBTS, ()) if rows else ():
             log.warning("%s on %s: %s", clip.label, self.name, doubt)
         return rows
@@ -109,12 +117,14 @@ def open_tasks(
     protocol: str = OWN,
     how: Manipulations | None = None,
     features: str = POOLED,
+    also: Sequence[str] = (),
 ) -> list[StudyTask]:
     """Open the data sets of the named tasks.
 
-    names: data sets, "table1", "found", folder:PATH (see `task_names`), PROBE:NAME for a probe (see `read_probe`) and
-    distorted:NAME; root: what `open_dataset` takes; prompts: in place of the cards'; protocol: one of PROTOCOLS; how:
-    the distortions, `choose(None)` by default; features: of probes, one of FEATURES.
+    names: data sets, "table1", suites, "found", folder:PATH (see `task_names`), PROBE:NAME for a probe (see
+    `read_probe`) and distorted:NAME; root: what `open_dataset` takes; prompts: in place of the cards'; protocol: one of
+    PROTOCOLS; how: the distortions, `choose(None)` by default; features: of probes, one of FEATURES; also: metrics of
+    classification besides the usual ones.
     Raises ValueError for no tasks, UnknownName, and the data sets' own errors.
     """
     if not names:
@@ -130,7 +140,7 @@ def open_tasks(
     more = {} if given is None else {"prompts": given}
     # All cards, before the first data set is opened.
     cards = {name: load_card(name) for some in wanted.values() for name in some}
-    opened = {name: Task(open_dataset(cards[name], root, **more), name=name) for name in to_judge}
+    opened = {name: Task(open_dataset(cards[name], root, **more), name=name, also=tuple(also)) for name in to_judge}
     parts = {name: open_parts(name, root) for name in dict.fromkeys(name for kind in probes for name in wanted[kind])}
     tasks: list[StudyTask] = [opened[name] for name in wanted[""]]
     tasks += [
@@ -163,10 +173,12 @@ def _probe(spelled: str, protocol: str) -> Probe:
 
 
 def task_names(names: Sequence[str], root: str | Path, to_train: bool = False) -> list[str]:
-    """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, and "found" for all that are
-    under `root` and can be opened, with images to train on where they are wanted. Raises FileNotFoundError for "found"
+    """Return the names of data sets, each once: "table1" stands for CLIP-Mamba's 26, the name of a suite for its data
+    sets, and "found" for all that are under `root` and can be opened, with images to train on where they are wanted.
+    Raises FileNotFoundError for "found"
     where there is no folder `root`."""
     spelled = {"table1": lambda: list(TABLE1.columns), "found": lambda: [name for name in list_cards() if there(name)]}
+    spelled |= {name: lambda suite=suite: list(suite.metrics) for name, suite in SUITES.items()}
 
     def there(name: str) -> bool:
         try:

@@ -17,6 +17,7 @@ from ssmclip.evaluate.classification import ByScores
 from ssmclip.evaluate.embeddings.embed import ImageEmbeddings, Settings, embed_texts
 from ssmclip.evaluate.judge import JUDGES, names_of
 from ssmclip.models.names import Model
+from ssmclip.models.towers import logit_scale
 
 
 def class_embeddings(
@@ -60,6 +61,9 @@ class ZeroShot(ByScores):
 
     def scores(self, seen: ImageEmbeddings) -> Float[Tensor, "n c"]:
         return seen.features @ self.classes.T
+
+    def logits(self, scores: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        return logit_scale(self.clip.network) * scores
 
     def about(self, seen: ImageEmbeddings) -> dict[str, Any]:
         return {"prompts": getattr(self.test_set, "prompts", ""), "parameters": self.clip.parameters}

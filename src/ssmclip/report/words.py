@@ -81,8 +81,11 @@ def distorted_title(row: Result) -> str:
     return f"{row.extra.get('title', row.task).rpartition(', ')[0]}, distorted"
 
 
+HEADED = ("classification", "multilabel", "matching")  # kinds of test sets whose first row is the main one
+
+
 def kind_of(task: str, rows: Iterable[Result]) -> str | None:
-    """Return "classification" or "retrieval", None if no row says which."""
+    """Return "classification", "retrieval" or another kind of test set, None if no row says which."""
     return next((row.extra["kind"] for row in rows if row.task == task and "kind" in row.extra), None)
 
 
@@ -101,6 +104,8 @@ def caveats(row: Result) -> list[str]:
     if told := row.extra.get("said"):
         said.append(str(told))
     said += row.extra.get("doubts", [])
+    if foreign := row.extra.get("spelled_out"):
+        said.append(f"{_count(foreign)} texts in a script that the tokenizer can only spell out")
     if same := row.extra.get("same_names"):
         said.append(f"classes that share a name: {', '.join(same)}")
     return said
@@ -111,7 +116,7 @@ def headline(rows: Sequence[Result], task: str) -> str | None:
     of_task = [row for row in final(rows) if row.task == task]
     if kind_of(task, of_task) == "retrieval":
         return "image_to_text_recall@10"
-    return next((row.metric for row in of_task if row.extra.get("kind") == "classification"), None)
+    return next((row.metric for row in of_task if row.extra.get("kind") in HEADED), None)
 
 
 def summary(rows: Sequence[Result]) -> list[tuple[str, list[Said]]]:
@@ -146,10 +151,11 @@ def training(rows: Sequence[Result]) -> list[Said]:
 
 def _sentence(row: Result, notes: Sequence[str]) -> str:
     value, n = number(row.value, row.metric), _count(row.n)
+    counted = "questions" if row.extra.get("kind") == "matching" else "images"
     says = {
         "top1": f"classifies {value} of {n} images correctly",
         "image_to_text_recall@10": f"retrieves a correct caption in the top 10 for {value} of {n} images",
-    }.get(row.metric, f"has a {metric_name(row.metric)} of {value} on {n} images")
+    }.get(row.metric, f"has a {metric_name(row.metric)} of {value} on {n} {counted}")
     facts = [f"95 % interval {interval(row)}"] if interval(row) else []
     if chance := row.extra.get("chance"):
         facts.append(f"chance level {number(chance, row.metric)}")

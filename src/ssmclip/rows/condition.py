@@ -35,12 +35,13 @@ SOURCE = "source"  # where data came from, such as one of several sources of tra
 METHOD = "method"  # of explanation
 PICTURE = "picture"  # its name
 QUERY = "query"  # the text or class that was looked for
+CATEGORY = "category"  # of a test set's questions
 CASE = "case"  # anything else, in words
 
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, SEED, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CATEGORY, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)

@@ -55,6 +55,8 @@ from ssmclip.train.schedule import lr_schedule
 from ssmclip.train.signals import Agreement, Signals, Stopped
 from ssmclip.train.start import load_start, report_start
 from ssmclip.train.state import rng_state, same_rng_after, seed_everything, set_rng_state
+from ssmclip.train.timing import StepTimes
+from ssmclip.train.trackers import tracker_names
 from ssmclip.train.trainee import model_of, split_state
 
 # validate(model, step) -> rows: the model in eval mode on its device, with its preprocessing. Called in the main
@@ -77,20 +79,22 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, validat
     """
     out, asked = Path(out), config.validation
     build_objective(config, num_classes=2)  # refuses before there is a folder
+    tracker_names(config.logging)
     if asked.best and not (asked.every and asked.tasks):
         raise ValueError(f"validation.best={asked.best!r} needs validation.every and validation.tasks: set both")
     accelerator = build_accelerator(config)
     with run_folder(out, config, resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        run = _Run.start(config, out, accelerator)
+        run, finished = _Run.start(config, out, accelerator), False
         try:
             with Signals(announce=accelerator.is_main_process) as signals:
                 run.to_the_end(validate, signals)
+            finished = True
         except NonFinite as error:
             last = last_checkpoint(out)
             raise NonFinite(f"{error}. Last good checkpoint: {last or 'none yet'}") from None
         finally:
-            run.close()
+            run.close(hurry=not finished)
         accelerator.wait_for_everyone()
     return out
 
@@ -114,6 +118,7 @@ class _Run:
     skips: int = 0  # steps that the gradient scaler left out, in all
     skips_in_a_row: int = 0
     repeats: Repeats = field(default_factory=Repeats)
+    times: StepTimes = field(default_factory=StepTimes)
     told_of_repeats: bool = False
     owes_validation: bool = False  # of the last step, after which a signal stopped the run
     stream: Any = None
@@ -192,7 +197,9 @@ class _Run:
             if config.image_size(self.step) != size:
                 size = config.image_size(self.step)
                 self.stream = self._open_stream(size, self.stream)
-            batch = next(self.stream)
+            self.times.begin()
+            with self.times.waiting():
+                batch = next(self.stream)
             watch.add(self._one_step(batch, rates[self.step]))
             self.cursor = self.stream.cursor
             self.log.stepped()
@@ -204,6 +211,7 @@ class _Run:
                 or self._due(config.checkpoint.every)
             )
             seen = watch.look(self._mean) if pause or self.step % look_every == 0 else None
+            self.times.ended()
             if self._due(config.logging.every):
                 self._write_numbers(*seen, rates[self.step - 1], batch.images.shape[-2:])
             with self.log.pause():
@@ -227,11 +235,11 @@ class _Run:
         if validate is not None and self._validate(validate, self.config.image_size(self.step - 1)):
             self._save()
 
-    def close(self) -> None:
-        """End the worker processes and the progress bar."""
+    def close(self, hurry: bool) -> None:
+        """End the worker processes, the progress bar and the trackers; in a hurry, hardly waiting for the last."""
         if self.stream is not None:
             self.stream.close()
-        self.log.close()
+        self.log.close(hurry)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
@@ -298,6 +306,7 @@ class _Run:
             **({"image_size": sides[0]} if sides[0] == sides[1] else dict(zip(SIDES, sides, strict=True))),
             "samples_skipped": float(self.accelerator.reduce(skipped, "sum")),
             "samples_repeated": float(self._count_repeats()),
+            **self.times.read(self.accelerator.gather, self.accelerator.device),
         }
         if self.accelerator.scaler is not None:
             numbers["steps_skipped"] = self.skips

@@ -1,4 +1,4 @@
-"""Report the progress of a run: rows, TensorBoard, a progress bar; and watch for non-finite numbers."""
+"""Report the progress of a run: rows, trackers, a progress bar; and watch for non-finite numbers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ssmclip.data.pairs.samples import draw_seed
 from ssmclip.rows import Result, append_rows, describe_run, read_rows, write_rows
 from ssmclip.rows.condition import SOURCE, STEP
 from ssmclip.rows.resume import drop_half_a_line
+from ssmclip.train.trackers import TrackedRun, Trackers, tracker_names
 
 
 class NonFinite(ValueError):
@@ -92,13 +93,13 @@ def _finite(value: float) -> bool:
 
 
 class Log:
-    """The main process's rows.jsonl, TensorBoard and progress bar; silent in any other process.
+    """The main process's rows.jsonl, trackers and progress bar; silent in any other process.
 
     Rows have the name of the run's folder, like those of `ssmclip evaluate`: two runs of one model are two curves.
     """
 
     def __init__(self, out: Path, config: TrainConfig, start: int, device: str, speaks: bool):
-        self._out, self._config, self._speaks, self._writer = out, config, speaks, None
+        self._out, self._config, self._speaks = out, config, speaks
         self._name = out.resolve().name
         if not speaks:
             return
@@ -106,10 +107,6 @@ class Log:
         _rename_rows(out / "rows.jsonl", self._name)
         if not (out / "rows.jsonl").exists():
             append_rows(out / "rows.jsonl", [], describe_run(config.seed, device, model=config.model.label))
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(out / "tensorboard", purge_step=start + 1)
         self._bar = tqdm(
             total=config.steps,
             initial=start,
@@ -118,6 +115,7 @@ class Log:
             file=sys.stderr,
             mininterval=0.2 if sys.stderr.isatty() else 30,  # a log file wants a line now and then
         )
+        self._trackers = Trackers(tracker_names(config.logging), TrackedRun(out, start, config), self.say)
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -157,10 +155,7 @@ class Log:
         """Write rows that have their step in `where`, under the run's name."""
         rows = [replace(row, model=self._name) for row in rows]
         append_rows(self._out / "rows.jsonl", rows)
-        if self._writer:
-            for row in rows:
-                source = f"/{row.where[SOURCE]}" if SOURCE in row.where else ""
-                self._writer.add_scalar(f"{row.task}/{row.metric}{source}", row.value, step)
+        self._trackers.log(rows, step)
 
     def pause(self) -> _Pause:
         """Exclude what runs inside from the training speed."""
@@ -170,11 +165,11 @@ class Log:
         if self._speaks:
             self._bar.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self, hurry: bool = False) -> None:
+        """End the bar and the trackers; in a hurry, hardly waiting for slow ones."""
         if self._speaks:
             self._bar.close()
-            if self._writer:
-                self._writer.close()
+            self._trackers.close(hurry)
 
 
 class _Pause:

@@ -24,9 +24,12 @@ _AGAIN_S = 0.5  # an interrupt so soon after the first is the same one, from the
 class Stopped(KeyboardInterrupt):
     """A run was stopped by a signal after a whole step, and has a checkpoint of that step.
 
-    signal: its number; step: finished steps; checkpoint: the folder to resume from. It is a KeyboardInterrupt so that
-    a program that trains one model after another ends too.
+    signal: its number; step: finished steps; checkpoint: the folder to resume from; seconds: from the signal until it
+    was saved, None where another process had the signal. It is a KeyboardInterrupt so that a program that trains one
+    model after another ends too.
     """
+
+    seconds: float | None = None
 
     def __init__(self, number: int, step: int, checkpoint: Path):
         super().__init__(f"{signal.Signals(number).name} after step {step}; saved {checkpoint}")
@@ -37,12 +40,14 @@ class Signals:
     """A context in which the signals of NAMES are noted in `number` (0: none came) instead of ending the process.
 
     A second interrupt raises KeyboardInterrupt at once. Signals that this process ignores, as `nohup` and background
-    jobs do, stay ignored. Outside the main thread, where Python takes no handlers, nothing changes.
+    jobs do, stay ignored. Outside the main thread, where Python takes no handlers, nothing changes. A Stopped that
+    leaves the context is given the seconds since the first signal.
     """
 
     def __init__(self, announce: bool = True):
         self.number = 0
         self._announce = announce
+        self._noted: float | None = None  # when the first signal came
         self._interrupted: float | None = None
         self._before: dict[int, Any] = {}
 
@@ -54,7 +59,9 @@ class Signals:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Stopped) and self._noted is not None:
+            error.seconds = time.monotonic() - self._noted
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -69,7 +76,8 @@ class Signals:
             again = "; Ctrl-C again ends at once, unsaved" if number == signal.SIGINT else ""
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\n{signal.Signals(number).name}: saving after this step{again}\n".encode())
-        self.number = self.number or number
+        if not self.number:
+            self.number, self._noted = number, time.monotonic()
 
 
 class Agreement:

@@ -75,7 +75,7 @@ def scheme_of(address: str) -> str:
 def expand(pattern: str) -> list[str]:
     """Return the addresses of a brace pattern, and in each those that a glob or a folder (.../) holds.
 
-    Raises FileNotFoundError for a glob or folder without shards, ImportError as `file_system`.
+    Raises FileNotFoundError for a glob or folder without shards or that cannot be listed, ImportError as `file_system`.
     """
     return [address for part in braceexpand(pattern) for address in _listed(part)]
 
@@ -136,8 +136,16 @@ def _patient() -> Any:
 
 def describe(error: BaseException) -> str:
     """Return an error's type and message on one line; messages may be empty."""
+    error = _original(error)
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _original(error: BaseException) -> BaseException:
+    """Return why a file counts as not found: fsspec says so of every failure of a web server, unreachable ones too."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _registered() -> Sequence[str]:
@@ -151,7 +159,10 @@ def _listed(address: str) -> list[str]:
         return [address]
     pattern = f"{address}*.tar*" if address.endswith("/") else address
     files, path = file_system(pattern)
-    found = sorted(files.unstrip_protocol(name) for name in files.glob(path))
+    try:
+        found = sorted(files.unstrip_protocol(name) for name in files.glob(path))
+    except Exception as error:  # file systems fail in their own ways
+        raise FileNotFoundError(f"the shards {pattern} cannot be listed: {describe(error)}") from error
     if not found:
         raise FileNotFoundError(f"no shard matches {pattern}")
     return found
@@ -233,8 +244,9 @@ class _Persistent(io.RawIOBase):
                 file.close()
 
 
-def _is_final(error: Exception) -> bool:
+def _is_final(error: BaseException) -> bool:
     """Return whether trying again cannot help."""
+    error = _original(error)
     status = getattr(error, "status", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
     return refused or isinstance(error, FileNotFoundError | PermissionError | ImportError | NotImplementedError)

@@ -353,6 +353,11 @@ def _texts(captions: Any) -> list[str]:
     return [caption for caption in captions if caption is not None]
 
 
+def _labels(fields: dict) -> list[str]:
+    """Return the one label that a classifier is to give, from .cls; [] if there is none."""
+    return [fields["cls"].decode("utf-8-sig").strip()] if "cls" in fields else []
+
+
 def _sample_by_fields(key: str, image: bytes, files: dict, shard_format: ShardFormat) -> Sample:
     """Return a sample whose captions know their field, and that can read a teacher's features of all of them.
 

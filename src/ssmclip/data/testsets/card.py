@@ -18,12 +18,14 @@ WHOLE = "all"  # the split of pictures that no split was made of
 class Card:
     """What is known of a data set without its files.
 
-    kind: "classification" or "retrieval"; metric: the headline one; test_size: images in the whole test set (0: not
+    kind: one of `testset.KINDS`; metric: the headline one; test_size: images in the whole test set (0: not
     known); split: the part of the data set that is tested on;
     classnames: in label order; templates: prompts with {} for the class name; either may instead say where they are
     ("open_clip:NAME", "clip_benchmark:KEY"), and where there are no classnames the files bring `classes` of them;
     layouts: names in LAYOUTS, tried in order; aliases: names it goes by elsewhere, in folders and in files of prompts;
     inliers: the data set with pictures of the classes, where this one's pictures are of none of them (outliers);
+    metadata: names of the numbers that NAME.npy beside a picture holds, in webdatasets; grouped_by: the one of them
+    that groups are told apart by;
     folders: the class folders' names in label order, where they are not the class names ("sorted": their own order is
     the label order; "timm:NAME": WordNet ids that timm lists);
     own: whether it is a person's own data set, in the folder `source` or under the root: its names mean themselves;
@@ -47,8 +49,26 @@ class Card:
     split: str = "test"
     note: str = ""
     inliers: str = ""
+    metadata: tuple[str, ...] = ()
+    grouped_by: str = ""
     own: bool = False
     part: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures and texts to be matched: a caption among wrong ones, two pictures with a caption each, a cue and the
+    pictures that it is about.
+
+    key: its name; pictures: their places in the test set; texts; right: the (picture, text) that belong together, by
+    their places in these two; category: what is asked about, "" where there is one kind of question.
+    """
+
+    key: str
+    pictures: tuple[int, ...]
+    texts: tuple[str, ...]
+    right: tuple[tuple[int, int], ...]
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,8 @@ class Found:
     classnames, templates: when the files bring their own; groups: a name for each picture, where the set has them;
     files: what the pictures are read from, for telling whether they have changed; said: what a reader must know;
     split: the split they are of, WHOLE where there are no splits, "" where the layout does not tell splits apart;
-    answers: all classes that are right for each picture, where there may be several (labels: one of them).
+    answers: all classes that are right for each picture, where there may be several (labels: one of them);
+    questions: what pictures and texts are to be matched.
     """
 
     where: str
@@ -73,11 +94,24 @@ class Found:
     said: str = ""
     split: str = ""
     answers: list[tuple[int, ...]] | None = None
+    questions: list[Question] | None = None
 
 
 # A layout: (folder, card) -> Found, or a string that names what is not there. Files that are there but damaged raise
 # ValueError or FileNotFoundError. Where a card asks for a `part`, only what says that it is of this split is taken.
-_HOMES = ("arrays", "captioned", "folders", "originals", "parquet", "real", "tables", "tars")
+_HOMES = (
+    "arrays",
+    "captioned",
+    "faces",
+    "folders",
+    "originals",
+    "parquet",
+    "questions",
+    "real",
+    "tables",
+    "tars",
+    "voc",
+)
 LAYOUTS: Registry[Callable[[Path, Card], Found | str]] = Registry(
     "layout", [f"ssmclip.data.testsets.layouts.{name}" for name in _HOMES]
 )

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ssmclip.data.testsets.card import SORTED, Card, Found
+from ssmclip.data.testsets.card import SORTED, Card, Found, Question
 from ssmclip.data.testsets.prompts import Names, Prompts, chosen, folders_on, names_on, plain, templates_on
 
-KINDS = ("classification", "retrieval")
+KINDS = ("classification", "retrieval", "multilabel", "matching")
 
 
 class TestSet(Protocol):
@@ -25,7 +25,8 @@ class TestSet(Protocol):
     come from; groups: a name for each picture, where the set has groups; files: what the pictures are read from, for
     telling whether they have changed; said: what a reader must know of this copy ("": nothing); split: which part of
     the data set this is, "" where that is not known; expected: images in the whole test set; answers: all classes that
-    are right for each picture (None: its label alone).
+    are right for each picture (None: its label alone); questions: what pictures and texts are to be matched (None:
+    nothing is).
     """
 
     __test__ = False  # no tests, though pytest goes by its name
@@ -46,6 +47,7 @@ class TestSet(Protocol):
     split: str
     expected: int
     answers: Sequence[tuple[int, ...]] | None
+    questions: Sequence[Question] | None
 
     def __len__(self) -> int: ...
 
@@ -75,6 +77,7 @@ class PictureSet:
     said: str = ""
     split: str = ""
     answers: Sequence[tuple[int, ...]] | None = None
+    questions: Sequence[Question] | None = None
 
     @property
     def name(self) -> str:
@@ -123,7 +126,30 @@ class _FoundSet(PictureSet):
         return self._pictures[index]
 
 
-class Classification(_FoundSet):
+class _OfClasses(_FoundSet):
+    """A test set with classes: ds.classnames, ds.templates. Raises ValueError for names that occur twice, and for
+    another set's classes."""
+
+    def __init__(self, card: Card, found: Found):
+        super().__init__(card, found)
+        self.answers = found.answers
+        self.classnames = found.classnames or names_on(card)
+        self.templates = found.templates or templates_on(card)
+        self.prompts = "the data set's own" if found.templates else "the card's"
+        _check_classes(self)
+
+    def ask(self, prompts: Prompts | None) -> None:
+        """Take the names and templates of a file in place of the card's, where one is given."""
+        card = self.card
+        if prompts is not None:
+            self.classnames, self.templates = chosen(prompts, card, self.classnames)
+            self.prompts = prompts.source
+        if card.classes and len(self.classnames) != card.classes:
+            fewer = f"{len(self.classnames)} of {card.classes} classes"
+            self.said = "; ".join(filter(None, (self.said, fewer)))
+
+
+class Classification(_OfClasses):
     """`ds[i]` is (PIL picture, label), or raises BadImage; ds.labels, ds.classnames, ds.templates.
 
     inliers: () -> the data set with pictures of the classes, of a set of outliers.
@@ -140,18 +166,42 @@ class Classification(_FoundSet):
         inliers: Callable[[], Classification] | None = None,
     ):
         super().__init__(card, found)
-        self.labels, self.answers, self.inliers = found.labels or (), found.answers, inliers
-        self.classnames = found.classnames or names_on(card)
-        self.templates = found.templates or templates_on(card)
-        self.prompts = "the data set's own" if found.templates else "the card's"
-        _check_classes(self)
+        self.labels, self.inliers = found.labels or (), inliers
         _check_labels(self)
-        if prompts is not None:
-            self.classnames, self.templates = chosen(prompts, card, self.classnames)
-            self.prompts = prompts.source
-        if card.classes and len(self.classnames) != card.classes:
-            fewer = f"{len(self.classnames)} of {card.classes} classes"
-            self.said = "; ".join(filter(None, (self.said, fewer)))
+        self.ask(prompts)
+
+
+class MultiLabel(_OfClasses):
+    """`ds[i]` is a PIL picture, `ds.answers[i]` the classes of what is on it, which may be none. Raises ValueError for
+    answers that are no class, class names that occur twice, and another set's classes."""
+
+    answers: Sequence[tuple[int, ...]]
+
+    def __init__(self, card: Card, found: Found, prompts: Prompts | None = None):
+        super().__init__(card, found)
+        _check_answers(self)
+        self.ask(prompts)
+
+
+class Matching(_FoundSet):
+    """`ds[i]` is a PIL picture, `ds.questions` say which pictures and texts are to be matched. Raises ValueError for no
+    questions, and for those that ask about pictures or texts that are not theirs."""
+
+    questions: Sequence[Question]
+
+    def __init__(self, card: Card, found: Found):
+        super().__init__(card, found)
+        self.questions = found.questions or ()
+        _check_questions(self)
+
+    @property
+    def expected(self) -> int:
+        """Return the number of questions in the whole test set, which its card's `test_size` counts."""
+        return self.card.test_size or len(self.questions)
+
+    @property
+    def partial(self) -> bool:
+        return len(self.questions) < self.expected
 
 
 class Retrieval(_FoundSet):
@@ -172,7 +222,7 @@ def check_names(where: str, names: Sequence[str], allowed: set[str] = frozenset(
         raise ValueError(f"{where}: class names that occur more than once: {', '.join(twice)}")
 
 
-def _check_classes(dataset: Classification) -> None:
+def _check_classes(dataset: _OfClasses) -> None:
     card = dataset.card
     known_names = names_on(card)
     allowed = {name for name, count in Counter(known_names).items() if count > 1}  # ImageNet has two missiles
@@ -200,6 +250,32 @@ def _check_labels(dataset: Classification) -> None:
             f"{dataset.where}: {len(outside)} labels are outside the {count} classes; the first is "
             f"{dataset.labels[first]} of {dataset.keys[first]}"
         )
+
+
+def _check_answers(dataset: MultiLabel) -> None:
+    if dataset.answers is None or len(dataset.answers) != dataset.n:
+        raise ValueError(
+            f"{dataset.where}: {dataset.n} pictures with {len(dataset.answers or ())} lists of the classes on them"
+        )
+    for key, answers in zip(dataset.keys, dataset.answers, strict=True):
+        if outside := [label for label in answers if not _is_class(label, len(dataset.classnames))]:
+            raise ValueError(
+                f"{dataset.where}: {key} is said to show class {outside[0]}, and there are {len(dataset.classnames)}"
+            )
+
+
+def _check_questions(dataset: Matching) -> None:
+    if not dataset.questions:
+        raise ValueError(f"{dataset.where} has no questions: nothing says which pictures and texts are to be matched")
+    for question in dataset.questions:
+        texts, pictures = len(question.texts), len(question.pictures)
+        if max(texts, pictures) < 2 or not all(0 <= place < dataset.n for place in question.pictures):
+            raise ValueError(
+                f"{dataset.where}: question {question.key} must have several pictures or texts, all of the test set "
+                f"(got {pictures} pictures and {texts} texts)"
+            )
+        if not question.right or not all(0 <= i < pictures and 0 <= j < texts for i, j in question.right):
+            raise ValueError(f"{dataset.where}: question {question.key} has no right answer among its own")
 
 
 def _is_class(label: Any, count: int) -> bool:

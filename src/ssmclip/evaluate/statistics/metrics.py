@@ -25,13 +25,15 @@ BINS = 15  # of confidence
 
 @dataclass(frozen=True)
 class Metric:
-    """A function of scores (n, c), the true classes (n) and weights, and what guessing among c classes gives."""
+    """A function of scores (n, c), the true classes (n) and weights; what guessing among c classes gives; and the least
+    and the most classes that it is for (None: any number)."""
 
     function: Callable[..., Tensor]
     chance: Callable[[int], float | None]
+    classes: tuple[int, int | None] = (1, None)
 
 
-METRICS: Registry[Metric] = Registry("metric")
+METRICS: Registry[Metric] = Registry("metric", ["ssmclip.evaluate.statistics.calibration"])
 
 
 def metric(
@@ -40,15 +42,16 @@ def metric(
     *,
     fraction: bool = True,
     chance: Callable[[int], float | None] = lambda classes: 1 / classes,
+    classes: tuple[int, int | None] = (1, None),
 ):
     """Return a decorator that registers a function of scores as a metric.
 
     title: what reports call it; fraction: whether they write it as a percentage; chance: number of classes -> the value
-    that guessing gives, None where that is not known.
+    that guessing gives, None where that is not known; classes: the least and the most that it is for.
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METRICS.register(name)(Metric(function, chance))
+        METRICS.register(name)(Metric(function, chance, classes))
         if name not in SHOWN:
             SHOWN.register(name)(Shown(title or name.replace("_", " "), fraction))
         return function
@@ -61,20 +64,20 @@ def top1(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
     """Return the fraction of images whose class scores highest (the first of equals counts as highest)."""
-    return _weighted_mean(_hits(scores, target, 1), weights)
+    return _weighted_mean(in_first(scores, target, 1), weights)
 
 
-@metric("top5", chance=lambda classes: 5 / classes)
+@metric("top5", chance=lambda classes: 5 / classes, classes=(5, None))
 def top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
     """Return the fraction of images whose class is among the five best. Raises ValueError below five classes."""
     if scores.shape[1] < 5:
         raise ValueError(f"top5 needs at least 5 classes (got {scores.shape[1]})")
-    return _weighted_mean(_hits(scores, target, 5), weights)
+    return _weighted_mean(in_first(scores, target, 5), weights)
 
 
-@metric("mean_top1_top5")
+@metric("mean_top1_top5", classes=(5, None))
 def mean_top1_top5(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -87,11 +90,26 @@ def mean_per_class(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
     """Return the mean of the classes' accuracies, over the classes that occur (scikit-learn's balanced accuracy)."""
-    hits = _hits(scores, target, 1)
+    hits = in_first(scores, target, 1)
     weights = torch.ones_like(hits) if weights is None else weights.to(hits)
     member = torch.nn.functional.one_hot(target.long(), scores.shape[1]).to(hits)
     accuracy = (weights @ (hits[:, None] * member)) / (weights @ member)  # 0 / 0 where a class does not occur
     return accuracy.nanmean(dim=-1)
+
+
+@metric("macro_f1", "mean F1 score over classes", chance=lambda classes: None)
+def macro_f1(
+    scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Return the mean of the classes' F1 scores, over the classes that occur, as WILDS counts it."""
+    member, guessed = (
+        torch.nn.functional.one_hot(classes.long(), scores.shape[1]).double()
+        for classes in (target, scores.argmax(dim=1))
+    )
+    weights = torch.ones(len(target), dtype=torch.float64) if weights is None else weights.to(member)
+    true, taken = weights @ member, weights @ guessed
+    f1 = 2 * (weights @ (member * guessed)) / (true + taken)
+    return f1.masked_fill(true == 0, torch.nan).nanmean(dim=-1)
 
 
 @metric("nll", chance=math.log)
@@ -112,7 +130,7 @@ def ece(
     confidence = scores.double().softmax(dim=1).amax(dim=1)
     weights = torch.ones_like(confidence) if weights is None else weights.to(confidence)
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # bin m is ((m - 1) / 15, m / 15]
-    gap = torch.nn.functional.one_hot(place, BINS) * (_hits(scores, target, 1) - confidence)[:, None]
+    gap = torch.nn.functional.one_hot(place, BINS) * (in_first(scores, target, 1) - confidence)[:, None]
     return (weights @ gap).abs().sum(-1) / weights.sum(-1)
 
 
@@ -133,7 +151,15 @@ def average_precision(
     return (precision * hits).nansum(-1) / hits.sum(-1)  # 0 / 0 above the first that was drawn
 
 
-@metric("roc_auc", chance=lambda classes: 0.5)
+def mean_average_precision(
+    scores: Float[Tensor, "n c"], answers: Bool[Tensor, "n c"], weights: Float[Tensor, "*r n"] | None = None
+) -> Float[Tensor, "*r"]:
+    """Return the mean of the classes' average precisions, over the classes that are on some picture."""
+    each = [average_precision(scores[:, c], answers[:, c], weights) for c in range(scores.shape[1])]
+    return torch.stack(each, dim=-1).nanmean(dim=-1)
+
+
+@metric("roc_auc", chance=lambda classes: 0.5, classes=(2, 2))
 def roc_auc(
     scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], weights: Float[Tensor, "*r n"] | None = None
 ) -> Float[Tensor, "*r"]:
@@ -230,7 +256,8 @@ def bootstrap_interval(
     return low, high
 
 
-def _hits(scores: Tensor, target: Tensor, k: int) -> Tensor:
+def in_first(scores: Float[Tensor, "n c"], target: Int[Tensor, " n"], k: int) -> Float[Tensor, " n"]:
+    """Return 1 where the true class is among the k that score highest, 0 elsewhere; the first of equals is higher."""
     own = scores.gather(1, target[:, None].long())
     earlier = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
     return (((scores > own) | ((scores == own) & earlier)).sum(dim=1) < k).double()

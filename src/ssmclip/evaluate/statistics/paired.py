@@ -6,7 +6,8 @@ n images · r bootstrap resamples
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 
@@ -16,7 +17,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from ssmclip.evaluate.embeddings.cache import texts_hash
+from ssmclip.evaluate.statistics.comparison import equivalence, holm, kappa, weighted_kappa
 from ssmclip.evaluate.statistics.metrics import bootstrap_interval
+from ssmclip.evaluate.statistics.resampling import bootstrap_of_rows, mean_interval
 from ssmclip.rows import Result
 from ssmclip.rows.payloads import RightImages
 
@@ -44,6 +47,55 @@ def mcnemar(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"]) -> float:
     return min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n)
 
 
+def _pairs(rows: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
+    """Yield each two rows of different models with the same metric on the same images."""
+    having = [row for row in rows if "right" in row.extra and row.n]
+    for first, second in combinations(having, 2):
+        same = all(getattr(first, name) == getattr(second, name) for name in ("task", "place", "metric", "n"))
+        if same and first.model != second.model and first.extra["images"] == second.extra["images"]:
+            yield first, second
+
+
+def compared(
+    rows: Sequence[Result],
+    *,
+    seed: int = 0,
+    margin: float | None = None,
+    agreement: bool = False,
+    resamples: int | None = None,
+) -> list[Result]:
+    """Return `paired_rows`, with more tests of each two models.
+
+    Of several comparisons `extra` has the p values adjusted for their number (`holm_p`). margin: the largest difference
+    that counts as none; `extra` then has the p value of the test of equivalence. resamples: of the intervals, in place
+    of those of `paired_rows`. agreement: also a row of Cohen's kappa for each two models, of which images they have
+    right. Raises ValueError for a margin that is not between 0 and 1 and for fewer than one resample.
+    """
+    if resamples is not None and resamples < 1:
+        raise ValueError(f"resamples must be at least 1 (got {resamples})")
+    pairs = [(unmarked(first), unmarked(second)) for first, second in _pairs(rows)]
+    made = paired_rows(rows, seed=seed)
+    adjusted = holm([row.extra["mcnemar_p"] for row in made])
+    more = []
+    for row, (a, b), p in zip(made, pairs, adjusted, strict=True):
+        tests = {"holm_p": p, "comparisons": len(made)} if len(made) > 1 else {}
+        if margin is not None:
+            tests |= {"margin": margin, "equivalence_p": equivalence(a, b, margin)}
+        new = replace(row, extra=row.extra | tests)
+        if resamples is not None:
+            low, high = mean_interval(a.double() - b.double(), seed=seed, resamples=resamples)
+            new = replace(new, ci_low=low, ci_high=high, extra=new.extra | {"resamples": resamples})
+        more.append(new)
+    return more + ([_kappa(row, *pair, seed) for row, pair in zip(made, pairs, strict=True)] if agreement else [])
+
+
+def _kappa(row: Result, a: Bool[Tensor, " n"], b: Bool[Tensor, " n"], seed: int) -> Result:
+    both = torch.stack([a, b], dim=1).double()
+    low, high = bootstrap_of_rows(weighted_kappa, both, seed=seed)
+    metric = f"{row.metric.removesuffix('_difference')}_agreement"
+    return replace(row, metric=metric, value=kappa(a, b), ci_low=low, ci_high=high, extra={})
+
+
 def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
     """Return a row for each two models with the same metric on the same images (`model`, and `against` the second).
 
@@ -51,12 +103,8 @@ def paired_rows(rows: Sequence[Result], *, seed: int = 0) -> list[Result]:
     exact p value of McNemar's test and how many images only one of the two had right. Rows that don't say which images
     were right are left out, and two models that saw different images are not compared.
     """
-    having = [row for row in rows if "right" in row.extra and row.n]
     made = []
-    for first, second in combinations(having, 2):
-        same = all(getattr(first, name) == getattr(second, name) for name in ("task", "place", "metric", "n"))
-        if not same or first.model == second.model or first.extra["images"] != second.extra["images"]:
-            continue
+    for first, second in _pairs(rows):
         a, b = unmarked(first), unmarked(second)
         gain = a.double() - b.double()
         low, high = bootstrap_interval(lambda w, gain=gain: w @ gain / w.sum(-1), len(gain), seed=seed)

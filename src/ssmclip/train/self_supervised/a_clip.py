@@ -64,7 +64,7 @@ class AClip(Clip):
             ),
             f"loss.ssl.augment must be {{}} for loss.kind=a-clip (got {ssl.augment}): set data.augment": ssl.augment,
             "model.patch_drop_rate must be none for loss.kind=a-clip "
-            f"(got {config.model.patch_drop_rate}): set loss.mask.keep": masked and config.model.patch_drop_rate,
+            f"(got {config.model.patch_drop_rate}): set loss.mask.keep_rate": masked and config.model.patch_drop_rate,
             "model.compile must be false for loss.kind=a-clip (got true)": config.model.compile,
         }
         for reason, applies in refused.items():
@@ -118,7 +118,7 @@ class AClip(Clip):
             scores = torch.rand(len(boxes), rows, columns, device=boxes.device)
         else:
             scores = block_scores(saliency, boxes, rows, columns)
-        return best(-scores if mask.choice == "inverse" else scores, mask.keep)
+        return best(-scores if mask.choice == "inverse" else scores, mask.keep_rate)
 
     def outputs(self, model: nn.Module, images: Tensor, targets: Any) -> dict[str, Tensor]:
         return model(_embed, images, targets)

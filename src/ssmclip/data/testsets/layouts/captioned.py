@@ -176,7 +176,7 @@ def _found(
     Raises ValueError for a name that several files have.
     """
     pairs = [(name, captions) for name, captions in pairs if captions]
-    files = _Files(folder, [*names, *(name for name, _ in pairs)])
+    files = PictureFiles(folder, [*names, *(name for name, _ in pairs)])
     captions_of: dict[Path, list[str]] = {}
     missing = 0
     for name, captions in pairs:
@@ -197,7 +197,7 @@ def _found(
     )
 
 
-class _Files:
+class PictureFiles:
     """Picture files by the names that a file of captions gives them.
 
     A name is a path: below the folder, or below one that is not in the name (images/, val2014/). A file is that of the

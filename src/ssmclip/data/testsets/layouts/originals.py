@@ -33,6 +33,7 @@ FER2013_USAGES = {"test": "PrivateTest", "train": "Training", "val": "PublicTest
 CUB_FLAGS = {"test": "0", "train": "1"}
 VEHICLES = ("Car", "Van", "Truck")
 VEHICLE_LIMITS = (8.0, 20.0, 999.0)  # metres
+CLEVR_LIMITS = (8.0, 8.5, 9.0, 9.5, 10.0)  # distances from the camera
 OBJECTNET_BORDER = 2  # pixels of red around every picture, there to tell leaks into training sets
 
 
@@ -283,6 +284,40 @@ def clevr(folder: Path, card: Card) -> Found | str:
     if unknown := [path for path in paths if path.name not in count]:
         raise ValueError(f"{place} says nothing of {len(unknown)} pictures; the first: {unknown[0]}")
     return _from_files(str(place), folder, paths, [count[path.name] - 3 for path in paths], (), split=split)
+
+
+@LAYOUTS.register("clevr_distances")
+def clevr_distances(folder: Path, card: Card) -> Found | str:
+    """The same files: how far the nearest object is from the camera, in six classes (VTAB). Also train."""
+    split = card.part or "val"
+    place = _place(folder, marker := f"clevr/CLEVR_v1.0/scenes/CLEVR_{split}_scenes.json", card)
+    if place is None:
+        return marker
+    scenes = {scene["image_filename"]: scene["objects"] for scene in read_json(place)["scenes"]}
+    nearest = {name: min(thing["pixel_coords"][2] for thing in objects) for name, objects in scenes.items()}
+    paths = pictures_below(place.parents[1] / "images" / split)
+    if unknown := [path for path in paths if path.name not in nearest]:
+        raise ValueError(f"{place} says nothing of {len(unknown)} pictures; the first: {unknown[0]}")
+    labels = [sum(nearest[path.name] > limit for limit in CLEVR_LIMITS) for path in paths]
+    return _from_files(str(place), folder, paths, labels, (), split=split)
+
+
+@LAYOUTS.register("svhn_mat")
+def svhn(folder: Path, card: Card) -> Found | str:
+    """{test,train}_32x32.mat, cropped house numbers, where 10 stands for the digit 0."""
+    split = card.part or "test"
+    path = folder / f"{split}_32x32.mat"
+    if not path.is_file():
+        return path.name
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path)
+        pixels = np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))
+        labels = (content["y"].reshape(-1).astype(int) % 10).tolist()
+    except Exception as error:  # a damaged file raises nearly anything
+        raise ValueError(f"{path} is no file of SVHN's digits: {type(error).__name__}: {error}") from error
+    return _from_pixels(path, pixels, labels, split)
 
 
 @LAYOUTS.register("torchvision_renderedsst2")
