@@ -35,6 +35,14 @@ SETTINGS = [
 NUMBERS = ("loss", "grad_norm", "lr")
 
 
+@pytest.fixture(autouse=True)
+def heeds_ctrl_c():
+    """In the background a shell has its commands ignore Ctrl-C, which the processes they start inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def tiny(*overrides):
     return apply_overrides(load_recipe(RECIPE), [*SETTINGS, *overrides])
 

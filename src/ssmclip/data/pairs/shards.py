@@ -221,8 +221,7 @@ def read_shard(
     try:
         stream = open_shard(shard, remote or Remote()) if scheme_of(shard) else gopen(shard)
     except Exception as error:  # of any kind: files, pipes and web addresses fail in their own ways
-        why = describe(error) if scheme_of(shard) else error
-        yield Sample(shard, None, [], "missing shard", f"{shard}: {why}")
+        yield Sample(shard, None, [], "missing shard", describe(error) if scheme_of(shard) else str(error))
         return
     with _closing(stream, failures):
         watched = _Watched(stream)
