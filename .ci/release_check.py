@@ -58,8 +58,8 @@ def build(out: Path) -> Path:
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT)
     (wheel,) = out.glob("*.whl")
     (source,) = out.glob("*.tar.gz")
-    for file in (wheel, source):
-        assert file.stat().st_size < 2e6, f"{file.name} is above 2 MB: what is in it?"
+    for file in (wheel, source):  # the demo's model is 1.5 MB of both
+        assert file.stat().st_size < 4e6, f"{file.name} is above 4 MB: what is in it?"
     return wheel
 
 
