@@ -32,7 +32,12 @@ from ssmclip.models.files.weights import first_line
 from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
-_STATE = {"step": int, "ranks": list, "optimiser": dict, "online": dict | None, "best": dict | None}  # and its types
+# What every training state has, and its types; of each process, and of the best validation if there was one.
+_STATE = {"step": int, "ranks": list, "optimiser": dict, "scaler": dict | None, "online": dict | None}
+_STATE |= {"best": dict | None, "skips": int}
+_RANK = {"rng": dict, "cursor": dict | None}
+_BEST = {"step": int, "value": float}
+_ADVICE = "remove its folder to resume from the previous checkpoint"
 # Groups, and beginnings of settings, without influence on what is learnt.
 _HARMLESS = ("logging.", "validation.", "checkpoint.", "data.cache_", "data.retries")
 
@@ -188,19 +193,54 @@ def config_of_run(folder: str | Path) -> TrainConfig | None:
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint's state.pt: tensors and plain containers only, no code. Raises CheckpointError."""
+    """Load a checkpoint's state.pt: tensors and plain containers only, no code.
+
+    Raises CheckpointError, also for a state that lacks an entry, or that is of another step than its folder's name.
+    """
     path = checkpoint / "state.pt"
-    advice = "remove its folder to resume from the previous checkpoint"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every way a file can be broken
-        raise CheckpointError(f"cannot read the training state {path} ({first_line(error)}): {advice}") from error
-    entries = state if isinstance(state, dict) else {}
-    wrong = [name for name, kind in _STATE.items() if not isinstance(entries.get(name, ...), kind)]
-    if wrong or entries["step"] < 0 or not entries["ranks"]:
-        names = ", ".join(wrong) or "step or ranks"
-        raise CheckpointError(f"{path} is not a training state (missing or invalid: {names}): {advice}")
+        raise CheckpointError(f"cannot read the training state {path} ({first_line(error)}): {_ADVICE}") from error
+    if wrong := _wrong_entries(state):
+        names = ", ".join(wrong)
+        raise CheckpointError(f"{path} is not a training state (missing or invalid: {names}): {_ADVICE}")
+    named = _STEP.fullmatch(checkpoint.name)
+    if named and state["step"] != int(named[1]):
+        raise CheckpointError(
+            f"{path} must be of the step in its folder's name, {int(named[1])} (got {state['step']}): {_ADVICE}"
+        )
     return state
+
+
+def _wrong_entries(state: Any) -> list[str]:
+    """Return the names of a training state's entries that are missing or of another type."""
+    wrong = _misfits(state, _STATE)
+    if wrong:
+        return wrong
+    wrong = [f"ranks[{i}].{name}" for i, rank in enumerate(state["ranks"]) for name in _misfits(rank, _RANK)]
+    wrong += [f"best.{name}" for name in (_misfits(state["best"], _BEST) if state["best"] is not None else [])]
+    return wrong + ["step"] * (state["step"] < 0) + ["ranks"] * (not state["ranks"])
+
+
+def _misfits(entries: Any, kinds: dict[str, Any]) -> list[str]:
+    held = entries if isinstance(entries, dict) else {}
+    return [name for name, kind in kinds.items() if not isinstance(held.get(name, ...), kind)]
+
+
+@contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """Turn what torch raises when a training state does not fit what it is loaded into, into CheckpointError.
+
+    checkpoint: where the state is from; without one, errors pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if checkpoint is None or isinstance(error, (CheckpointError, torch.OutOfMemoryError)):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{checkpoint / 'state.pt'} does not fit this run ({reason}): {_ADVICE}") from error
 
 
 def write_text(path: Path, text: str) -> None:
