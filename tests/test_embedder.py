@@ -21,6 +21,7 @@ from ssmclip.cli import embed, search
 from ssmclip.data.images import BadImage
 from ssmclip.evaluate.search import index as index_module
 from ssmclip.evaluate.search.index import build_index, made_by, nearest, read_index
+from ssmclip.models.clip import image_transform
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange", "cyan"]
 
@@ -197,6 +198,30 @@ def test_an_index_holds_every_picture_that_can_be_read(embedder, folder, tmp_pat
     each = torch.stack([embedder.encode_images([folder / path])[0] for path in wanted])
     np.testing.assert_allclose(index.vectors, each, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir() if "index" in p.name] == ["index.parquet"]
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest"])
+def test_thin_pictures_are_listed_and_do_not_end_an_index(tiny_clip, folder, tmp_path, mode):
+    """Resized to a model's size, 1 x 2,000,000 pixels would become 32 x 64,000,000, and at 900 : 1 no pixels at all."""
+    model, _, tokenizer = tiny_clip
+    transform = image_transform(32, mean=[0.5] * 3, std=[0.5] * 3, resize_mode=mode)
+    embedder = Embedder((model, transform, tokenizer), batch_size=3)
+    Image.new("RGB", (1, 2_000_000)).save(folder / "thin.png")
+    Image.new("RGB", (900, 1)).save(folder / "line.png")
+    index = build_index(folder, embedder, tmp_path / "index.parquet")
+    assert "thin.png" in index.about["unreadable"]
+    assert "got 1 x 2000000" in index.about["unreadable"]["thin.png"]
+    assert ("line.png" in index.paths) == (mode == "shortest")
+    assert set(COLOURS) <= {path.split("/")[-1].removesuffix(".png") for path in index.paths}
+    with Image.open(folder / "thin.png") as thin, pytest.raises(BadImage, match="image too thin"):
+        embedder.encode_images(thin)
+
+
+@pytest.mark.parametrize("name", ["half.PNG", "empty.jpg", "gone.png"])
+def test_a_picture_that_cannot_be_read_is_named_once(embedder, folder, name):
+    with pytest.raises(BadImage) as caught:
+        embedder.encode_images([folder / "green.png", str(folder / name)])
+    assert str(caught.value).count(name) == 1
 
 
 def interrupt(embedder, monkeypatch, after):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from ssmclip.data.images import SUFFIXES, BadImage, open_image, pictures_below
+from ssmclip.data.images import SUFFIXES, open_image, pictures_below
 from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, weights_hash
 from ssmclip.evaluate.search.embedder import Embedder
@@ -185,7 +185,7 @@ def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
             try:
                 # Preprocessed at once: a batch of photographs as large as cameras make them fills the memory.
                 pictures[path] = embedder.clip.preprocess(open_image(folder / path))
-            except BadImage as error:
+            except (ValueError, MemoryError) as error:  # BadImage, and a preprocessing that cannot take its shape
                 unreadable[path] = str(error)
         if pictures:
             vectors.append(embedder.encode_images(list(pictures.values())).numpy())
