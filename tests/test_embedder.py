@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ssmclip import Embedder, save_model
+from ssmclip import Embedder, files, save_model
 from ssmclip.cli import embed, search
 from ssmclip.data.images import BadImage
 from ssmclip.evaluate.search import index as index_module
@@ -215,6 +215,54 @@ def test_thin_pictures_are_listed_and_do_not_end_an_index(tiny_clip, folder, tmp
     assert set(COLOURS) <= {path.split("/")[-1].removesuffix(".png") for path in index.paths}
     with Image.open(folder / "thin.png") as thin, pytest.raises(BadImage, match="image too thin"):
         embedder.encode_images(thin)
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from ssmclip.files import locked
+with locked(Path(sys.argv[1]), "two holders"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_one_index(embedder, folder, tmp_path, monkeypatch):
+    """The one that ended first removed the parts that the other was writing."""
+    out, parts = tmp_path / "index.parquet", tmp_path / "index.parquet.parts"
+    monkeypatch.setattr(index_module, "PART", 2)
+    _, _ = interrupt(embedder, monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, embedder, out)
+    kept = sorted(path.name for path in parts.iterdir())
+    assert len(kept) == 2
+    lock = tmp_path / ".index.parquet.lock"
+    command = [sys.executable, "-c", WRITES, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FileExistsError, match=r"another process is writing .*index\.parquet: wait"):
+            build_index(folder, embedder, out)
+        assert sorted(path.name for path in parts.iterdir()) == kept
+        other.kill()
+    monkeypatch.undo()
+    assert len(build_index(folder, embedder, out).paths) == len(COLOURS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.parquet", "pictures"]
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_taken_again(tmp_path, monkeypatch):
+    """Between opening and locking, its holder may end and remove it: the next process would lock another file."""
+    path, lock, attempts = tmp_path / "lock", files._lock, []
+
+    def removed_first(file):
+        attempts.append(file)
+        if len(attempts) == 1:
+            path.unlink()
+        return lock(file)
+
+    monkeypatch.setattr(files, "_lock", removed_first)
+    with files.locked(path, "two holders", remove=True):
+        assert path.exists()
+    assert (len(attempts), path.exists()) == (2, False)
 
 
 @pytest.mark.parametrize("name", ["half.PNG", "empty.jpg", "gone.png"])

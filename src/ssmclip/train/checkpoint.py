@@ -20,13 +20,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
-from ssmclip.files import PARTIAL, flush, whole
+from ssmclip.files import PARTIAL, flush, locked, whole
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
 from ssmclip.rows import read_rows
@@ -56,29 +56,9 @@ def run_folder(out: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
             pass
     except OSError as error:
         raise PermissionError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
-    with (out / ".lock").open("w") as file:
-        if not _lock(file):
-            raise FileExistsError(f"another process is training in {out}: wait for it, or choose another --out")
+    with locked(out / ".lock", f"another process is training in {out}: wait for it, or choose another --out"):
         _prepare(out, config, resume)
         yield
-
-
-def _lock(file: IO) -> bool:
-    """Lock an open file until it is closed or this process ends; return false when another process holds the lock.
-
-    A POSIX lock, which processes that read data don't inherit: they outlive a killed run by seconds.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks, as some of clusters: no reason not to train there
-        pass
-    return True
 
 
 def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
