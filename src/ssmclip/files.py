@@ -1,14 +1,15 @@
-"""Write files atomically, and lock what only one process may write."""
+"""Write files atomically, lock what only one process may write, and parse JSON that others wrote."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _LOST = {errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas' code
 PARTIAL = ".partial"  # the suffix of a file that is being written, or that a kill left behind
@@ -55,6 +56,14 @@ def flush(path: Path) -> None:
     except OSError as error:
         if error.errno in _LOST:
             raise
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """Return what `json.loads` returns. Raises ValueError for text that is not JSON, or nested too deep to be read."""
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 @contextmanager

@@ -26,9 +26,10 @@ import torch
 from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
-from ssmclip.files import PARTIAL, flush, locked, whole
+from ssmclip.files import PARTIAL, flush, locked, parse_json, whole
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
+from ssmclip.registry import UnknownName
 from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -66,7 +67,7 @@ def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
     if resume:
         if not settings.exists():
             raise FileNotFoundError(f"{out} contains no run to resume: start one without --resume")
-        refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
+        refuse_changes(read_settings(settings), config, out)
         for leftover in (out / "checkpoints").glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for part in (*out.glob(f"*{PARTIAL}"), *(out / "checkpoints").glob(f"*{PARTIAL}")):
@@ -163,13 +164,24 @@ def last_checkpoint(run: Path) -> Path | None:
 def config_of_run(folder: str | Path) -> TrainConfig | None:
     """Return the settings of a run folder, or of the run a checkpoint folder belongs to; None for any other folder.
 
-    Raises UnknownName or ValueError for a config.json that no version of this package wrote.
+    Raises ValueError for a config.json that this package did not write.
     """
     folder = Path(folder)
     for run in (folder, folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder):
         if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
-            return from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+            return read_settings(run / "config.json")
     return None
+
+
+def read_settings(path: Path) -> TrainConfig:
+    """Read a run's config.json. Raises ValueError naming the file for one that this package did not write."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"they must be an object, got {type(values).__name__}")
+        return from_dict(values)
+    except (ValueError, UnknownName) as error:
+        raise ValueError(f"{path} is not a run's settings ({error}): restore it, or choose another --out") from error
 
 
 def load_training_state(checkpoint: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ssmclip.data.images import SUFFIXES, open_image, pictures_below
 from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, weights_hash
 from ssmclip.evaluate.search.embedder import Embedder
-from ssmclip.files import locked, whole
+from ssmclip.files import locked, parse_json, whole
 
 __all__ = ["Index", "build_index", "made_by", "nearest", "read_index"]
 
@@ -105,10 +105,10 @@ def read_index(path: str | Path) -> Index:
         raise FileNotFoundError(f"index not found: {path}; make one with `ssmclip embed FOLDER --out {path}`")
     try:
         table = pq.read_table(path)
-        about = _about(table)
+        about = dict(_about(table))
         vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
         return Index(table["path"].to_pylist(), vectors, about)
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an index written by `ssmclip embed` ({error})") from error
 
 
@@ -207,7 +207,7 @@ def _described(table: pa.Table, about: dict[str, Any]) -> pa.Table:
 
 
 def _about(table: pa.Table) -> dict[str, Any]:
-    return json.loads((table.schema.metadata or {})[b"ssmclip"])
+    return parse_json((table.schema.metadata or {})[b"ssmclip"])
 
 
 def _write(table: pa.Table, path: Path) -> None:
