@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ssmclip.data.pairs.tables import TableFormat, table_source
 from ssmclip.evaluate.search.index import read_index
 from ssmclip.files import parse_json
 from ssmclip.humans.decide import _open_decisions
@@ -150,6 +151,14 @@ def flipped(path):
     content = bytearray(path.read_bytes())
     content[10:60] = b"\xff" * 50
     path.write_bytes(content)
+
+
+def test_a_damaged_table_of_pairs_is_named(tmp_path):
+    file = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"path": ["a.png"], "caption": ["a dog"]}), file)
+    flipped(file)
+    with pytest.raises(ValueError, match=r"pairs\.parquet is not a readable parquet file"):
+        table_source(file, TableFormat("path", "caption"), seed=0, resident_bytes=0)
 
 
 @pytest.mark.parametrize(("read", "says"), [(read_index, "not an index"), (_open_decisions, "not a file of decisions")])
