@@ -132,6 +132,17 @@ def test_too_large_is_refused_before_decoding(side):
     assert caught.value.reason == "image too large"
 
 
+@pytest.mark.parametrize("size", [(1, 70_000_000), (70_000_000, 1), (1001, 1), (2, 2001)])
+def test_too_thin_is_refused_before_decoding(size):
+    with pytest.raises(BadImage, match=rf"times the other's pixels \(got {size[0]} x {size[1]}\)") as caught:
+        open_image(huge_png(*size))
+    assert caught.value.reason == "image too thin"
+
+
+def test_a_thousand_to_one_is_a_picture():
+    assert open_image(encode(Image.new("RGB", (2000, 2)), "PNG")).size == (2000, 2)
+
+
 def test_one_pixel_is_a_picture_unless_a_side_is_asked_for():
     dot = encode(Image.new("RGB", (1, 1), "red"), "PNG")
     assert open_image(dot).getpixel((0, 0)) == (255, 0, 0)

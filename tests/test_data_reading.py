@@ -29,7 +29,7 @@ from ssmclip.data.pairs.loader import open_pairs
 from ssmclip.data.pairs.samples import generator_for
 from ssmclip.data.pairs.shards import count_samples, find_shards, read_shard
 from ssmclip.data.pairs.tables import TableFormat, table_source
-from ssmclip.data.tars import index_samples, split_name
+from ssmclip.data.tars import index_samples, read_keys, split_name
 from ssmclip.data.testsets.open import open_dataset
 from ssmclip.humans.trials import read_trials
 from ssmclip.rows import read_rows
@@ -276,6 +276,42 @@ def test_json_that_is_nested_too_deep_is_counted(tmp_path):
 
 # All that str.splitlines cuts at but for line feed and carriage return.
 MARKS = [mark for mark in map(chr, range(0x110000)) if len(f"a{mark}b".splitlines()) > 1 and mark not in "\n\r"]
+
+
+def claiming(size: int) -> bytes:
+    """A tar of two whole samples, and a picture whose header claims `size` bytes, of which 2,048 follow."""
+    content = io.BytesIO()
+    with tarfile.TarFile(fileobj=content, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("a.png", "a.txt", "aa.png", "aa.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"abcd"))
+        end = tar.offset
+    member = tarfile.TarInfo("b.png")
+    member.size = size
+    return content.getvalue()[:end] + member.tobuf(tarfile.GNU_FORMAT) + b"x" * 2048
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**63, 2**70])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_size_that_a_tar_does_not_have_ends_its_reading(tmp_path, size, pack):
+    """tarfile alone reads an ended stream 2^63 / 10,240 times."""
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(pack(claiming(size)))
+    first, last = read_shard(str(shard))
+    assert (first.key, first.captions) == ("a", ["abcd"])
+    assert last.problem == "truncated shard"
+    assert f"{shard} after 1 samples" in last.detail
+    assert list(read_keys(str(shard)))[:2] == ["a", "aa"]
+    if pack is bytes:
+        with pytest.raises(ValueError, match=f"the shard {shard} is damaged after 2 samples: unexpected end of data"):
+            index_samples(shard)
+
+
+def test_a_negative_number_of_samples_is_refused(tmp_path):
+    (tmp_path / "sizes.json").write_text('{"0.tar": -5}')
+    with pytest.raises(ValueError, match=r"sizes.json: 0.tar must have a number of samples \(got -5\)"):
+        count_samples(str(tmp_path / "0.tar"))
 
 
 def test_lines_end_as_io_ends_them():

@@ -57,7 +57,7 @@ def system(name="posix", fsync=os.fsync, opens=os.open, flushed=None):
         if flushed is not None:
             flushed.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
 
-    known = {key: getattr(os, key) for key in ("O_RDONLY", "O_RDWR", "close", "getpid")}
+    known = {key: getattr(os, key) for key in ("O_RDONLY", "O_RDWR", "close", "fstat", "getpid", "path")}
     return SimpleNamespace(name=name, open=opens, fsync=flush_and_tell, **known)
 
 

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from ssmclip import Embedder, save_model
+from ssmclip import Embedder, files, save_model
 from ssmclip.cli import embed, search
 from ssmclip.data.images import BadImage
 from ssmclip.evaluate.search import index as index_module
 from ssmclip.evaluate.search.index import build_index, made_by, nearest, read_index
+from ssmclip.models.clip import image_transform
 
 COLOURS = ["red", "green", "blue", "white", "black", "orange", "cyan"]
 
@@ -197,6 +198,78 @@ def test_an_index_holds_every_picture_that_can_be_read(embedder, folder, tmp_pat
     each = torch.stack([embedder.encode_images([folder / path])[0] for path in wanted])
     np.testing.assert_allclose(index.vectors, each, atol=1e-5)
     assert [p.name for p in tmp_path.iterdir() if "index" in p.name] == ["index.parquet"]
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest"])
+def test_thin_pictures_are_listed_and_do_not_end_an_index(tiny_clip, folder, tmp_path, mode):
+    """Resized to a model's size, 1 x 2,000,000 pixels would become 32 x 64,000,000, and at 900 : 1 no pixels at all."""
+    model, _, tokenizer = tiny_clip
+    transform = image_transform(32, mean=[0.5] * 3, std=[0.5] * 3, resize_mode=mode)
+    embedder = Embedder((model, transform, tokenizer), batch_size=3)
+    Image.new("RGB", (1, 2_000_000)).save(folder / "thin.png")
+    Image.new("RGB", (900, 1)).save(folder / "line.png")
+    index = build_index(folder, embedder, tmp_path / "index.parquet")
+    assert "thin.png" in index.about["unreadable"]
+    assert "got 1 x 2000000" in index.about["unreadable"]["thin.png"]
+    assert ("line.png" in index.paths) == (mode == "shortest")
+    assert set(COLOURS) <= {path.split("/")[-1].removesuffix(".png") for path in index.paths}
+    with Image.open(folder / "thin.png") as thin, pytest.raises(BadImage, match="image too thin"):
+        embedder.encode_images(thin)
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from ssmclip.files import locked
+with locked(Path(sys.argv[1]), "two holders"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_one_index(embedder, folder, tmp_path, monkeypatch):
+    """The one that ended first removed the parts that the other was writing."""
+    out, parts = tmp_path / "index.parquet", tmp_path / "index.parquet.parts"
+    monkeypatch.setattr(index_module, "PART", 2)
+    _, _ = interrupt(embedder, monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(folder, embedder, out)
+    kept = sorted(path.name for path in parts.iterdir())
+    assert len(kept) == 2
+    lock = tmp_path / ".index.parquet.lock"
+    command = [sys.executable, "-c", WRITES, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FileExistsError, match=r"another process is writing .*index\.parquet: wait"):
+            build_index(folder, embedder, out)
+        assert sorted(path.name for path in parts.iterdir()) == kept
+        other.kill()
+    monkeypatch.undo()
+    assert len(build_index(folder, embedder, out).paths) == len(COLOURS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.parquet", "pictures"]
+
+
+def test_a_lock_that_was_removed_while_it_was_opened_is_taken_again(tmp_path, monkeypatch):
+    """Between opening and locking, its holder may end and remove it: the next process would lock another file."""
+    path, lock, attempts = tmp_path / "lock", files._lock, []
+
+    def removed_first(file):
+        attempts.append(file)
+        if len(attempts) == 1:
+            path.unlink()
+        return lock(file)
+
+    monkeypatch.setattr(files, "_lock", removed_first)
+    with files.locked(path, "two holders", remove=True):
+        assert path.exists()
+    assert (len(attempts), path.exists()) == (2, False)
+
+
+@pytest.mark.parametrize("name", ["half.PNG", "empty.jpg", "gone.png"])
+def test_a_picture_that_cannot_be_read_is_named_once(embedder, folder, name):
+    with pytest.raises(BadImage) as caught:
+        embedder.encode_images([folder / "green.png", str(folder / name)])
+    assert str(caught.value).count(name) == 1
 
 
 def interrupt(embedder, monkeypatch, after):

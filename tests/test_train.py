@@ -577,7 +577,7 @@ def save(step, weights, state):
     model = torch.nn.Linear(weights, 1, bias=False)
     torch.nn.init.constant_(model.weight, step)
     write = lambda folder: save_model(model, {"model_cfg": {}}, folder)
-    rest = {"ranks": [{}], "online": None, "best": None}
+    rest = {"ranks": [{"rng": {}, "cursor": None}], "online": None, "scaler": None, "best": None, "skips": 0}
     save_checkpoint(run, step, write, {"step": step, "optimiser": {"m": torch.zeros(state)}, **rest}, 2, None)
 
 save(1, 100_000, 100_000)

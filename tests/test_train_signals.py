@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,8 +240,13 @@ def _without(name):
         (lambda state: state | {"ranks": []}, "ranks"),
         (lambda state: state | {"step": "2"}, "step"),
         (lambda state: state | {"step": -1}, "step"),
+        (_without("skips"), "skips"),
+        (_without("scaler"), "scaler"),
+        (lambda state: state | {"ranks": [{"cursor": None}]}, r"ranks\[0\].rng"),
+        (lambda state: state | {"ranks": [5]}, r"ranks\[0\].rng, ranks\[0\].cursor"),
+        (lambda state: state | {"best": {"value": 0.5}}, "best.step"),
     ],
-    ids=["empty", "list", "none", "no-optimiser", "no-ranks", "text", "negative"],
+    ids="empty list none no-optimiser no-ranks text negative no-skips no-scaler no-rng number-rank no-best".split(),
 )
 def test_a_malformed_training_state_is_refused(tmp_path, short_run, change, named):
     folder = tmp_path / "step_00000002"
@@ -256,6 +262,40 @@ def test_a_run_with_an_empty_training_state_does_not_start_again(tmp_path):
     torch.save({}, last_checkpoint(tmp_path) / "state.pt")
     with pytest.raises(CheckpointError, match="is not a training state"):
         train(config, tmp_path, resume=True)
+
+
+def test_a_training_state_of_another_step_is_refused(tmp_path, short_run):
+    """One of step 10^9 would otherwise pass for a finished run."""
+    state = load_training_state(last_checkpoint(short_run))
+    folder = tmp_path / "step_00000002"
+    folder.mkdir()
+    torch.save(state | {"step": 10**9}, folder / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state.pt must be of the step in its folder's name, 2 \(got 10{9}\)"):
+        load_training_state(folder)
+
+
+def _short_generator(state):
+    state["ranks"][0]["rng"]["torch"] = [torch.zeros(3, dtype=torch.uint8)]
+
+
+def _no_groups(state):
+    state["optimiser"].pop("param_groups")
+
+
+def _other_groups(state):
+    state["optimiser"]["param_groups"].pop()
+
+
+@pytest.mark.parametrize("change", [_short_generator, _no_groups, _other_groups])
+def test_a_training_state_that_does_not_fit_is_named(tmp_path, short_run, change):
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    file = last_checkpoint(run) / "state.pt"
+    state = load_training_state(file.parent)
+    change(state)
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match=r"state.pt does not fit this run .*previous checkpoint"):
+        train(tiny("steps=2", "checkpoint.every=2"), run, resume=True)
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def require_writable(path: Path, read: Iterable[Path] = ()) -> None:
         raise IsADirectoryError(f"{path} is a folder; --out takes a file")
     probe = path.with_name(path.name + ".partial")
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may probe at the same moment
 
 
 def line(row) -> str:

@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow itself warns of decompression bombs
+# Preprocessing brings the shorter side to a model's size, and so makes a thin picture larger: at 1,000 : 1 and 224 px
+# 50 million pixels, at 1,000,000 : 1 more than a machine holds. No photograph comes near it.
+MAX_RATIO = 1_000
 
 THUMBNAIL = 96  # pixels; about 2 kB
 
@@ -43,8 +46,9 @@ class BadImage(ValueError):
 def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS, min_side: int = 1) -> Image.Image:
     """Return the picture in `source` (encoded bytes, or a path), decoded, in mode RGB.
 
-    Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels) or
-    "image too small" (a side under min_side pixels). The size is read from the header, before anything is decoded.
+    Raises BadImage with reason "missing image file", "broken image", "image too large" (over max_pixels), "image too
+    thin" (a side over MAX_RATIO times the other) or "image too small" (a side under min_side pixels). The size is read
+    from the header, before anything is decoded.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else _open_file(Path(source))
     with stream, warnings.catch_warnings():
@@ -165,6 +169,15 @@ def _check_size(image: Image.Image, max_pixels: int, min_side: int) -> None:
         raise BadImage("image too large", f"an image must have at most {max_pixels:,} pixels (got {width} x {height})")
     if min(width, height) < min_side:
         raise BadImage("image too small", f"each side must have at least {min_side} pixels (got {width} x {height})")
+    check_ratio(image)
+
+
+def check_ratio(image: Image.Image) -> None:
+    """Raise BadImage for a picture so thin that preprocessing would make it too large."""
+    width, height = image.size
+    if max(width, height) > MAX_RATIO * min(width, height):
+        limit = f"a side must have at most {MAX_RATIO:,} times the other's pixels"
+        raise BadImage("image too thin", f"{limit} (got {width} x {height})")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -54,8 +54,11 @@ def index_samples(shard: Path) -> dict[str, dict[str, Member]]:
     """
     samples: dict[str, dict[str, Member]] = {}
     try:
+        end = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                if not member.issparse() and member.offset_data + member.size > end:
+                    raise tarfile.ReadError("unexpected end of data")
                 key, suffix = split_name(member.name)
                 if key is None or not member.isreg():
                     continue
@@ -81,8 +84,8 @@ def read_keys(shard: str | BufferedIOBase) -> Iterator[str]:
                 if key is not None and key != last and member.isreg():
                     yield key
                     last = key
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError):
-        pass
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, OverflowError):
+        pass  # the last two for a size of more bytes than any file has
 
 
 def repeats(keys_of_shards: Iterable[Iterable[str]]) -> list[bool]:

@@ -30,7 +30,7 @@ from ssmclip.data.images import open_image
 from ssmclip.evaluate.embeddings.embed import UNREADABLE, Settings, embed_texts, hashes, inference, subset
 from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, model_hash, preprocess_hash, texts_hash
 from ssmclip.evaluate.zeroshot import class_embeddings
-from ssmclip.files import whole
+from ssmclip.files import parse_json, whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
 from ssmclip.models.names import Model
 
@@ -283,9 +283,9 @@ def _open_decisions(path: Path) -> tuple[pa.Table, dict[str, str]]:
         return SCHEMA.empty_table(), {}
     try:
         table = pq.read_table(path)
-        marks = json.loads(table.schema.metadata[MADE_BY])
+        marks = parse_json(table.schema.metadata[MADE_BY])
         return table.select(SCHEMA.names).cast(SCHEMA), marks
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a file of decisions written by `ssmclip ood decide` ({error}); give another file"
         ) from error

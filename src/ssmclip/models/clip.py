@@ -33,6 +33,11 @@ OPEN_CLIP = "open_clip:"
 # carries this key, and open_clip's error tells its user what to call instead.
 NOT_FOR_OPEN_CLIP = "made by ssmclip.load and ssmclip.create_clip, not by open_clip"
 
+# Keys of configurations that count layers, and how many are taken for an error.
+LAYERS = frozenset({"layers", "depth", "depths", "n_layer", "num_hidden_layers"})
+MOST_LAYERS = 1000
+MOST_PIXELS = 16_384  # of a side of the images that a model is given
+
 # CLIP-Mamba's evaluation: shorter side to size, bilinear, centre crop, ImageNet statistics (not OpenAI's).
 PREPROCESS = dict(
     mean=list(IMAGENET_DEFAULT_MEAN), std=list(IMAGENET_DEFAULT_STD), interpolation="bilinear", resize_mode="shortest"
@@ -102,6 +107,7 @@ def create_clip(config: str | dict[str, Any], *, grad_checkpointing: bool = Fals
     config = clip_config(config) if isinstance(config, str) else config
     model_cfg = copy.deepcopy(config["model_cfg"])
     _check_keys(model_cfg)
+    _check_layers(model_cfg)
     model_cfg.pop(NOT_FOR_OPEN_CLIP, None)
     custom_text = model_cfg.pop("custom_text", False)
     text_cfg = model_cfg.get("text_cfg", {})
@@ -133,6 +139,17 @@ def _check_keys(model_cfg: dict[str, Any]) -> None:
         for key in model_cfg.get(part, {}) if part else model_cfg:
             if key not in keys:
                 raise UnknownName(f"key of {part or 'model_cfg'}", key, keys)
+
+
+def _check_layers(group: dict[str, Any], name: str = "model_cfg") -> None:
+    """Raise ValueError for more layers than any model has: building them one by one would take hours."""
+    for key, value in group.items():
+        if isinstance(value, dict):
+            _check_layers(value, f"{name}.{key}")
+        elif key in LAYERS:
+            counts = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(count, int) and not 0 <= count <= MOST_LAYERS for count in counts):
+                raise ValueError(f"{name}.{key} must be at most {MOST_LAYERS} (got {value})")
 
 
 def _create_with_own_text(
@@ -190,6 +207,8 @@ def image_transform(size: int | Sequence[int], interpolation: str | None = None,
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"the image size must be pixels, or (height, width) (got {size!r})")
+    if max(sides) > MOST_PIXELS:
+        raise ValueError(f"the image size must be at most {MOST_PIXELS} pixels (got {size!r})")
     one = sides[0] if sides[0] == sides[1] else sides
     transform = open_clip.image_transform(one, is_train=False, interpolation=interpolation, **how)
     resize = transform.transforms[0]

@@ -39,7 +39,15 @@ from ssmclip.models.clip import (
     list_clips,
 )
 from ssmclip.models.files.hub import HUB, choose_weights, download
-from ssmclip.models.files.weights import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, load_config, load_into, load_state
+from ssmclip.models.files.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointError,
+    described_by,
+    load_config,
+    load_into,
+    load_state,
+)
 from ssmclip.models.published.layout import Hints
 from ssmclip.models.published.read import build, create_encoder, read_published
 from ssmclip.models.text_towers import text_tower_of
@@ -179,7 +187,7 @@ def _built(known: Source, label: str, device: str, image_size: int | Size | None
     if known.origin == RANDOM:
         log.warning("%s has random weights: pass %s", known.name, known.trained)
     network = known.load(image_size).to(device).eval()
-    tokenizer = build_tokenizer(known.config, known.folder) if text and known.config is not None else None
+    tokenizer = _tokenizer(known) if text and known.config is not None else None
     preprocess = known.preprocess(network, image_size)
     return Model(network, preprocess, tokenizer, label, known.origin, classes_of(network))
 
@@ -241,12 +249,25 @@ def _of_folder(name: str, folder: Path, hints: Hints | None) -> Source:
     folder = find_checkpoint(folder)
     config = load_config(folder)
 
+    def create() -> nn.Module:
+        with described_by(folder / CONFIG_NAME):
+            return create_clip(config)
+
     def weighted() -> nn.Module:
-        model = create_clip(config)
+        model = create()
         load_into(model, load_state(folder / WEIGHTS_NAME), folder / WEIGHTS_NAME)
         return model
 
-    return _of_config(name, config, weighted, str(folder), folder=folder)
+    def preprocess(network: nn.Module, image_size: int | Size | None) -> Any:
+        with described_by(folder / CONFIG_NAME if image_size is None else None):
+            return build_preprocess(config, image_size)
+
+    def own_size() -> Size:
+        with described_by(folder / CONFIG_NAME):
+            return known.own_size()
+
+    known = _of_config(name, config, weighted, str(folder), folder=folder)
+    return replace(known, create=create, preprocess=preprocess, own_size=own_size)
 
 
 def _of_published(name: str, path: Path, hints: Hints | None) -> Source:
@@ -410,9 +431,14 @@ def load_tokenizer(name: str | Path, file: str | Path | None = None) -> Any:
     known = _clip(source(name))
     text_cfg = known.config["model_cfg"]["text_cfg"]
     if file is None or not text_tower_of(text_cfg).replaceable_tokenizer:
-        return build_tokenizer(known.config, known.folder)
+        return _tokenizer(known)
     changed = text_cfg | {"hf_tokenizer_name": str(find_tokenizer(str(file)))}
     return build_tokenizer(known.config | {"model_cfg": known.config["model_cfg"] | {"text_cfg": changed}})
+
+
+def _tokenizer(known: Source) -> Any:
+    with described_by(known.folder / CONFIG_NAME if known.folder is not None else None):
+        return build_tokenizer(known.config, known.folder)
 
 
 def reads_text(name: str | Path) -> bool:

@@ -82,4 +82,4 @@ def named_tokenizer(name: str, **how: Any) -> open_clip.tokenizer.HFTokenizer:
             f"Set text_cfg.hf_tokenizer_name to the path of a folder with its {' and '.join(FILES[:2])}"
         ) from error
     except ImportError as error:
-        raise ImportError(f"the tokenizer of {name} needs transformers: pip install transformers") from error
+        raise ImportError(f"the tokenizer of {name} needs transformers: pip install 'ssmclip[transformers]'") from error

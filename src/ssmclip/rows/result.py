@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ssmclip.files import whole
+from ssmclip.files import parse_json, whole
 from ssmclip.rows import condition
 from ssmclip.rows.condition import Where
 
@@ -132,14 +132,14 @@ def read_rows(path: str | Path) -> tuple[dict[str, Any], list[Result]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if isinstance(record, dict) and "run" in record:
                 run = record["run"]
                 if not isinstance(run, dict):
                     raise TypeError(f"run must be an object (got {str(run)[:40]!r})")
             else:
                 rows.append(_row(record))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}, line {number}: not a result row ({error})") from error
     return run, rows
 
@@ -158,6 +158,9 @@ def _row(record: Any) -> Result:
     for name, value in record.items():
         if not isinstance(value, _TYPES[name]):
             raise TypeError(f"{name} is {str(value)[:40]!r}")
+    for place in (record.get("where") or {}).values():
+        if isinstance(place, int):
+            float(place)  # as figures do: raises OverflowError
     numbers = {name: float(record[name]) for name in ("value", "ci_low", "ci_high") if record.get(name) is not None}
     return Result(**record | numbers)
 

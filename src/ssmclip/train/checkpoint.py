@@ -20,19 +20,25 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from ssmclip.config import TrainConfig, changed_fields, from_dict, to_dict
-from ssmclip.files import PARTIAL, flush, whole
+from ssmclip.files import PARTIAL, flush, locked, parse_json, whole
 from ssmclip.models import CheckpointError
 from ssmclip.models.files.weights import first_line
+from ssmclip.registry import UnknownName
 from ssmclip.rows import read_rows
 
 _STEP = re.compile(r"step_(\d{8,})")
-_STATE = {"step": int, "ranks": list, "optimiser": dict, "online": dict | None, "best": dict | None}  # and its types
+# What every training state has, and its types; of each process, and of the best validation if there was one.
+_STATE = {"step": int, "ranks": list, "optimiser": dict, "scaler": dict | None, "online": dict | None}
+_STATE |= {"best": dict | None, "skips": int}
+_RANK = {"rng": dict, "cursor": dict | None}
+_BEST = {"step": int, "value": float}
+_ADVICE = "remove its folder to resume from the previous checkpoint"
 # Groups, and beginnings of settings, without influence on what is learnt.
 _HARMLESS = ("logging.", "validation.", "checkpoint.", "data.cache_", "data.retries")
 
@@ -51,29 +57,9 @@ def run_folder(out: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
             pass
     except OSError as error:
         raise PermissionError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
-    with (out / ".lock").open("w") as file:
-        if not _lock(file):
-            raise FileExistsError(f"another process is training in {out}: wait for it, or choose another --out")
+    with locked(out / ".lock", f"another process is training in {out}: wait for it, or choose another --out"):
         _prepare(out, config, resume)
         yield
-
-
-def _lock(file: IO) -> bool:
-    """Lock an open file until it is closed or this process ends; return false when another process holds the lock.
-
-    A POSIX lock, which processes that read data don't inherit: they outlive a killed run by seconds.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks, as some of clusters: no reason not to train there
-        pass
-    return True
 
 
 def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
@@ -81,7 +67,7 @@ def _prepare(out: Path, config: TrainConfig, resume: bool) -> None:
     if resume:
         if not settings.exists():
             raise FileNotFoundError(f"{out} contains no run to resume: start one without --resume")
-        refuse_changes(from_dict(json.loads(settings.read_text(encoding="utf-8"))), config, out)
+        refuse_changes(read_settings(settings), config, out)
         for leftover in (out / "checkpoints").glob(".*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for part in (*out.glob(f"*{PARTIAL}"), *(out / "checkpoints").glob(f"*{PARTIAL}")):
@@ -178,29 +164,75 @@ def last_checkpoint(run: Path) -> Path | None:
 def config_of_run(folder: str | Path) -> TrainConfig | None:
     """Return the settings of a run folder, or of the run a checkpoint folder belongs to; None for any other folder.
 
-    Raises UnknownName or ValueError for a config.json that no version of this package wrote.
+    Raises ValueError for a config.json that this package did not write.
     """
     folder = Path(folder)
     for run in (folder, folder.absolute().parents[1] if folder.absolute().parent.name == "checkpoints" else folder):
         if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
-            return from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+            return read_settings(run / "config.json")
     return None
 
 
+def read_settings(path: Path) -> TrainConfig:
+    """Read a run's config.json. Raises ValueError naming the file for one that this package did not write."""
+    try:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"they must be an object, got {type(values).__name__}")
+        return from_dict(values)
+    except (ValueError, UnknownName) as error:
+        raise ValueError(f"{path} is not a run's settings ({error}): restore it, or choose another --out") from error
+
+
 def load_training_state(checkpoint: Path) -> dict[str, Any]:
-    """Load a checkpoint's state.pt: tensors and plain containers only, no code. Raises CheckpointError."""
+    """Load a checkpoint's state.pt: tensors and plain containers only, no code.
+
+    Raises CheckpointError, also for a state that lacks an entry, or that is of another step than its folder's name.
+    """
     path = checkpoint / "state.pt"
-    advice = "remove its folder to resume from the previous checkpoint"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises another type for every way a file can be broken
-        raise CheckpointError(f"cannot read the training state {path} ({first_line(error)}): {advice}") from error
-    entries = state if isinstance(state, dict) else {}
-    wrong = [name for name, kind in _STATE.items() if not isinstance(entries.get(name, ...), kind)]
-    if wrong or entries["step"] < 0 or not entries["ranks"]:
-        names = ", ".join(wrong) or "step or ranks"
-        raise CheckpointError(f"{path} is not a training state (missing or invalid: {names}): {advice}")
+        raise CheckpointError(f"cannot read the training state {path} ({first_line(error)}): {_ADVICE}") from error
+    if wrong := _wrong_entries(state):
+        names = ", ".join(wrong)
+        raise CheckpointError(f"{path} is not a training state (missing or invalid: {names}): {_ADVICE}")
+    named = _STEP.fullmatch(checkpoint.name)
+    if named and state["step"] != int(named[1]):
+        raise CheckpointError(
+            f"{path} must be of the step in its folder's name, {int(named[1])} (got {state['step']}): {_ADVICE}"
+        )
     return state
+
+
+def _wrong_entries(state: Any) -> list[str]:
+    """Return the names of a training state's entries that are missing or of another type."""
+    wrong = _misfits(state, _STATE)
+    if wrong:
+        return wrong
+    wrong = [f"ranks[{i}].{name}" for i, rank in enumerate(state["ranks"]) for name in _misfits(rank, _RANK)]
+    wrong += [f"best.{name}" for name in (_misfits(state["best"], _BEST) if state["best"] is not None else [])]
+    return wrong + ["step"] * (state["step"] < 0) + ["ranks"] * (not state["ranks"])
+
+
+def _misfits(entries: Any, kinds: dict[str, Any]) -> list[str]:
+    held = entries if isinstance(entries, dict) else {}
+    return [name for name, kind in kinds.items() if not isinstance(held.get(name, ...), kind)]
+
+
+@contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """Turn what torch raises when a training state does not fit what it is loaded into, into CheckpointError.
+
+    checkpoint: where the state is from; without one, errors pass unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if checkpoint is None or isinstance(error, (CheckpointError, torch.OutOfMemoryError)):
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{checkpoint / 'state.pt'} does not fit this run ({reason}): {_ADVICE}") from error
 
 
 def write_text(path: Path, text: str) -> None:

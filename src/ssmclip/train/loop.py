@@ -42,6 +42,7 @@ from ssmclip.train.checkpoint import (
     last_checkpoint,
     load_training_state,
     name_checkpoints,
+    restoring,
     run_folder,
     save_checkpoint,
 )
@@ -143,23 +144,27 @@ class _Run:
         model = build_model(config, planned, accelerator.num_processes)
         taken = load_start(model, config, planned, checkpoint)
         report_start(out, taken, model, accelerator.is_main_process)
-        model = build_trainee(model, objective, state.get("heads") if state else None, is_sharded(accelerator))
+        with restoring(checkpoint):
+            model = build_trainee(model, objective, state.get("heads") if state else None, is_sharded(accelerator))
         ema = Ema(model.to(accelerator.device)) if config.ema.decay is not None else None
         if state and state["online"] is not None:  # the file has the average; the model itself is in the state
-            model.load_state_dict(state["online"])
+            with restoring(checkpoint):
+                model.load_state_dict(state["online"])
         objective.follow(ema.model if ema else None)
         if config.model.compile:
             model.compile()
         model = sharding.prepare_scalars(model) if is_sharded(accelerator) else model
         model, optimiser = accelerator.prepare(model, build_optimiser(model, config.optimiser))
         if state:
-            sharding.load_optimiser(accelerator, model, optimiser, state["optimiser"])
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
+            with restoring(checkpoint):
+                sharding.load_optimiser(accelerator, model, optimiser, state["optimiser"])
+                if accelerator.scaler is not None:
+                    accelerator.scaler.load_state_dict(state["scaler"])
         seed_everything(config.seed + accelerator.process_index)
         own = state["ranks"][accelerator.process_index] if state else None
         if own:
-            set_rng_state(accelerator.device, own["rng"])
+            with restoring(checkpoint):
+                set_rng_state(accelerator.device, own["rng"])
         step = state["step"] if state else 0
         best = state["best"] if state else None
         if state and accelerator.is_main_process:  # a kill may have come between a checkpoint and its naming

@@ -5,7 +5,6 @@ Several processes (`accelerate launch`) share the work, and what the rows file a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,6 @@ from ssmclip.analyze.curvature.hessian import SpectrumSettings, batch_rows
 from ssmclip.analyze.curvature.landscape import Unit, grid, surface
 from ssmclip.analyze.curvature.parameters import TOWERS
 from ssmclip.analyze.curvature.summary import summary_rows
-from ssmclip.config import from_dict
 from ssmclip.models import create_clip, load_config
 from ssmclip.models.names import Model, load
 from ssmclip.registry import UnknownName
@@ -31,7 +29,7 @@ from ssmclip.rows import Result, describe_run
 from ssmclip.rows.condition import BATCH, PROTOCOL, STEP, TOWER
 from ssmclip.rows.resume import RowsFile, latest
 from ssmclip.rows.tasks import LANCZOS
-from ssmclip.train.checkpoint import checkpoints
+from ssmclip.train.checkpoint import checkpoints, read_settings
 from ssmclip.train.objective import objective_of
 from ssmclip.train.state import seed_everything
 
@@ -181,7 +179,7 @@ def _spectrum(
 
 def _as_it_began(run: Path) -> nn.Module:
     """Return a run's model with the weights that its seed starts from."""
-    seed_everything(from_dict(json.loads((run / "config.json").read_text(encoding="utf-8"))).seed)
+    seed_everything(read_settings(run / "config.json").seed)
     return create_clip(load_config(run))
 
 

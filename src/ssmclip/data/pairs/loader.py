@@ -394,6 +394,8 @@ class PairLoader:
         )
 
     def _continue_from(self, cursor: dict[str, Any]) -> None:
+        if missing := [name for name in ("states", "next", "skipped", "skipped_examples") if name not in cursor]:
+            raise ValueError(f"the cursor must be one of a PairLoader (it lacks {', '.join(missing)})")
         for name in dict.fromkeys([*self._made_of, *_DEFAULTS]):
             default = _DEFAULTS.get(name)  # older cursors have no such entry, nor has one of a usual stream
             here, made_with = self._made_of.get(name, default), cursor.get(name, default)

@@ -28,6 +28,7 @@ from ssmclip.data.pairs.samples import Sample, permutation, with_replacement
 from ssmclip.data.tars import TAR_SUFFIXES, read_keys, repeats, short_names, split_name
 
 END_OF_ARCHIVE = bytes(512)
+READS_AFTER_END = 100
 COMPARED_WHOLE = 2**28  # bytes of shards whose headers are all read when a source is opened, in about a second
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 
@@ -265,12 +266,17 @@ class _Watched:
         self.stream = stream
         self.unpacked = None
         self.ended = False
+        self.reads_after_end = 0
 
     def read(self, size: int) -> bytes:
         self.unpacked = self.unpacked or _unpacked(self.stream)
         data = self.unpacked.read(size)
         if data:
             self.ended = data.endswith(END_OF_ARCHIVE)
+        else:  # tarfile reads on up to the size that a header claims, block after block, however large it is
+            self.reads_after_end += 1
+            if self.reads_after_end > READS_AFTER_END:
+                raise tarfile.ReadError("unexpected end of data")
         return data
 
 
@@ -399,7 +405,7 @@ def count_samples(shard: str) -> int:
         counted = _read_sizes(sizes)
         if Path(shard).name in counted:
             count = counted[Path(shard).name]
-            if type(count) is not int:  # True is an int too
+            if type(count) is not int or count < 0:  # True is an int too
                 raise ValueError(
                     f"{sizes}: {Path(shard).name} must have a number of samples (got {count!r}): fix or remove the file"
                 )

@@ -322,7 +322,7 @@ def _read_parquet(path: Path, table_format: TableFormat) -> pa.Table:
         names = pa.parquet.read_schema(path).names
         columns = _columns(path, names, table_format)
         table = pa.parquet.read_table(path, columns=columns)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # OSError for pages that cannot be decoded
         raise ValueError(f"{path} is not a readable parquet file: {error}") from error
     return table.select(columns)
 
@@ -341,7 +341,7 @@ def _read_text(path: Path, table_format: TableFormat) -> pa.Table:
     stream = pa.input_stream(path, compression="gzip" if path.suffix.lower() == ".gz" else None)
     try:
         table = pa.csv.read_csv(stream, read, parse, convert)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         in_utf8(path, unpack(path), table_format.encoding, REMEDY)
         line = text.first_uneven_line(len(text.header()))
         raise ValueError(f"{path} is not a readable table: {f'line {line}: ' if line else ''}{error}") from error

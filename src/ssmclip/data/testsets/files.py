@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from ssmclip.data.delimited import read_table
 from ssmclip.data.images import BadImage, open_image
 from ssmclip.data.lines import read_lines
 from ssmclip.data.testsets.card import Pictures
+from ssmclip.files import parse_json
 
 
 def picture_files(paths: Sequence[Path]) -> Pictures:
@@ -40,8 +40,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds, byte order mark or not. Raises ValueError naming a file that is none."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -51,8 +51,8 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number} must be a JSON object (got {line[:40]!r})")

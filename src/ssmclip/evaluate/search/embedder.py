@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from ssmclip.data.images import open_image, to_rgb
+from ssmclip.data.images import BadImage, check_ratio, open_image, to_rgb
 from ssmclip.evaluate.embeddings.embed import Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
 from ssmclip.models.names import Model
@@ -72,8 +72,8 @@ class Embedder:
         images: one or an iterable of paths, PIL images or preprocessed tensors (3, H, W), in any mixture. The
         result for an image does not depend on whether it is opened here or before.
         Those of one shape are encoded together; no more than a batch of each shape is held in memory.
-        Raises BadImage for the first that cannot be read, ValueError for no images, for other tensors and for NaN,
-        TypeError for anything else, including arrays.
+        Raises BadImage naming the first that cannot be read or is too thin, ValueError for no images, for other tensors
+        and for NaN, TypeError for anything else, including arrays.
         """
         one = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim == 3)
         if one or not isinstance(images, Iterable):
@@ -114,8 +114,13 @@ class Embedder:
                 )
             return image
         if isinstance(image, (str, Path)):
-            return self.clip.preprocess(open_image(image))
+            try:
+                return self.clip.preprocess(open_image(image))
+            except BadImage as error:
+                detail = error.detail if str(image) in error.detail else f"{image}: {error.detail}"
+                raise BadImage(error.reason, detail) from error
         if isinstance(image, Image.Image):
+            check_ratio(image)
             return self.clip.preprocess(to_rgb(image))
         raise TypeError(
             f"an image must be a path, a PIL image or a tensor (3, height, width) (got {type(image).__name__}); "

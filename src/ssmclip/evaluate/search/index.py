@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from ssmclip.data.images import SUFFIXES, BadImage, open_image, pictures_below
+from ssmclip.data.images import SUFFIXES, open_image, pictures_below
 from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, weights_hash
 from ssmclip.evaluate.search.embedder import Embedder
-from ssmclip.files import whole
+from ssmclip.files import locked, parse_json, whole
 
 __all__ = ["Index", "build_index", "made_by", "nearest", "read_index"]
 
@@ -51,7 +51,8 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
 
     So are names that are not UTF-8, which Parquet cannot store; they are listed with backslash escapes.
     Parts are written next to `out`; after an interruption, parts whose images are unchanged are reused.
-    Raises FileNotFoundError for a missing folder, ValueError if none of its images can be read.
+    Raises FileNotFoundError for a missing folder, ValueError if none of its images can be read, FileExistsError while
+    another process writes the same index.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
@@ -59,6 +60,12 @@ def build_index(folder: str | Path, embedder: Embedder, out: str | Path) -> Inde
     paths = [path.relative_to(folder).as_posix() for path in pictures_below(folder)]
     if not paths:
         raise ValueError(f"no images in {folder}; supported formats: {', '.join(SUFFIXES)}")
+    refusal = f"another process is writing {out}: wait for it, or choose another --out"
+    with locked(out.with_name(f".{out.name}.lock"), refusal, remove=True):
+        return _index(folder, paths, embedder, out)
+
+
+def _index(folder: Path, paths: Sequence[str], embedder: Embedder, out: Path) -> Index:
     unreadable = {_printable(path): "the name is not UTF-8" for path in paths if not _is_utf8(path)}
     named = [path for path in paths if _is_utf8(path)]
     model = {
@@ -98,10 +105,10 @@ def read_index(path: str | Path) -> Index:
         raise FileNotFoundError(f"index not found: {path}; make one with `ssmclip embed FOLDER --out {path}`")
     try:
         table = pq.read_table(path)
-        about = _about(table)
+        about = dict(_about(table))
         vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
         return Index(table["path"].to_pylist(), vectors, about)
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an index written by `ssmclip embed` ({error})") from error
 
 
@@ -185,8 +192,8 @@ def _embed(folder: Path, paths: Sequence[str], embedder: Embedder) -> pa.Table:
             try:
                 # Preprocessed at once: a batch of photographs as large as cameras make them fills the memory.
                 pictures[path] = embedder.clip.preprocess(open_image(folder / path))
-            except BadImage as error:
-                unreadable[path] = str(error)
+            except (ValueError, MemoryError) as error:  # BadImage, and a preprocessing that cannot take its shape
+                unreadable[path] = str(error) or type(error).__name__
         if pictures:
             vectors.append(embedder.encode_images(list(pictures.values())).numpy())
             read += pictures
@@ -200,7 +207,7 @@ def _described(table: pa.Table, about: dict[str, Any]) -> pa.Table:
 
 
 def _about(table: pa.Table) -> dict[str, Any]:
-    return json.loads((table.schema.metadata or {})[b"ssmclip"])
+    return parse_json((table.schema.metadata or {})[b"ssmclip"])
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import pickle
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,6 +16,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from ssmclip.files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
             f"({first_line(error)}). Only tensors and plain containers are read; ask its author to save the "
             "state_dict, or a .safetensors file"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:  # torch's zip reader on a cut or foreign file
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises another type for every way a file can be cut or foreign
         raise CheckpointError(f"{path} is truncated or not a torch checkpoint ({first_line(error)})") from error
     if not isinstance(held, dict):
         raise CheckpointError(f"{path} must contain a state dict, or a dict around one (got {type(held).__name__})")
@@ -92,10 +97,13 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
 
 def shards(index: Path) -> list[str]:
-    """Return the files that an index names. Raises CheckpointError."""
+    """Return the files that an index names, all of them in its folder. Raises CheckpointError."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict):
         raise CheckpointError(f"{index} has no 'weight_map': it is not an index of sharded weights")
+    for name in named.values():
+        if not isinstance(name, str) or name != Path(name).name or name.endswith(INDEX):
+            raise CheckpointError(f"{index} must name files of weights in its own folder (got {name!r})")
     return sorted(set(named.values()))
 
 
@@ -143,7 +151,7 @@ def config_beside(path: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a configuration. Raises CheckpointError when it is missing or not a JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"), object_hook=_infinity)
+        config = parse_json(path.read_text(encoding="utf-8-sig"), object_hook=_infinity)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.parent} is not a model folder: {path.name} cannot be read ({error})") from error
     if not isinstance(config, dict):
@@ -162,4 +170,24 @@ def load_config(folder: str | Path) -> dict[str, Any]:
     config = read_json(path)
     if "model_cfg" not in config:
         raise CheckpointError(f"{path} is not an open_clip configuration: it has no 'model_cfg'")
+    groups = {"model_cfg": config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
+    if isinstance(config["model_cfg"], dict):
+        groups |= {f"model_cfg.{part}": config["model_cfg"].get(part) for part in ("vision_cfg", "text_cfg")}
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise CheckpointError(f"{path} is not an open_clip configuration: {name} must be an object (got {group!r})")
     return config
+
+
+@contextmanager
+def described_by(path: Path | None) -> Iterator[None]:
+    """Turn what building a model raises into CheckpointError, naming the configuration (None: leave it as it is)."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, AssertionError, LookupError, ValueError, ArithmeticError) as error:
+        if path is None or isinstance(error, CheckpointError):
+            raise
+        reason = first_line(error) if isinstance(error, KeyError) else f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(
+            f"{path} does not describe a model that can be built ({reason}): restore the file, or choose another model"
+        ) from error
