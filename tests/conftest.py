@@ -1,5 +1,6 @@
 """What several test files share: two small CLIPs, and where the shared real data is."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -20,6 +22,18 @@ def _memory_is_given_back():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "_mallopt", None)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium; the test is skipped where neither Playwright nor a browser for it is installed."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        installed = next(filter(None, map(shutil.which, BROWSERS)), started.chromium.executable_path)
+        if not Path(installed).exists():
+            pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, and Playwright has none of its own")
+        with started.chromium.launch(executable_path=installed) as launched:
+            yield launched
 
 
 @pytest.fixture

@@ -531,7 +531,7 @@ def test_classifiers_stand_in_one_table(tmp_path, val, capsys):
     assert float(cells[7]) > 0
     assert len(others) == 1
     page = write_report([out], tmp_path / "report").read_text()
-    assert "<h2>Classifiers</h2>" in page
+    assert '<h2 id="classifiers">Classifiers' in page
     assert page.count("<td>tiny</td>") == 2
     assert classifier_table([row for row in rows if row.metric == "top5"]) == ""
 

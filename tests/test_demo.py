@@ -572,19 +572,7 @@ def test_every_tab_answers(page, pictures):
 
 # ---- In a browser
 
-playwright = pytest.importorskip("playwright.sync_api")
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 FOREVER = 20_000  # milliseconds; on a quiet machine everything takes less than two seconds
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        installed = next(filter(None, map(shutil.which, BROWSERS)), started.chromium.executable_path)
-        if not Path(installed).exists():
-            pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, and Playwright has none of its own")
-        with started.chromium.launch(executable_path=installed) as launched:
-            yield launched
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ HELP = "HTML page of tables and figures from rows files"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", type=Path, help="rows files (JSON lines), written by any command")
-    parser.add_argument("--out", type=Path, help="folder to write report.html to (default: none)")
+    parser.add_argument("--out", type=Path, help="folder for report.html and report_files/ (default: none)")
     parser.add_argument(
         "--readme", type=Path, help="README whose results table, between its markers, is updated (default: none)"
     )

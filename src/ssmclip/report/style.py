@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#8C7A00")
 DASHES = ("-", "--", "-.", ":")
@@ -20,6 +22,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "---", "xxx", "\\\\\\", "+++", "//--", "|||")  # lines only: a circle is a kilobyte of SVG
 
 INK, LINE = "#010203", "#040506"  # stand for the page's own colours, so that a figure follows its dark mode
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # no XML file may contain these
 WIDTH = 4.6  # inches: about as wide as a phone, so that letters keep their size there
 
 
@@ -78,7 +81,9 @@ def drawing() -> Iterator[None]:
         "savefig.facecolor": "none",
         "axes.unicode_minus": True,
     }
-    with mpl.rc_context(settings):
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        # The browser draws the text, with its own fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
 
 
@@ -89,11 +94,20 @@ def inline_svg(figure: Figure, label: str, prefix: str, wide: bool = False) -> s
     """
     buffer = io.StringIO()
     with drawing():
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+        inside = [*figure.get_default_bbox_extra_artists(), *_legends(figure)]
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            pad_inches=0.05,
+            metadata={"Date": None},
+            bbox_extra_artists=inside,
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(<image [^>]*?)\bid="[^"]*" ', r"\1", svg)  # equal images would share one
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", svg)
     svg = svg.replace(INK, "currentColor").replace(LINE, "var(--line)")
@@ -105,6 +119,19 @@ def inline_svg(figure: Figure, label: str, prefix: str, wide: bool = False) -> s
         r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda m: _namespaced(opening, m[1]), svg, count=1, flags=re.DOTALL
     )
     return svg
+
+
+def standalone(svg: str) -> str:
+    """Return inline SVG as the text of a file: in the colours of the page's light mode, on white."""
+    svg = svg.replace("currentColor", "#1b1f24").replace("var(--line)", "#d0d7de")
+    svg = re.sub(r'style="[^"]*"', 'style="background:white"', svg, count=1)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + NOT_XML.sub("\ufffd", svg) + "\n"
+
+
+def _legends(figure: Figure) -> list[Legend]:
+    """Return the figure's legends: `legend` in figures/base.py takes them out of the layout."""
+    of_axes = [axes.get_legend() for axes in figure.axes]
+    return [*figure.legends, *(one for one in of_axes if one is not None)]
 
 
 def _namespaced(opening: str, view_box: str) -> str:

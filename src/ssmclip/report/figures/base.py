@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import matplotlib.ticker as ticker
 from jinja2 import UndefinedError
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -20,8 +21,7 @@ from ssmclip.report.words import is_fraction
 from ssmclip.rows import Result
 
 NAME_STEP = 0.06  # of the height of the axes: a line of small letters
-
-
+SHORT_NAME, LONG_NAME = 28, 60  # letters of a legend: two columns fit below the first, one below the second
 MOST_CLASSES = 30  # bars of one figure that can still be read
 
 
@@ -30,7 +30,7 @@ FIGURES: Registry[type[Drawing]] = Registry(
     "figure",
     [
         f"ssmclip.report.figures.{name}"
-        for name in ("efficiency", "examples", "evaluation", "curvature", "humans", "saliency")
+        for name in ("overview", "efficiency", "examples", "evaluation", "curvature", "humans", "saliency")
     ],
 )
 
@@ -109,7 +109,7 @@ class Bars(Drawing):
 
 
 def canvas(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes. Its size in inches is that of the axes; labels add to it."""
+    """Return a figure with one pair of axes. Its size in inches is that of the axes and labels; legends add to it."""
     with drawing():
         picture = Figure(figsize=(width, height), layout="constrained")
         return picture, picture.subplots()
@@ -150,15 +150,28 @@ def bars(frame: Sequence[dict[str, Any]], looks: dict[str, Style], percent: bool
             Patch(facecolor=looks[m].colour, hatch=looks[m].hatch, edgecolor="white", linewidth=0, label=m)
             for m in models
         ]
-        axes.legend(handles=patches, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if len(models) < 4 else 2)
+        legend(axes, patches)
     else:
         axes.set_title(models[0], loc="left")
     return picture
 
 
-def legend(axes: Axes, models: int = 1) -> None:
-    """Draw the legend above the axes, where it hides no point; in two columns from four models with short names."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if models < 4 else 2)
+def legend(place: Axes | Figure, handles: Sequence[Artist] = ()) -> None:
+    """Draw the legend above the axes, or all of a figure's, in two columns from four short names.
+
+    It hides no point, and the layout leaves it out: the picture grows by it, and the axes keep their size.
+    """
+    axes = place.axes[0] if isinstance(place, Figure) else place
+    shown = handles or axes.get_legend_handles_labels()[0]
+    names = [_without_middle(str(artist.get_label())) for artist in shown]
+    columns = 2 if len(names) > 3 and max(map(len, names)) < SHORT_NAME else 1
+    place.legend(shown, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns).set_in_layout(False)
+
+
+def _without_middle(text: str) -> str:
+    """Return a text that is too long for a legend without its middle: long names differ at their ends."""
+    half = LONG_NAME // 2
+    return text if len(text) <= LONG_NAME else f"{text[:half]}…{text[-half:]}"
 
 
 def plain_numbers(axis) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import matplotlib
 import matplotlib.ticker as ticker
 import numpy as np
 
 from ssmclip.report.figures.base import Drawing, canvas, figure, legend, models_of, plain_numbers
+from ssmclip.report.style import INK
 from ssmclip.rows import Result
 from ssmclip.rows.condition import PROTOCOL, STEP, TOWER
 from ssmclip.rows.tasks import LANCZOS, PROTOCOLS
@@ -99,7 +101,7 @@ class Eigenvalues(Drawing):
         axes.set_xlim(back(low - margin), back(high + margin))
         axes.set_xlabel("eigenvalue of the Hessian (shaded: negative)")
         axes.set_ylabel("density (per unit of the axis)")
-        legend(axes, 1)  # a line for each: its share is said there
+        legend(axes)
         return picture
 
 
@@ -144,7 +146,7 @@ class SpectralDensity(Drawing):
         plain_numbers(axes.yaxis)
         axes.set_xlabel("eigenvalue of the Hessian")
         axes.set_ylabel("density")
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 
@@ -192,7 +194,7 @@ class Protocols(Drawing):
         axes.set_xlim(left=0)
         axes.set_xlabel("Hessian-vector products (grey: a residual of 1e-3)")
         axes.set_ylabel("largest relative residual")
-        legend(axes, 1)
+        legend(axes)
         return picture
 
 
@@ -238,7 +240,7 @@ class EigenvaluesOverTraining(Drawing):
         axes.axhline(0, linewidth=0.8, color="#888888")
         axes.set_xlabel("steps")
         axes.set_ylabel("most positive and most negative")
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 
@@ -282,7 +284,7 @@ class Line(Surfaces):
             axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=look.marker, label=model)
         axes.set_xlabel("distance, in lengths of each filter")
         axes.set_ylabel("loss")
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 
@@ -297,6 +299,11 @@ class Surface(Surfaces):
             yield cls(f"Loss surface of {model}, {cls.kind}", mine, looks)
 
 
+def _shades(count: int) -> np.ndarray:
+    """Return colours in order that can be seen on white and on black: the middle of viridis."""
+    return matplotlib.colormaps["viridis"](np.linspace(0.3, 0.8, count))
+
+
 @figure("surface_contour")
 class Contour(Surface):
     """The loss over two directions, as lines of equal loss."""
@@ -307,7 +314,7 @@ class Contour(Surface):
         x, y, loss = self.grid()
         picture, axes = canvas(3.6)
         if np.isfinite(loss).all() and min(loss.shape) > 1 and np.ptp(loss):
-            axes.clabel(axes.contour(x, y, loss, levels=14, cmap="viridis"), fontsize=7)
+            axes.clabel(axes.contour(x, y, loss, levels=14, colors=_shades(20)), fontsize=7, colors=INK)
         axes.plot(0, 0, "+", color="#D55E00")
         axes.set_aspect("equal")
         axes.set_xlabel("first direction")

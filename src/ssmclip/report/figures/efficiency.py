@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import matplotlib.ticker as ticker
 
-from ssmclip.report.figures.base import Drawing, canvas, figure, legend, plain_numbers
+from ssmclip.report.figures.base import Drawing, canvas, figure, legend, plain_numbers, shortened
 from ssmclip.report.words import metric_name
 from ssmclip.rows.condition import ATTENTION, IMAGE, TOKENS
 from ssmclip.rows.tasks import EFFICIENCY
@@ -79,7 +79,7 @@ class Efficiency(Drawing):
         crossings = self.crossings()
         crossed = [c for c in crossings if c["x"] is not None]
         lines = self._lines()
-        picture, axes = canvas(2.2 + 0.22 * len(lines))
+        picture, axes = canvas(2.8)
         for name, points in lines.items():
             model = next(point["model"] for point in frame if point["line"] == name)
             look = self.styles[model]
@@ -101,7 +101,7 @@ class Efficiency(Drawing):
         plain_numbers(axes.yaxis)
         low, high = (choose(point["value"] for point in frame) for choose in (min, max))
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
-        legend(axes)  # one column: the exponents make long names
+        legend(axes)
         return picture
 
 
@@ -137,7 +137,7 @@ class Memory(Drawing):
             axes.barh(place, entry["value"], 0.7, color=look.colour, hatch=look.hatch, edgecolor="white", linewidth=0)
             note = f"{entry['value']:,.0f}" + (f" ({entry['times']:.1f}x)" if entry["times"] > 1 else "")
             axes.annotate(f" {note}", (entry["value"], place), va="center", size=8)
-        axes.set_yticks(range(len(frame)), [entry["line"] for entry in frame])
+        axes.set_yticks(range(len(frame)), [shortened(entry["line"], 40) for entry in frame])
         axes.invert_yaxis()
         axes.set_xmargin(0.25)
         axes.set_xlabel(metric_name(self.rows[0].metric))

@@ -62,7 +62,7 @@ class TrainingCurves(Drawing):
             axes.plot(*zip(*mine, strict=True), look.dash, color=look.colour, marker=marker, markersize=4, label=model)
         axes.set_xlabel("steps")
         scale(axes.yaxis, self.rows[0].metric)
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 
@@ -228,7 +228,7 @@ class PerClass(Drawing):
         axes.set_ylim(-0.7, len(order) - 0.3)
         axes.set_xlim(-0.03, 1.03)
         scale(axes.xaxis, "top1")
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 

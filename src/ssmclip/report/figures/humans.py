@@ -93,14 +93,13 @@ class AccuracyByLevel(Drawing):
             if here[0]["chance"]:
                 axes.axhline(here[0]["chance"], color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(name, loc="left")
-            labels = [short_level(level) for level in levels]
+            labels = [shortened(short_level(level), 12) for level in levels]
             axes.set_xticks(range(len(levels)), labels, size=7, rotation=90 if len("".join(labels)) > 18 else 0)
             axes.set_ylim(-0.03 * top, 1.03 * top)
             scale(axes.yaxis, here[0]["metric"])
         for axes in panels[len(sets) :]:
             axes.set_axis_off()
-        handles, labels = panels[0].get_legend_handles_labels()
-        picture.legend(handles, labels, loc="outside upper left", ncols=2 if max(map(len, labels)) < 24 else 1)
+        legend(picture)
         return picture
 
 
@@ -277,11 +276,11 @@ class ShapeBias(Drawing):
             )
             everything = next(point["all"] for point in frame if point["model"] == model)
             axes.axvline(everything, color=look.colour, linestyle=look.dash, linewidth=1)
-        axes.set_yticks(range(len(categories)), categories)
+        axes.set_yticks(range(len(categories)), [shortened(name, 40) for name in categories])
         axes.set_xlim(-0.03, 1.03)
         axes.set_xlabel("decisions by shape, as a share of decisions by shape or texture")
         scale(axes.xaxis, "shape_bias")
-        legend(axes, len(models_of(frame)))
+        legend(axes)
         return picture
 
 
