@@ -66,6 +66,7 @@ bench: setup  ## the scans and the text towers, ours against peers
 
 bench-encoders: setup  ## whole image encoders, ours and timm's
 	$(BIN)/python benchmarks/encoders.py --out results/encoders.jsonl
+	$(BIN)/python benchmarks/encoders.py --precision bfloat16 --out results/encoders_bfloat16.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/encoders.py --only training --out results/training_step.jsonl
 
 bench-roofline: setup  ## the machine's peaks, and how near the CPU kernels come to them

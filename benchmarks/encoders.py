@@ -2,11 +2,13 @@
 
     python benchmarks/encoders.py --out results/encoders.jsonl    ten minutes on two idle cores; --quick: one;
                                                                   --only names the encoders, "training" the step
+    python benchmarks/encoders.py --precision bfloat16            the same in bfloat16, each also beside float32
     OMP_NUM_THREADS=1 python benchmarks/encoders.py --only training --out results/training_step.jsonl    three minutes
 
 One process, random weights, the same images for all, turns taken, medians. `time_ratio` is the time of an encoder over
 that of the control of its size in `CONTROLS`, the median over turns taken one right after the other; `cpu_time_ratio`
-is the same of the processor's time in all threads, which a busy machine disturbs less. The training step is that of
+is the same of the processor's time in all threads, which a busy machine disturbs less. In bfloat16 `speedup` is the
+time in float32 over that in bfloat16, and `smallest_cosine` that of embeddings in the two. The training step is that of
 recipes/flickr8k.py (images, gradient, AdamW, moving average; no reading of pictures), and its `speed_ratio` the images
 a second over CLIP-ViT-Nano's: in a fresh process that keeps the memory it frees, as `ssmclip train` does, and in one
 left alone, which gives it back. How time grows with the size of images: `ssmclip analyze efficiency --sizes`.
@@ -22,17 +24,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import timm
 import torch
+from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 import ssmclip.models  # noqa: F401  registers ours with timm
+from ssmclip.models.precision import convert
 from ssmclip.ops.memory import keep_freed_memory
 from ssmclip.rows import Result, append_rows, describe_run, write_rows
 from ssmclip.rows.condition import parse
+from ssmclip.rows.precision import BFLOAT16, FLOAT32, marked
 from ssmclip.train.blueprint import blueprint
 from ssmclip.train.build import build_accelerator, build_model
 from ssmclip.train.ema import Ema
@@ -108,10 +114,10 @@ def speed(name: str, task: str, condition: str, batch: int, times: list[Seconds]
 
 
 @torch.inference_mode()
-def measure_forward(names: Iterable[str], batch: int, repetitions: int) -> Iterator[Result]:
+def measure_forward(names: Iterable[str], batch: int, repetitions: int, precision: str = FLOAT32) -> Iterator[Result]:
     """Rows of these encoders at one batch size."""
-    images = torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
-    models = {name: timm.create_model(name, num_classes=0).eval() for name in names}
+    images = images_of(batch).to(getattr(torch, precision))
+    models = {name: convert(timm.create_model(name, num_classes=0).eval(), precision) for name in names}
     times = take_turns({n: lambda m=m: m(images) for n, m in models.items()}, repetitions, f"batch {batch}")
     condition = f"pixels={PIXELS},batch={batch},pass=forward"
     threads = {"threads": torch.get_num_threads()}
@@ -124,6 +130,28 @@ def measure_forward(names: Iterable[str], batch: int, repetitions: int) -> Itera
             yield Result(
                 name, "encoder", "cpu_time_ratio", processor, where=parse(condition)[0], n=len(each), extra=extra
             )
+
+
+@torch.inference_mode()
+def measure_speedup(name: str, batch: int, repetitions: int, precision: str) -> list[Result]:
+    """Rows of an encoder beside itself in float32."""
+    torch.manual_seed(0)
+    full = timm.create_model(name, num_classes=0).eval()
+    half = convert(deepcopy(full), precision)
+    images, rounded = images_of(batch), images_of(batch).to(getattr(torch, precision))
+    times = take_turns({"full": lambda: full(images), "half": lambda: half(rounded)}, repetitions, name)
+    cosine = cosine_similarity(full(images), half(rounded).float()).min().item()
+    where = parse(f"pixels={PIXELS},batch={batch},pass=forward")[0]
+    extra = {"threads": torch.get_num_threads(), "over": FLOAT32}
+    found = {"speedup": ratios(times["full"], times["half"])[0], "smallest_cosine": cosine}
+    return [
+        Result(name, "encoder", metric, value, where=where, n=repetitions, extra=extra)
+        for metric, value in found.items()
+    ]
+
+
+def images_of(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
 
 
 def measure_training(repetitions: int) -> Iterator[Result]:
@@ -195,6 +223,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/encoders.jsonl"))
     parser.add_argument("--quick", action="store_true", help="VMamba-T beside Swin-T, three repetitions")
     parser.add_argument("--only", default="", help="names, separated by commas, instead of all; controls as well")
+    parser.add_argument(
+        "--precision", choices=(FLOAT32, BFLOAT16), default=FLOAT32, help="arithmetic of the encoders; not of training"
+    )
     args = parser.parse_args(arguments)
     repetitions = 3 if args.quick else REPETITIONS
     names = args.only.split(",") if args.only else QUICK if args.quick else (*CONTROLS, "training")
@@ -203,16 +234,18 @@ def main(arguments: Iterable[str] | None = None) -> None:
     torch.manual_seed(0)
     write_rows(args.out, [], describe_run(seed=0, threads=torch.get_num_threads()))
 
-    def keep(rows: Iterator[Result]) -> None:
-        for row in rows:
+    def keep(rows: Iterable[Result]) -> None:
+        for row in marked(rows, args.precision):
             append_rows(args.out, [row])
             tqdm.write(f"{row.condition:52} {row.model:30} {row.metric:15} {row.value:.4g} {row.extra.get('over', '')}")
 
-    if "training" in names:
+    if "training" in names and args.precision == FLOAT32:
         keep(measure_training(repetitions))
     if encoders := [name for name in CONTROLS if name in names]:
         for batch in BATCHES:
-            keep(measure_forward(encoders, batch, repetitions))
+            keep(measure_forward(encoders, batch, repetitions, args.precision))
+            for name in encoders if args.precision != FLOAT32 else ():
+                keep(measure_speedup(name, batch, repetitions, args.precision))
 
 
 if __name__ == "__main__":

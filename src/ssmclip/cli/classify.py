@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from ssmclip.cli.options import MODELS, add_device, image_size, labelled, listed, pictures_of
+from ssmclip.cli.options import MODELS, add_device, add_precision, image_size, labelled, listed, pictures_of
 
 HELP = "labels of pictures with probabilities, by a CLIP or an image classifier"
 PICTURES = "picture files, folders (searched recursively), http or https addresses, or - for one from standard input"
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="number of images in a batch (default: %(default)s)")
     add_device(parser)
+    add_precision(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     templates, pictures, models = listed(args.templates), pictures_of(args.pictures), labelled(args.model)
     unreadable: set[str] = set()
     for label, name in models.items():
-        model = find(name, label=label, device=args.device, image_size=args.image_size)
+        how = {"device": args.device, "image_size": args.image_size, "precision": args.precision}
+        model = find(name, label=label, **how)
         predictions = classify(model, pictures, labels, templates, args.top_k, batch_size=args.batch_size)
         if len(models) > 1 and not args.json:
             sys.stdout.write(f"{label}\n")

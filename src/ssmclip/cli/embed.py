@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from ssmclip.cli.options import MODEL, add_device, image_size, require_writable
+from ssmclip.cli.options import MODEL, add_device, add_precision, image_size, require_writable
 
 HELP = "index of all images in a folder (unit vectors, Parquet) for `ssmclip search`"
 NAMED = 20  # unreadable images whose names are printed
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="number of images in a batch (default: %(default)s)")
     add_device(parser)
+    add_precision(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.evaluate.search.index import build_index
 
     require_writable(args.out)
-    embedder = Embedder(args.model, device=args.device, batch_size=args.batch_size, image_size=args.image_size)
+    how = {"dtype": args.precision, "batch_size": args.batch_size, "image_size": args.image_size}
+    embedder = Embedder(args.model, device=args.device, **how)
     start = time.perf_counter()
     index = build_index(args.folder, embedder, args.out)
     seconds = time.perf_counter() - start

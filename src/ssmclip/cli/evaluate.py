@@ -12,6 +12,7 @@ from ssmclip.cli.ood import ood_task
 from ssmclip.cli.options import (
     MODELS,
     add_device,
+    add_precision,
     default_cache,
     distortion_list,
     image_size,
@@ -99,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of processes that open images; 0: this one (default: %(default)s)",
     )
     add_device(parser)
+    add_precision(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed for intervals, examples and subsets (default: %(default)s)"
     )
@@ -157,6 +159,7 @@ def run(args: argparse.Namespace) -> int:
     from ssmclip.report.tables import classifier_table
     from ssmclip.rows import read_rows
     from ssmclip.rows.condition import LEVEL, SEED
+    from ssmclip.rows.precision import as_models
     from ssmclip.rows.tasks import OOD
 
     keep_freed_memory()
@@ -181,14 +184,14 @@ def run(args: argparse.Namespace) -> int:
     view = View(None, args.crop_pct, args.use_test_size, args.test_pool)
     suites = [name for name in names if name in SUITES]
     seen = (args.protocol, args.device, args.image_size)
-    study = Study(models, tasks, settings, *seen, args.out, about, view, cost, suites)
+    study = Study(models, tasks, settings, *seen, args.out, about, view, cost, suites, args.precision)
     rows = study.rows()
     if launched(args.device)[0] == 0:
         shown = [
             row for row in rows if not {LEVEL, SEED} & set(row.where)
         ]  # those are curves and draws, for the report
         sys.stdout.write("\n".join(map(line, shown)) + f"\n{len(read_rows(args.out)[1])} rows in {args.out}\n")
-        sys.stdout.write(classifier_table(rows))
+        sys.stdout.write(classifier_table(as_models(rows)))
     return 0
 
 

@@ -8,7 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssmclip.cli.options import MODELS, add_device, default_cache, image_size, labelled, line, require_writable
+from ssmclip.cli.options import (
+    MODELS,
+    add_device,
+    add_precision,
+    default_cache,
+    image_size,
+    labelled,
+    line,
+    require_writable,
+)
 from ssmclip.humans import RESAMPLES
 
 if TYPE_CHECKING:
@@ -65,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of processes that open images; 0: this one (default: %(default)s)",
     )
     add_device(decide)
+    add_precision(decide)
     decide.add_argument(
         "--image-size",
         type=image_size,
@@ -116,7 +126,7 @@ def ood_task(args: argparse.Namespace) -> OodTask:
     if not args.humans:
         raise ValueError("the task ood needs the trials of people to compare with: give --humans FILE.parquet")
     stimuli, decisions = open_stimuli(args.data), args.out.with_suffix(".decisions.parquet")
-    experiment = Experiment(stimuli, decisions, args.ood_prompts, args.device, args.image_size)
+    experiment = Experiment(stimuli, decisions, args.ood_prompts, args.device, args.image_size, args.precision)
     return OodTask(read_trials(args.humans), experiment)
 
 
@@ -129,7 +139,7 @@ def _decide(args: argparse.Namespace) -> int:
     stimuli = open_stimuli(args.data, args.sets.split(",") if args.sets else None)
     cache = None if args.cache == "none" else Path(args.cache)
     settings = Settings(args.batch_size, args.workers, args.seed, args.max_images, cache=cache)
-    experiment = Experiment(stimuli, args.out, args.prompts, args.device, args.image_size)
+    experiment = Experiment(stimuli, args.out, args.prompts, args.device, args.image_size, args.precision)
     for label, added in experiment.run(labelled(args.model), settings):
         sys.stdout.write(f"{label}: {added:,} decisions added to {args.out}\n")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmclip.config.lists import split_label, split_list
+from ssmclip.rows.precision import FLOAT32, PRECISIONS
 
 # What every command takes as a model: the grammar of `ssmclip.models.names`.
 MODEL = (
@@ -23,6 +24,16 @@ MODELS = f"models, separated by commas; LABEL=MODEL sets the name used in the ro
 def add_device(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=device, default="cpu", help="device to run on: cpu, cuda, cuda:1 ... (default: %(default)s)"
+    )
+
+
+def add_precision(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=FLOAT32,
+        help="arithmetic of the network; auto: bfloat16 where the device computes it natively, else float32 "
+        "(default: %(default)s)",
     )
 
 

@@ -20,15 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ssmclip.evaluate.search.embedder import Embedder
-    from ssmclip.evaluate.search.index import made_by, nearest, read_index
+    from ssmclip.evaluate.search.index import embedder_for, made_by, nearest, read_index
 
     if not args.text.strip():
         raise ValueError("nothing to search for: the text is empty")
     index = read_index(args.index)
-    name = args.model or index.about["model"]
-    size = index.about["image_size"]
-    embedder = Embedder(name, device=args.device, image_size=tuple(size) if isinstance(size, list) else size)
+    embedder = embedder_for(index, args.model, device=args.device)
     if not made_by(index, embedder):
         raise ValueError(
             f"{embedder.clip.label} does not have the weights, settings or preprocessing of {args.index}: they cannot "

@@ -26,7 +26,7 @@ from ssmclip.data.images import BadImage, open_image, thumbnail
 from ssmclip.evaluate.models import as_encoder
 from ssmclip.evaluate.prediction import Prediction, classify
 from ssmclip.evaluate.search.embedder import Embedder
-from ssmclip.evaluate.search.index import Index, build_index, made_by, nearest, read_index
+from ssmclip.evaluate.search.index import Index, build_index, embedder_for, made_by, nearest, read_index
 from ssmclip.models.frozen import POOLED
 from ssmclip.models.names import Model, find
 from ssmclip.models.towers import is_clip
@@ -150,8 +150,7 @@ def open_gallery(file: Path, subjects: Sequence[Subject] = (), device: str = "cp
     embedders = (Embedder(subject.model, device=device) for subject in subjects if is_clip(subject.model.network))
     if known := next((embedder for embedder in embedders if made_by(index, embedder)), None):
         return Gallery(index, known, file)
-    size = index.about["image_size"]
-    embedder = Embedder(index.about["model"], device=device, image_size=tuple(size) if isinstance(size, list) else size)
+    embedder = embedder_for(index, device=device)
     if not made_by(index, embedder):
         raise ValueError(
             f"{file} was made with other weights or preprocessing than {embedder.clip.label} has now: make it again "

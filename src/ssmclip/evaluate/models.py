@@ -12,6 +12,7 @@ from ssmclip.evaluate.protocols import OWN, PROBE, PROTOCOLS, Size
 from ssmclip.models.classifier import View, shown
 from ssmclip.models.frozen import FeatureEncoder
 from ssmclip.models.names import Model, find
+from ssmclip.rows.precision import FLOAT32
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,11 @@ class Models:
         image_size: Size | None = None,
         view: View | None = None,
         facts: Facts | None = None,
+        precision: str = FLOAT32,
     ):
         self.given, self.protocol, self.device, self.image_size = dict(given), protocol, device, image_size
         self.view, self.facts = replace(view or View(), image_size=image_size), facts
+        self.precision = precision
         self.keep = False
         self._opened: dict[str, Model] = {}
         self._clips: dict[tuple[str, str], Model] = {}
@@ -54,7 +57,7 @@ class Models:
                 self._encoders.clear()
             given = self.given[label]
             if isinstance(given, (str, Path)):
-                given = find(given, device=self.device, image_size=self.image_size)
+                given = find(given, device=self.device, image_size=self.image_size, precision=self.precision)
             self._opened[label] = given if isinstance(given, Model) else Model(*given)
         return self._opened[label]
 
@@ -102,7 +105,8 @@ class Models:
 
     def only(self, label: str) -> Models:
         """Return this model alone, sharing what is open."""
-        one = Models({label: self.given[label]}, self.protocol, self.device, self.image_size, self.view, self.facts)
+        how = self.protocol, self.device, self.image_size, self.view, self.facts, self.precision
+        one = Models({label: self.given[label]}, *how)
         one.keep, one._opened, one._clips, one._encoders = self.keep, self._opened, self._clips, self._encoders
         return one
 

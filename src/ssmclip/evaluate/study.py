@@ -21,7 +21,9 @@ from ssmclip.evaluate.suites import SUITES, suite_rows
 from ssmclip.evaluate.task import StudyTask
 from ssmclip.evaluate.tasks import open_tasks
 from ssmclip.models.classifier import View
+from ssmclip.models.precision import resolve
 from ssmclip.rows import Result, describe_run
+from ssmclip.rows.precision import FLOAT32, marked, measured_in
 from ssmclip.rows.resume import RowsFile, latest
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class Study:
     to add to, under a lock, so that several studies may share it; about: settings to write into its first line;
     view: changes in how classifiers opened by name are shown pictures (one that is given opened keeps its
     preprocessing: `ssmclip.models.classifier.shown` makes timm's); facts: more for the rows of classifiers; suites:
-    names in SUITES, of which the mean is to be given.
+    names in SUITES, of which the mean is to be given; precision: of models that are opened by name, one of
+    `ssmclip.rows.precision.PRECISIONS`; rows of those in bfloat16 say so in `where`.
 
     >>> study = Study({"A": "CLIP-VMamba-Nano"}, open_tasks(["digits"], ""), out="rows.jsonl")  # doctest: +SKIP
     >>> for rows in study.measure(): print(rows[0].value)  # doctest: +SKIP
@@ -57,6 +60,7 @@ class Study:
     view: View = field(default_factory=View)
     facts: Facts | None = None
     suites: Sequence[str] = ()
+    precision: str = FLOAT32
 
     def measure(self) -> Iterator[list[Result]]:
         """Yield rows as they are made: each model on each task, then the means of suites and differences between models
@@ -67,21 +71,27 @@ class Study:
         Raises ValueError for a file of other settings, OSError when it cannot be written, and what tasks raise.
         """
         rank, device = ranks.launched(self.device)
-        models = Models(self.models, self.protocol, device, self.image_size, self.view, self.facts)
+        precision = resolve(self.precision, device)
+        models = Models(self.models, self.protocol, device, self.image_size, self.view, self.facts, precision)
         file = self._file() if self.out else None
         held = file.found if file else []
         if held and rank == 0:
             log.info("keeping %d existing rows of %s; re-measured ones are replaced", len(held), self.out)
         for rows in chain(self._alone(models), [None], self._together(models, rank)):
-            made = self._compared(held) if rows is None else rows
+            made = self._compared(held, precision) if rows is None else rows
             held = latest([*held, *made])[0]
             if file and rank == 0 and made:
                 file.add(made)
             yield made
 
-    def _compared(self, held: Sequence[Result]) -> list[Result]:
-        """Return what follows from rows: means of suites, and differences between models."""
-        return [*suite_rows(held, self.suites, self.models), *paired_rows(held, seed=self.settings.seed)]
+    def _compared(self, held: Sequence[Result], precision: str) -> list[Result]:
+        """Return what follows from rows: means of suites, each within one precision, and differences between models."""
+        means = [
+            row
+            for each in dict.fromkeys((FLOAT32, precision))
+            for row in marked(suite_rows(measured_in(held, each), self.suites, self.models), each)
+        ]
+        return [*means, *paired_rows(held, seed=self.settings.seed)]
 
     def _alone(self, models: Models) -> Iterator[list[Result]]:
         """Yield rows model by model, so that only one is in memory at a time."""
@@ -89,13 +99,19 @@ class Study:
             for task in self.tasks:
                 if not task.together:
                     for rows in task.measure(models.only(label), self.settings):
-                        yield _under(self.protocol, rows)
+                        yield _under(self.protocol, self._marked(models, rows))
 
     def _together(self, models: Models, rank: int) -> Iterator[list[Result]]:
         models.keep = True
         for task in self.tasks:
             if task.together and (rank == 0 or not task.one_process):
-                yield from task.measure(models, self.settings)
+                for rows in task.measure(models, self.settings):
+                    yield rows if task.names_precision else self._marked(models, rows)
+
+    def _marked(self, models: Models, rows: list[Result]) -> list[Result]:
+        """Return the rows of models that were opened by name with their precision, any others as they are."""
+        opened = {label for label, model in self.models.items() if isinstance(model, str | Path)}
+        return [one for row in rows for one in marked([row], models.precision if row.model in opened else FLOAT32)]
 
     def rows(self) -> list[Result]:
         """Measure all, and return the rows that were made."""

@@ -15,12 +15,14 @@ class StudyTask(ABC):
     """One task of a study, opened and ready.
 
     name: what it is called; together: whether it takes all models at once, after those that take each by itself;
-    one_process: whether the first of several processes does it alone.
+    one_process: whether the first of several processes does it alone; names_precision: whether its rows' models are
+    named by their precision already (see `ssmclip.rows.precision`), which the study otherwise adds to `where`.
     """
 
     name: str
     together: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
+    names_precision: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:

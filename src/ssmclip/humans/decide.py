@@ -33,6 +33,7 @@ from ssmclip.evaluate.zeroshot import class_embeddings
 from ssmclip.files import parse_json, whole
 from ssmclip.humans.stimuli import CATEGORIES, STIMULUS_SETS, Stimulus, find_stimuli
 from ssmclip.models.names import Model
+from ssmclip.models.towers import image_dtype
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ def decide(decider: Decider, stimuli: Sequence[Stimulus], out: str | Path, setti
 
 def _decisions(decider: Decider, stimuli: Sequence[Stimulus], settings: Settings):
     device = next(decider.model.parameters()).device
-    dtype = next(decider.model.parameters()).dtype
+    dtype = image_dtype(decider.model)
     loader = DataLoader(
         _Inputs(stimuli, decider.preprocess),
         batch_size=settings.batch_size,

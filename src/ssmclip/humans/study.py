@@ -22,7 +22,9 @@ from ssmclip.humans.scores import score_sets
 from ssmclip.humans.stimuli import STIMULUS_SETS, Stimulus
 from ssmclip.humans.trials import Trials, read_trials
 from ssmclip.models.names import TIMM, Model, find
+from ssmclip.models.precision import resolve
 from ssmclip.rows import Result
+from ssmclip.rows.precision import FLOAT32, in_precision
 from ssmclip.rows.tasks import OOD
 
 
@@ -31,7 +33,8 @@ class Experiment:
     """The experiment that people took part in, for models.
 
     stimuli: from `open_stimuli`; decisions: the parquet file that decisions are added to; prompts: of a CLIP, see
-    `clip_decider`; device, image_size: of models that are loaded by name, see `ssmclip.find`.
+    `clip_decider`; device, image_size, precision: of models that are loaded by name, see `ssmclip.find`; those in
+    bfloat16 decide as "A (bfloat16)".
     """
 
     stimuli: Sequence[Stimulus]
@@ -39,6 +42,7 @@ class Experiment:
     prompts: str = "imagenet"
     device: str = "cpu"
     image_size: int | tuple[int, int] | None = None
+    precision: str = FLOAT32
 
     def decider(self, label: str, model: Any, settings: Settings) -> Decider:
         """Return the decider of a model: a CLIP decides from prompts, an image encoder from ImageNet logits.
@@ -46,8 +50,10 @@ class Experiment:
         model: any name that `ssmclip.find` takes, or what it returned. Raises what `find` and `clip_decider` raise.
         """
         if isinstance(model, str | Path):
-            label = label.removeprefix(TIMM)
-            model = find(model, label=label, device=self.device, image_size=self.image_size)
+            precision = resolve(self.precision, self.device)
+            label = in_precision(label.removeprefix(TIMM), precision)
+            size = self.image_size
+            model = find(model, label=label, device=self.device, image_size=size, precision=precision)
         if not isinstance(model, Model):
             model = Model(*model, label)
         if model.tokenizer is None:
@@ -77,6 +83,7 @@ class OodTask(StudyTask):
     name: ClassVar[str] = OOD
     together: ClassVar[bool] = True
     one_process: ClassVar[bool] = True
+    names_precision: ClassVar[bool] = True
 
     def measure(self, models: Models, settings: Settings) -> Iterator[list[Result]]:
         """Let the models decide, then yield the rows of averages over data sets, and those of each data set.

@@ -48,13 +48,15 @@ from ssmclip.models.files.weights import (
     load_into,
     load_state,
 )
+from ssmclip.models.precision import convert, resolve
 from ssmclip.models.published.layout import Hints
 from ssmclip.models.published.read import build, create_encoder, read_published
 from ssmclip.models.text_towers import text_tower_of
 from ssmclip.models.tokenizer import find_tokenizer
-from ssmclip.models.towers import Size, as_size, is_clip, set_image_size
+from ssmclip.models.towers import Size, as_size, image_dtype, is_clip, set_image_size
 from ssmclip.registry import UnknownName
 from ssmclip.rows.paper_tables import PUBLISHED
+from ssmclip.rows.precision import FLOAT32
 
 __all__ = [
     "RANDOM",
@@ -113,7 +115,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        return image_dtype(self.network)
 
     @property
     def outputs(self) -> int:
@@ -169,18 +171,22 @@ def find(
     image_size: int | Size | None = None,
     text: bool = True,
     hints: Hints | None = None,
+    precision: str = FLOAT32,
 ) -> Model:
     """Return the model of a name, with its weights, in evaluation mode, its preprocessing and tokenizer.
 
     name: see the head of this module; label: what its rows are called, the name where left out; image_size: pixels, or
     (height, width), in place of the model's own: preprocessing gives pictures of that size, and a ViT has its positions
     resampled to it as timm does; text: whether a tokenizer is needed; hints: what the shapes of a checkpoint without a
-    configuration cannot tell.
+    configuration cannot tell; precision: "float32", "bfloat16" for weights and arithmetic in bfloat16, or "auto",
+    whichever is faster on the device (see `ssmclip.models.precision`).
 
     For random weights, a warning in the log says what to pass for trained ones.
     Raises UnknownName, CheckpointError, FileNotFoundError, and ValueError for a size the model cannot take.
     """
-    return _built(source(name, hints), label or str(name), device, image_size, text)
+    precision = resolve(precision, device)
+    model = _built(source(name, hints), label or str(name), device, image_size, text)
+    return replace(model, network=convert(model.network, precision))
 
 
 def _built(known: Source, label: str, device: str, image_size: int | Size | None, text: bool) -> Model:

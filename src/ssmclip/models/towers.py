@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "LOGITS",
     "Size",
     "as_size",
     "behaviour",
     "encode_image",
     "has_attention",
+    "image_dtype",
     "image_tower",
     "is_clip",
     "logit_scale",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 ACTIVATIONS = ("elu", "gelu", "silu", "relu", "tanh", "swish", "mish")  # how names of their classes end
+LOGITS = ("logit_scale", "logit_bias")  # parameters of a CLIP that belong to neither tower
 Size = tuple[int, int]  # height, width in pixels
 
 
@@ -98,8 +101,14 @@ def tower_parameters(model: nn.Module, kind: str) -> list[nn.Parameter]:
     if not is_clip(model):
         return list(model.parameters())
     image = {id(p) for p in model.visual.parameters()}
-    logits = {id(getattr(model, name, None)) for name in ("logit_scale", "logit_bias")}
+    logits = {id(getattr(model, name, None)) for name in LOGITS}
     return [p for p in model.parameters() if (id(p) in image) == (kind == "image") and id(p) not in logits]
+
+
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of the numbers that a model's layers take: of its first weight that is no scale of logits."""
+    weights = [p for name, p in model.named_parameters() if name.rpartition(".")[2] not in LOGITS]
+    return (weights or list(model.parameters()))[0].dtype
 
 
 def is_clip(model: nn.Module) -> bool:

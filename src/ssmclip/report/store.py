@@ -10,6 +10,7 @@ from typing import Any
 
 from ssmclip.rows import Result, read_rows
 from ssmclip.rows.condition import BATCH, STEP
+from ssmclip.rows.precision import as_models
 from ssmclip.rows.resume import latest
 from ssmclip.rows.tasks import HESSIAN, SURFACES
 
@@ -37,7 +38,7 @@ class Store:
 
 
 def read_store(files: Sequence[str | Path]) -> Store:
-    """Read rows files together.
+    """Read rows files together. A model in bfloat16 is one of its own, "A (bfloat16)".
 
     Raises FileNotFoundError, and ValueError for a line that is not a row, for no rows at all, and for two training runs
     of one name, whose steps would be joined into one curve.
@@ -64,7 +65,7 @@ def read_store(files: Sequence[str | Path]) -> Store:
         rows += found
     if not rows:
         raise ValueError(f"nothing to report: no rows in {', '.join(str(path) for path in files) or 'no files'}")
-    kept, replaced = latest(rows)
+    kept, replaced = latest(as_models(rows))
     return Store(kept, sources, replaced)
 
 

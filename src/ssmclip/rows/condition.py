@@ -34,6 +34,7 @@ AVERAGE = "average"  # what the value is an average over, in words
 SOURCE = "source"  # where data came from, such as one of several sources of training pairs
 METHOD = "method"  # of explanation
 PICTURE = "picture"  # its name
+PRECISION = "precision"  # of a network's arithmetic, where that is not float32
 QUERY = "query"  # the text or class that was looked for
 CATEGORY = "category"  # of a test set's questions
 CASE = "case"  # anything else, in words
@@ -41,7 +42,7 @@ CASE = "case"  # anything else, in words
 KEYS: Registry[type | tuple[type, ...]] = Registry("key of where")
 for name in (STEP, SEED, BATCH, TOKENS):
     KEYS.register(name)(int)
-for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, QUERY, CATEGORY, CASE):
+for name in (LEVEL, TOWER, PROTOCOL, ATTENTION, AVERAGE, SOURCE, METHOD, PICTURE, PRECISION, QUERY, CATEGORY, CASE):
     KEYS.register(name)(str)
 for name in ("x", "y"):  # a place on a loss surface
     KEYS.register(name)(float)
@@ -51,7 +52,7 @@ for name in ("layers", "megabytes", "pixels", "side", "size", "threads", "vector
     KEYS.register(name)(int)
 for name in ("dim", "heads", "length", "state"):
     KEYS.register(name)((int, str))
-for name in "command encoder kind memory operator pages pass precision prompts text_tower type".split():
+for name in "command encoder kind memory operator pages pass prompts text_tower type".split():
     KEYS.register(name)(str)
 
 BARE = (AVERAGE, CASE)  # printed without their key

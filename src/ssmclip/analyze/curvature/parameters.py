@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmclip.analyze.curvature.product import call, explained
+from ssmclip.models.towers import LOGITS
 
 TOWERS = ("whole", "image", "text")
 
@@ -24,7 +25,7 @@ def tower_parameters(model: nn.Module, tower: str) -> dict[str, nn.Parameter]:
     if tower == "whole":
         return kept
     chosen = {name: p for name, p in kept.items() if name.startswith("visual.") == (tower == "image")}
-    return {name: p for name, p in chosen.items() if name not in ("logit_scale", "logit_bias")}
+    return {name: p for name, p in chosen.items() if name not in LOGITS}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ssmclip.data.images import BadImage, check_ratio, open_image, to_rgb
 from ssmclip.evaluate.embeddings.embed import Settings, embed_texts, encode_batch, require_finite
 from ssmclip.models import load
 from ssmclip.models.names import Model
+from ssmclip.models.precision import resolve
 
 __all__ = ["Embedder"]
 
@@ -26,10 +27,10 @@ Picture = str | Path | Image.Image | Tensor
 class Embedder:
     """Encoder of images and texts to unit vectors, which can be compared by dot product.
 
-    model: what `ssmclip.load` takes, or what it returned; device: "cpu", "cuda", ...; dtype: of the model's arithmetic
-    (vectors are float32 whatever it is); batch_size: images or texts at a time; image_size: pixels, or (height, width),
-    in place of the model's own. A model that was handed over is moved to the device and type, and put into evaluation
-    mode.
+    model: what `ssmclip.load` takes, or what it returned; device: "cpu", "cuda", ...; dtype: of the model's arithmetic,
+    as a type, or "float32", "bfloat16" or "auto", whichever of the two is faster on the device (vectors are float32
+    whatever it is); batch_size: images or texts at a time; image_size: pixels, or (height, width), in place of the
+    model's own. A model that was handed over is moved to the device and type, and put into evaluation mode.
 
     Threads may share one: opening and preprocessing run side by side, the model serves a batch at a time.
 
@@ -44,12 +45,14 @@ class Embedder:
         model: str | Path | Model | tuple[Any, Any, Any],
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         batch_size: int = 64,
         image_size: int | tuple[int, int] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size})")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, resolve(dtype, device))
         if not dtype.is_floating_point:
             raise ValueError(
                 f"dtype must be a floating-point type, such as torch.float32 or torch.bfloat16 (got {dtype})"

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
@@ -29,8 +30,9 @@ from ssmclip.evaluate.embeddings.embed import hashes
 from ssmclip.evaluate.embeddings.fingerprint import Unsure, combined, weights_hash
 from ssmclip.evaluate.search.embedder import Embedder
 from ssmclip.files import locked, parse_json, whole
+from ssmclip.rows.precision import FLOAT32
 
-__all__ = ["Index", "build_index", "made_by", "nearest", "read_index"]
+__all__ = ["Index", "build_index", "embedder_for", "made_by", "nearest", "read_index"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def _index(folder: Path, paths: Sequence[str], embedder: Embedder, out: Path) ->
     model = {
         "model": _from_anywhere(embedder.clip.label),
         "image_size": embedder.image_size,
+        "precision": str(embedder.clip.dtype).removeprefix("torch."),
         "weights": weights_hash(embedder.clip.network),
         "made_by": _fingerprint(embedder),
     }
@@ -110,6 +113,17 @@ def read_index(path: str | Path) -> Index:
         return Index(table["path"].to_pylist(), vectors, about)
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not an index written by `ssmclip embed` ({error})") from error
+
+
+def embedder_for(index: Index, model: str | None = None, *, device: str = "cpu") -> Embedder:
+    """Return an embedder for an index: of the model it names, or another, at its image size and in its precision.
+
+    Raises what `ssmclip.load` raises. Whether the model is still the one that made the index, `made_by` tells.
+    """
+    size = index.about["image_size"]
+    dtype = getattr(torch, index.about.get("precision", FLOAT32))  # an older index does not name it
+    size = tuple(size) if isinstance(size, list) else size
+    return Embedder(model or index.about["model"], device=device, dtype=dtype, image_size=size)
 
 
 def made_by(index: Index, embedder: Embedder) -> bool:
