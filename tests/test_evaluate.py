@@ -376,8 +376,8 @@ def parse(*words):
 def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, capsys):
     loads = []
 
-    def load(name, *, device, image_size):
-        loads.append((name, device, image_size))
+    def load(name, *, device, image_size, precision):
+        loads.append((name, device, image_size, precision))
         return Seer(), see, read
 
     monkeypatch.setattr("ssmclip.evaluate.models.find", load, raising=False)
@@ -396,7 +396,7 @@ def test_command_writes_the_rows_of_every_model(world, tmp_path, monkeypatch, ca
     ]
     assert command.run(parse(*words)) == 0
     described, rows = read_rows(out)
-    assert loads == [("A", "cpu", 64), ("runs/x", "cpu", 64)]
+    assert loads == [("A", "cpu", 64, "float32"), ("runs/x", "cpu", 64, "float32")]
     assert described["seed"] == 3
     expected = evaluate(Seer(), see, read, ["levels", "captions"], "", model_name="A", seed=3)
     both = expected + [type(row)(**{**row.__dict__, "model": "b"}) for row in expected]

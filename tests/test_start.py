@@ -80,7 +80,7 @@ class FourPairs:
     def __init__(self, config, plan, size, rank=0, world_size=1, cursor=None):
         self.images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
         self.texts = plan.texts()(["cat", "dog", "red dog", "blue cat cat"])
-        self.skipped, self.skipped_examples, self.cursor = {}, {}, 0
+        self.skipped, self.skipped_examples, self.cursor = {}, {}, {}
 
     def __next__(self):
         return SimpleNamespace(images=self.images, texts=self.texts, keys=["a", "b", "c", "d"])
